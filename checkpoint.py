@@ -1,0 +1,144 @@
+"""
+Checkpoints: written whole or not at all, read without running code from them.
+
+A run folder log/<exp-name>/ holds pairs of files. A step counts as saved when both are there and complete:
+
+    model_00250.pt   {"model": state dict of raw_model (float32, CPU), "config": GPTConfig as a dict, "step": int,
+                      "val_loss": float or None}: enough to sample and evaluate
+    state_00250.pt   {"step": int, "optimizers": [state dict, ...], "scaler": state dict, "loader": state dict,
+                      "rng": [state of each rank], "log_bytes": size of log.txt, "train_config": dict}: enough to go on
+
+    model, info = load_model("log/shakespeare")     # or a model_*.pt, "gpt2", a Hugging Face folder
+"""
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import asdict
+
+import torch
+
+from model import GPT, GPTConfig, SIZES
+
+# -----------------------------------------------------------------------------
+# one file
+
+def save_file(contents, path):
+    """torch.save under a temporary name, flushed to the disk, then renamed: path is never half a file.
+
+    Raises OSError (a full disk, say) with nothing left behind and an older path untouched.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(contents, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        if isinstance(e, RuntimeError):  # torch's zip writer turns the file's OSError into its own
+            raise OSError(f"cannot write {path}: {e.__context__ or e}; checkpoints saved before are whole") from e
+        raise
+
+
+def load_file(path):
+    """The contents of a checkpoint file, on the CPU; ValueError for one that is cut short, damaged, or holds code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as e:
+        why = "it holds objects that are not tensors or plain values, which could run code" \
+            if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e) else "it is cut short, damaged or no checkpoint"
+        raise ValueError(f"cannot load {path}: {why} ({str(e).strip().splitlines()[0][:100]})") from e
+
+
+# -----------------------------------------------------------------------------
+# a run folder
+
+def paths(run_dir, step):
+    """(model file, state file) of a step."""
+    return tuple(os.path.join(run_dir, f"{kind}_{step:05d}.pt") for kind in ("model", "state"))
+
+
+def saved_steps(run_dir):
+    """Steps for which both files are there, ascending."""
+    if not os.path.isdir(run_dir):
+        return []
+    names = set(os.listdir(run_dir))
+    steps = sorted(int(m[1]) for m in (re.fullmatch(r"model_(\d+)\.pt", name) for name in names) if m)
+    return [step for step in steps if os.path.basename(paths(run_dir, step)[1]) in names]
+
+
+def save(run_dir, raw_model, step, val_loss, state):
+    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete."""
+    model_path, state_path = paths(run_dir, step)
+    weights = {name: tensor.detach().cpu() for name, tensor in raw_model.state_dict().items()}
+    save_file({**state, "step": step}, state_path)
+    save_file({"model": weights, "config": asdict(raw_model.config), "step": step, "val_loss": val_loss}, model_path)
+
+
+def prune(run_dir, keep_last):
+    """Removes all but the newest keep_last saved steps."""
+    for step in saved_steps(run_dir)[:-keep_last]:
+        for path in paths(run_dir, step):  # the model first: half a pair must not look like a model with a state
+            os.remove(path)
+
+
+def load_latest(run_dir):
+    """(model contents, state contents, messages) of the newest step that loads, or None if nothing was ever saved.
+
+    messages name the steps passed over and why. Raises ValueError when there are checkpoints and none of them loads:
+    starting anew would be a loss in silence.
+    """
+    messages = []
+    for step in reversed(saved_steps(run_dir)):
+        try:
+            model, state = (load_file(path) for path in paths(run_dir, step))
+            return model, state, messages
+        except (ValueError, OSError) as e:
+            messages.append(f"passing over step {step}: {e}")
+    if messages:
+        raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
+                         " move the folder away to start anew")
+    return None
+
+
+# -----------------------------------------------------------------------------
+# a model from anywhere
+
+def load_weights(model, weights, source):
+    """load_state_dict with an error that names what does not fit, in one line."""
+    ours = model.state_dict()
+    wrong = sorted(ours.keys() ^ weights.keys())
+    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
+              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(f"the weights of {source} are of another shape than this model: {', '.join(wrong[:3])}"
+                         f" ({len(wrong)} tensors in all)")
+    model.load_state_dict(weights)
+
+
+def load_model(source, device="cpu"):
+    """(GPT on device, in eval mode; {"step", "val_loss"} where known) from a run folder, a model_*.pt file, a name
+    such as "gpt2-xl", or a Hugging Face folder."""
+    info = {}
+    if source in SIZES or os.path.isfile(os.path.join(source, "config.json")) and not saved_steps(source):
+        if not os.path.exists(os.path.join(source, "log.txt")):
+            return GPT.from_pretrained(source).to(device).eval(), info
+    path = source
+    if os.path.isdir(source):
+        models = sorted(name for name in os.listdir(source) if re.fullmatch(r"model_\d+\.pt", name))
+        if not models:
+            raise FileNotFoundError(f"{source} holds no checkpoint (model_*.pt) yet; train first, or name another folder")
+        path = os.path.join(source, models[-1])
+    elif not os.path.exists(source):
+        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file,"
+                                f" a Hugging Face folder, or one of {', '.join(n for n in SIZES if n.startswith('gpt2'))}")
+    contents = load_file(path)
+    if not isinstance(contents, dict) or not {"model", "config"} <= contents.keys():
+        raise ValueError(f'{path} is no model checkpoint: it lacks "model" and "config"; a run\'s are called model_*.pt')
+    model = GPT(GPTConfig(**contents["config"]))
+    load_weights(model, contents["model"], path)
+    info = {"path": path, "step": contents.get("step"), "val_loss": contents.get("val_loss")}
+    return model.to(device).eval(), info

@@ -1,0 +1,332 @@
+"""
+GPT-2: the network, its sizes, its weights under Hugging Face's names, its optimizers.
+
+Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its code
+https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020)
+for the GPT-3 sizes and learning rates; "PaLM" (Chowdhery et al. 2022, appendix B) for the FLOPs a token.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig())                  # 124M, random weights
+    model = GPT.from_pretrained("gpt2-xl")    # OpenAI's weights, from the Hugging Face Hub or a local folder
+    logits, loss = model(idx, targets)
+
+Shapes, everywhere in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
+hs head size (C / nh), V vocabulary (vocab_size).
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# -----------------------------------------------------------------------------
+# sizes
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024   # longest context, tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>; training pads it to 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = True        # in Linear and LayerNorm, as GPT-2 has it
+    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help when fine-tuning on little text
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        if self.n_embd % self.n_head != 0:
+            fits = [nh for nh in range(1, self.n_embd + 1) if self.n_embd % nh == 0]
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_head that fit: {fits}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
+
+    @classmethod
+    def from_hf(cls, hf_config):
+        """The GPTConfig of a Hugging Face GPT2Config, given as the object or as the dict of its config.json.
+
+        Raises ValueError for a variant that is not GPT-2 as OpenAI released it (another activation, scaled attention
+        by layer, an inner width that is not 4C).
+        """
+        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
+        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5}
+        for name, want in gpt2.items():
+            got = hf.get(name, want)
+            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
+                raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
+        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
+                   n_head=hf["n_head"], n_embd=hf["n_embd"])
+
+
+# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where the printed heads and width do not divide
+# (XL: 24 x 128 against 2048), the head size follows the width.
+#                   n_layer n_head n_embd block_size
+SIZES = {
+    "gpt2":            (12,  12,   768,  1024),  #  124M
+    "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
+    "gpt2-large":      (36,  20,  1280,  1024),  #  774M
+    "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
+    "gpt3-small":      (12,  12,   768,  2048),  #  125M
+    "gpt3-medium":     (24,  16,  1024,  2048),  #  350M
+    "gpt3-large":      (24,  16,  1536,  2048),  #  760M
+    "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
+}
+
+
+def config_for(size, **changes):
+    """GPTConfig of a name in SIZES, with any field changed: config_for("gpt2", vocab_size=50304)."""
+    if size not in SIZES:
+        raise ValueError(f"unknown model size {size!r}; there are: {', '.join(SIZES)}")
+    n_layer, n_head, n_embd, block_size = SIZES[size]
+    fields = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+    return GPTConfig(**{**fields, **changes})
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        # query, key and value of all heads in one matrix
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        # flash attention: softmax(q k^T / sqrt(hs)) v without ever storing the (T, T) matrix
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        # GPT-2 was trained with the tanh approximation, so its weights need it
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        # pre-norm: the residual stream itself is never normalised, so gradients reach the embeddings unchanged
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # weight tying: what a token looks like coming in is what it is compared with going out
+        self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's initialisation, drawn from torch's global generator."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        # positions are drawn smaller than tokens (openai/gpt-2 src/model.py)
+        nn.init.normal_(self.transformer.wpe.weight, mean=0.0, std=0.01)
+        # the residual stream is a sum of 2 n_layer contributions; this keeps its variance where it was (GPT-2, 2.3)
+        for block in self.transformer.h:
+            for c_proj in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.normal_(c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx, targets=None):
+        """Logits for idx (B, T) int64, and the mean cross entropy when targets (B, T) int64 are given.
+
+        With targets: logits (B, T, V) and a float32 scalar loss; targets of -100 are left out of the mean.
+        Without: logits of the last position alone, (B, 1, V), and None: sampling needs no more.
+        Raises ValueError for T over block_size.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens; this model's block_size is {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)                        # (T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
+        logits = self.lm_head(x)                                        # (B, T, V)
+        # cross_entropy in float32 whatever autocast made of the logits; under torch.compile the cast is fused away
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-100)
+        return logits.detach(), loss
+
+    # -------------------------------------------------------------------------
+    # counts
+
+    def num_params(self, with_wpe=True):
+        """Number of parameters; the tied wte and lm_head count once."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if with_wpe else n - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self, T):
+        """Floating point operations of one training token (forward and backward) in a sequence of T tokens.
+
+        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's multiplies and adds once forward and twice
+        backward; attention does the same with T keys and values of H Q = C channels. The causal half is not
+        subtracted, as is the custom, so that figures can be compared.
+        """
+        return 6 * self.num_params(with_wpe=False) + 12 * self.config.n_layer * self.config.n_embd * T
+
+    # -------------------------------------------------------------------------
+    # weights from and to Hugging Face
+
+    def load_hf_state_dict(self, hf_state_dict):
+        """Takes over the weights of a GPT2LMHeadModel's or GPT2Model's state dict: a pure map of names and layouts.
+
+        A vocabulary smaller than ours (50257 against a padded 50304) leaves the rows past it at zero.
+        Raises ValueError naming the tensors that are missing, not GPT-2's, or of another shape.
+        """
+        theirs = {name.removeprefix("transformer."): tensor for name, tensor in hf_state_dict.items()}
+        # .attn.bias and .attn.masked_bias are causal masks that old files hold as buffers; the lm_head is wte
+        theirs = {name: tensor for name, tensor in theirs.items()
+                  if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
+        ours = {name.removeprefix("transformer."): p for name, p in self.named_parameters()}
+        if not self.config.bias:  # Hugging Face's GPT-2 always has biases; a model without may leave out zeros alone
+            theirs = {name: t for name, t in theirs.items() if not name.endswith(".bias") or t.count_nonzero() > 0}
+        wrong = sorted(ours.keys() ^ theirs.keys())
+        if wrong:
+            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side only"
+                             f" ({len(wrong)} tensors in all); is n_layer={self.config.n_layer} theirs too?")
+        for name, tensor in theirs.items():
+            # openai's checkpoints keep c_* as "Conv1D", (in, out); a Linear has (out, in)
+            tensor = tensor.t() if is_conv1d(name) else tensor
+            rows = tensor.shape[0] if name == "wte.weight" else ours[name].shape[0]
+            if tensor.shape != ours[name][:rows].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has {tuple(ours[name].shape)}")
+            with torch.no_grad():
+                ours[name][:rows].copy_(tensor)
+                ours[name][rows:].zero_()
+
+    def hf_state_dict(self, vocab_size=50257):
+        """This model's weights as a GPT2LMHeadModel names and lays them out; padded vocabulary rows are cut off.
+
+        Tensors share memory with the model where their layout allows. The tied lm_head is left to Hugging Face.
+        """
+        state_dict = {}
+        for name, p in self.named_parameters():
+            tensor = p.detach()
+            state_dict[name] = tensor.t().contiguous() if is_conv1d(name) else tensor
+        if not self.config.bias:  # Hugging Face's GPT-2 always has biases
+            for name, p in self.named_parameters():
+                if not name.startswith(("transformer.wte", "transformer.wpe")):
+                    state_dict[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
+        wte = "transformer.wte.weight"
+        state_dict[wte] = state_dict[wte][:vocab_size]
+        return state_dict
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a Hub repository, or a local folder.
+
+        A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository leaves them.
+        Raises FileNotFoundError when neither the folder nor the Hub has the two files.
+        """
+        from safetensors.torch import load_file
+        config_path, weights_path = (hub_file(name_or_folder, name) for name in ("config.json", "model.safetensors"))
+        with open(config_path, encoding="utf-8") as f:
+            model = cls(GPTConfig.from_hf(json.load(f)))
+        model.load_hf_state_dict(load_file(weights_path))
+        return model
+
+    # -------------------------------------------------------------------------
+    # optimizers
+
+    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95), optimizer="adamw", embd_lr_ratio=1.0):
+        """The list of optimizers that train this model; each param group's "lr_scale" is its factor on the schedule.
+
+        adamw: decay on every tensor of two or more dimensions (matrices and embeddings), none on biases and norms,
+        as in the GPT-3 paper; embd_lr_ratio scales the embeddings' learning rate. muon: Muon (Jordan et al. 2024) for
+        the matrices inside the blocks, which it orthogonalises, and AdamW for the rest, as its authors have it.
+        """
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        hidden = [p for name, p in params.items() if p.dim() >= 2 and name.startswith("transformer.h.")]
+        embeddings = [p for name, p in params.items() if p.dim() >= 2 and not name.startswith("transformer.h.")]
+        vectors = [p for p in params.values() if p.dim() < 2]
+        # fused: one kernel for the whole update in place of a loop over tensors; torch has it for these devices
+        fused = embeddings[0].device.type in ("cuda", "cpu")
+        def adamw(*groups):
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+        wide = {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embd_lr_ratio}
+        rest = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
+        if optimizer == "adamw":
+            return [adamw({"params": hidden, "weight_decay": weight_decay, "lr_scale": 1.0}, wide, rest)]
+        if optimizer != "muon":
+            raise ValueError(f"unknown optimizer {optimizer!r}; there are: adamw, muon")
+        # match_rms_adamw (Liu et al. 2025): updates as large as AdamW's would be, so that one learning rate serves both
+        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate, weight_decay=weight_decay,
+                                adjust_lr_fn="match_rms_adamw")
+        return [muon, adamw(wide, rest)]
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face's layout and files
+
+def is_conv1d(name):
+    """Whether a parameter is one that OpenAI's code keeps transposed: "h.0.attn.c_attn.weight" -> True."""
+    return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
+
+
+def hub_file(name_or_folder, filename):
+    """Path of one file of a local folder, or of a Hub repository after downloading it to huggingface_hub's cache."""
+    if os.path.isdir(name_or_folder):
+        path = os.path.join(name_or_folder, filename)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder holds config.json"
+                                    " and model.safetensors")
+        return path
+    from huggingface_hub import constants, hf_hub_download
+    repo = f"openai-community/{name_or_folder}" if name_or_folder in SIZES else name_or_folder
+    try:
+        return hf_hub_download(repo, filename)
+    except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
+        why = str(e).strip().splitlines()[0]
+        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}: {why}. Without internet,"
+                                " name a local folder that holds config.json and model.safetensors") from e

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Passes the tests: makes .venv, installs what is needed, checks the style, runs pytest.
+#
+#   ./test.sh                   the suite
+#   ./test.sh --all             and the slow tests
+#   ./test.sh tests/test_data.py -k permute     other arguments go to pytest
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/setup_venv.sh" requirements-dev.txt
+cd "$here"
+marks=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --all ]; then marks=(); else arguments+=("$argument"); fi
+done
+.venv/bin/ruff check --quiet .
+echo "test.sh: pytest ${marks[*]-} ${arguments[*]-}"
+exec .venv/bin/python -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# From an empty machine to a trained GPT-2: makes .venv, installs what is needed, trains on every GPU there is.
+#
+#   ./train.sh                               on edu_fineweb10B/ if it holds shards, else on input.txt
+#   ./train.sh --preset gpt2-350M --dry-run  all arguments go to train_gpt2.py (--help lists them)
+#   PYTHON=python3.12 ./train.sh             another interpreter for .venv
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/setup_venv.sh" requirements.txt
+
+gpus=$("$here/.venv/bin/python" -c "import torch; print(torch.cuda.device_count())")
+cd "$here"
+if [ "$gpus" -gt 1 ]; then
+  echo "train.sh: training on $gpus GPUs"
+  exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+fi
+echo "train.sh: training on one $([ "$gpus" -eq 1 ] && echo GPU || echo "process, no CUDA GPU found")"
+exec "$here/.venv/bin/python" train_gpt2.py "$@"
