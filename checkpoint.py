@@ -48,8 +48,9 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as e:
-        why = "it holds objects that are not tensors or plain values, which could run code" \
-            if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e) else "it is cut short, damaged or no checkpoint"
+        why = "it is cut short, damaged or no checkpoint"
+        if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
+            why = "it holds objects that are not tensors or plain values, which could run code"
         raise ValueError(f"cannot load {path}: {why} ({str(e).strip().splitlines()[0][:100]})") from e
 
 

@@ -8,8 +8,6 @@ if [ ! -x "$venv_root/.venv/bin/python" ]; then
     exit 2
   fi
   echo "setup: making $venv_root/.venv with $("$python" --version)"
-  rm -rf "$venv_root/.venv.tmp"
-  "$python" -m venv "$venv_root/.venv.tmp" && rm -rf "$venv_root/.venv.tmp"  # fails here, before .venv is half there
   "$python" -m venv "$venv_root/.venv"
 fi
 venv_wanted="$(cd "$venv_root" && cat requirements.txt "$1")"

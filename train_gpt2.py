@@ -225,9 +225,10 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
             raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
                              f"{T}*{world_size}; --batch-size that would fit: {divisors}")
         return config.batch_size
-    fit = [B for B in divisors if memory is None or estimate_memory(config.gpt_config(), num_params, B, T, dtype) < 0.85 * memory]
-    worth = [B for B in fit if B * T <= (4096 if on_cpu else 65536)]
-    return max(worth, default=1)
+    worth = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
+    fit = [B for B in worth
+           if memory is None or estimate_memory(config.gpt_config(), num_params, B, T, dtype) < 0.85 * memory]
+    return max(fit, default=1)
 
 
 def print_plan(config, model, ranks, dtype, B, grad_accum_steps, max_steps, num_tokens, memory):
