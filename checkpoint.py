@@ -38,9 +38,12 @@ def save_file(contents, path):
     except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        if isinstance(e, RuntimeError):  # torch's zip writer turns the file's OSError into its own
-            raise OSError(f"cannot write {path}: {e.__context__ or e}; checkpoints saved before are whole") from e
-        raise
+        # torch's zip writer has errors of its own follow the one that stopped it
+        while isinstance(e, RuntimeError) and e.__context__:
+            e = e.__context__
+        if isinstance(e, (RuntimeError, OSError)):
+            raise OSError(f"cannot write {path}: {e}; what was saved before is whole") from e
+        raise e
 
 
 def load_file(path):

@@ -6,6 +6,7 @@ The machine: which device and dtype, the process group, seeds, memory, and how a
     all_reduce_sum(tensor, ranks)
     teardown()
 """
+import argparse
 import contextlib
 import ctypes
 import json
@@ -57,6 +58,13 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a wrong flag is an error like any other: one line, without the page of usage before it."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists what is allowed")
+
+
 def run_main(main):
     """Runs a script's main(): a user's error is one line and status 2, Ctrl-C status 130; a bug keeps its traceback."""
     try:
@@ -64,6 +72,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of GPU memory, give a smaller --batch-size ({str(e).splitlines()[0][:120]})", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as e:  # FileNotFoundError and a full disk are OSErrors
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -273,7 +284,7 @@ def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
         loss.backward()
         print0(f"compiled in {time.time() - start:.1f} s")
     except Exception as e:  # no Python headers, no Triton, a GPU too old, ...
-        if mode == "on":
+        if mode == "on" or isinstance(e, torch.OutOfMemoryError):
             raise
         print0(f"torch.compile does not work here, going on without: {type(e).__name__} {str(e).strip()[:160]!r}")
         model = raw_model

@@ -1,0 +1,217 @@
+"""
+What a training run is made of: every setting once, with its default, meaning and flag; the presets; what fits.
+
+TrainConfig's fields are the flags of train_gpt2.py. Their values come from, the later over the earlier: the field's
+default, the preset, the run that is gone on with, the command line.
+
+Sources: the GPT-2 paper (Radford et al. 2019) for the sizes, the GPT-3 paper (Brown et al. 2020, table 2.1 and appendix
+B) for learning rates, batch and schedule, and the lecture "Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
+"""
+import os
+from argparse import SUPPRESS
+from dataclasses import asdict, dataclass, field, fields
+
+import checkpoint
+import data
+from model import GPTConfig, SIZES
+from runtime import ArgumentParser, print0
+
+FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
+INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+
+
+def flag(default, meaning, **kwargs):
+    """A field of TrainConfig with what its command line flag says."""
+    return field(default=default, metadata={"help": meaning, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    preset: str = flag("gpt2-124M", "model and recipe; by default chosen by the data at hand")
+    data: str = flag("", f"folder of shards, text file, or folder of .txt; default {FINEWEB_DIR}/ if there, else input.txt")
+    exp_name: str = flag("", "name of the run, which lives in log/<exp-name>; default the preset's")
+    log_dir: str = flag("log", "folder of all runs")
+    init_from: str = flag("", "start from these weights: gpt2 ... gpt2-xl, a model_*.pt, a run or Hugging Face folder")
+    # the model
+    n_layer: int = flag(12, "blocks")
+    n_head: int = flag(12, "attention heads")
+    n_embd: int = flag(768, "channels")
+    block_size: int = flag(1024, "longest context, tokens")
+    vocab_size: int = flag(50304, "GPT-2's 50257 padded to a multiple of 128: faster matmuls")
+    dropout: float = flag(0.0, "probability")
+    # the data
+    sequence_length: int = flag(0, "T, tokens; default block_size")
+    batch_size: int = flag(0, "micro-batch B, sequences; default the largest that fits and divides")
+    total_batch_size: int = flag(524288, "tokens an optimizer step, over all ranks and micro-steps; 2**19 is about 0.5M")
+    epochs: float = flag(1.0, "passes over the training data, unless max_steps is given")
+    max_steps: int = flag(0, "optimizer steps; default as many as the epochs have")
+    shuffle: str = flag("on", "order of the windows of an epoch: a seeded permutation, or the data's", choices=("on", "off"))
+    # the optimizer; GPT-3 paper, appendix B, unless a preset says otherwise
+    optimizer: str = flag("adamw", "muon takes the matrices inside the blocks, AdamW the rest", choices=("adamw", "muon"))
+    lr: float = flag(6e-4, "peak learning rate")
+    min_lr_ratio: float = flag(0.1, "learning rate at the end, as a share of the peak")
+    embd_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a share of the others'")
+    warmup_steps: int = flag(715, "steps of linear warm-up; 375M tokens at 0.5M a step")
+    weight_decay: float = flag(0.1, "on matrices and embeddings")
+    beta1: float = flag(0.9, "AdamW's momentum")
+    beta2: float = flag(0.95, "AdamW's second moment")
+    grad_clip: float = flag(1.0, "largest norm of the whole gradient")
+    seed: int = flag(1337, "of the initial weights, the order of the data, and dropout")
+    # the machine
+    device: str = flag("auto", "cuda, mps or cpu")
+    dtype: str = flag("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = flag("auto", "torch.compile the training step; auto: on CUDA, and on a CPU with a C++ compiler for 100 steps"
+                        " or more", choices=("auto", "on", "off"))
+    # every so many steps, and at the end; 0 is never
+    val_every: int = flag(250, "steps between validations")
+    val_tokens: int = flag(10485760, "tokens of one validation, from the beginning of the val split")
+    hella_every: int = flag(250, "steps between HellaSwag evaluations")
+    hellaswag: str = flag("auto", "HellaSwag's validation .jsonl; auto: if it was downloaded; off")
+    sample_every: int = flag(250, "steps between samples")
+    prompt: str = flag("Hello, I'm a language model,", "what samples begin with")
+    save_every: int = flag(1000, "steps between checkpoints")
+    keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    resume: str = flag("auto", "go on with a run that has checkpoints, or never", choices=("auto", "never"))
+    dry_run: bool = flag(False, "print the whole plan and exit")
+
+    def __post_init__(self):
+        self.sequence_length = self.sequence_length or self.block_size
+        self.exp_name = self.exp_name or self.preset
+        self.gpt_config()  # checks the model's fields
+        if self.sequence_length > self.block_size:
+            raise ValueError(f"--sequence-length {self.sequence_length} is over --block-size {self.block_size}")
+        if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
+            raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
+                             f" T={self.sequence_length}")
+        least = dict(batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0, val_every=0,
+                     val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, keep_last=1)
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {minimum} or more")
+
+    def gpt_config(self):
+        """The GPTConfig of the model to train."""
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)})
+
+
+def _size(size, lr, **changes):
+    n_layer, n_head, n_embd, block_size = SIZES[size]
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, lr=lr, **changes)
+
+
+# What a preset changes in TrainConfig. Learning rates and the XL's 1M tokens a step: GPT-3 paper, table 2.1.
+PRESETS = {
+    "gpt2-124M":  _size("gpt2", 6e-4),
+    "gpt2-350M":  _size("gpt2-medium", 3e-4),
+    "gpt2-774M":  _size("gpt2-large", 2.5e-4),
+    "gpt2-1558M": _size("gpt2-xl", 2e-4, total_batch_size=2**20, warmup_steps=358),
+    "gpt3-125M":  _size("gpt3-small", 6e-4),
+    "gpt3-350M":  _size("gpt3-medium", 3e-4),
+    "gpt3-760M":  _size("gpt3-large", 2.5e-4),
+    "gpt3-1.3B":  _size("gpt3-xl", 2e-4, total_batch_size=2**20, warmup_steps=358),
+    # five minutes on a laptop's CPU; tuned by us on input.txt (README, "Results")
+    "shakespeare": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, total_batch_size=1024, max_steps=1000, batch_size=8,
+                        optimizer="muon", lr=0.02, embd_lr_ratio=0.5, min_lr_ratio=0.0, warmup_steps=20, weight_decay=0.1,
+                        val_every=100, sample_every=250, save_every=100, keep_last=2, hella_every=0),
+}
+
+
+# -----------------------------------------------------------------------------
+# from the command line
+
+def parse_args(argv=None):
+    """The flags that were given, as a dict; flags, help texts and types are made from TrainConfig's fields."""
+    parser = ArgumentParser(description="Train a GPT-2.", allow_abbrev=False)
+    for f in fields(TrainConfig):
+        kwargs = {**f.metadata, "default": SUPPRESS}
+        if f.default not in ("", False):
+            kwargs["help"] += f" (default {f.default}, where the preset has no other)"
+        name = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", **kwargs)
+        elif f.name == "preset":
+            parser.add_argument(name, choices=list(PRESETS), **kwargs)
+        else:
+            parser.add_argument(name, type=f.type, metavar=None if "choices" in kwargs else f.type.__name__.upper(), **kwargs)
+    return vars(parser.parse_args(argv))
+
+
+def choose_preset(given):
+    """(preset, data, why) for what the flags leave open: gpt2-124M where there are shards, else shakespeare."""
+    shards_there = os.path.isdir(FINEWEB_DIR) and data.find_shards(FINEWEB_DIR, "train")
+    source = given.get("data") or (FINEWEB_DIR if shards_there else INPUT_TXT)
+    is_shards = os.path.isdir(source) and data.find_shards(source, "train")
+    preset = given.get("preset") or ("gpt2-124M" if is_shards else "shakespeare")
+    why = "as asked" if "preset" in given else f"{source} holds shards" if is_shards else \
+        f"{FINEWEB_DIR}/ holds no shards (python fineweb.py makes them)" if "data" not in given else f"{source} is text"
+    return preset, source, why
+
+
+def shape_of_weights(given):
+    """The model's fields that come with --init-from's weights, as a dict; ValueError if flags ask for other ones."""
+    if not given.get("init_from"):
+        return {}
+    shape = asdict(checkpoint.load_model(given["init_from"])[0].config)
+    shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
+    if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
+        raise ValueError(f"--init-from brings its own {', '.join(f'{n}={shape[n]}' for n in wrong)}: leave these flags out")
+    return shape
+
+
+def make_config(given):
+    """(TrainConfig, checkpoint to go on from or None) of the flags: over the saved run's, or else the preset's, values."""
+    preset, source, why = choose_preset(given)
+    run_dir = os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", preset))
+    saved = checkpoint.load_latest(run_dir)
+    if saved and given.get("resume") == "never":
+        raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
+    if not saved:
+        print0(f"preset {preset}, data {source}: {why}; --preset {{{','.join(PRESETS)}}} and --data choose others")
+        return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
+    base = saved[1]["train_config"]
+    config = TrainConfig(**{**base, "dry_run": False, **given})
+    print0("\n".join([*saved[2], f"going on with {run_dir} from step {saved[1]['step']}, with its own settings"]))
+    for f in fields(TrainConfig):
+        if base[f.name] != getattr(config, f.name):
+            print0(f"  changed: {f.name} was {base[f.name]!r}, is {getattr(config, f.name)!r}")
+    fixed = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "total_batch_size", "optimizer"]
+    if changed := [name for name in fixed if base[name] != getattr(config, name)]:
+        raise ValueError(f"{', '.join(changed)} cannot change in the middle of a run; choose another --exp-name")
+    return config, saved
+
+
+# -----------------------------------------------------------------------------
+# what fits
+
+def estimate_memory(gpt_config, num_params, B, T, dtype):
+    """Bytes that training takes at micro-batch B, to choose B by: weights, gradients, AdamW's two moments, activations.
+
+    A block keeps about 34 bytes a token and channel in 16 bits with flash attention (Korthikanti et al. 2022, without
+    their T x T terms); the loss holds the logits, their gradient and a float32 working copy.
+    """
+    wide = 2 if dtype == "float32" else 1
+    weights = num_params * (16 + (2 if wide == 1 else 0))
+    activations = B * T * (gpt_config.n_layer * gpt_config.n_embd * 34 * wide + gpt_config.vocab_size * (4 * wide + 4))
+    return weights + activations
+
+
+def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
+    """The micro-batch B to use, and so grad_accum_steps = total_batch_size / (B T world_size), which must be whole.
+
+    B is the config's, or the largest that divides, fits into 85% of memory (bytes, or None), and is worth it: on a CPU
+    more than 4096 tokens at once gain nothing. Raises ValueError listing the B that would fit.
+    """
+    T, sequences = config.sequence_length, config.total_batch_size // config.sequence_length
+    if sequences % world_size != 0:
+        raise ValueError(f"{sequences} sequences a step do not divide among {world_size} processes; numbers that would fit:"
+                         f" {[w for w in range(1, min(sequences, 1024) + 1) if sequences % w == 0]}")
+    divisors = [B for B in range(1, sequences // world_size + 1) if (sequences // world_size) % B == 0]
+    if config.batch_size:
+        if config.batch_size not in divisors:
+            raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
+                             f"{T}*{world_size}; --batch-size that would fit: {divisors}")
+        return config.batch_size
+    worth = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
+    fit = [B for B in worth
+           if memory is None or estimate_memory(config.gpt_config(), num_params, B, T, dtype) < 0.85 * memory]
+    return max(fit, default=1)

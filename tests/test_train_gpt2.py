@@ -1,0 +1,403 @@
+"""
+The training script: schedule, configuration, one golden step, and real runs in real processes.
+
+    ./test.sh tests/test_train_gpt2.py        # no network, no GPU; two gloo ranks on the CPU
+
+Processes train a model of one block and 16 channels on a text made here.
+"""
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import config as config_module
+from config import PRESETS, TrainConfig, choose_batch_size, make_config, parse_args
+from model import GPT, GPTConfig
+from runtime import Ranks
+from train_gpt2 import GPT as reexported_GPT, evaluate_loss, get_lr, train_step
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ALONE = Ranks(0, 0, 1, "cpu", False)
+TINY = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
+        "--total-batch-size", "128", "--batch-size", "2", "--max-steps", "8", "--val-every", "4", "--sample-every", "0",
+        "--save-every", "4", "--compile", "off", "--dtype", "float32", "--device", "cpu", "--dropout", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text of 400 lines of common words."""
+    words = "the king and his queen will not come to this house tonight for love or war my lord".split()
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(400)))
+    return str(path)
+
+
+def command(*flags, ranks=1):
+    """The command line of a training process, or of torchrun with several."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, os.path.join(ROOT, "train_gpt2.py"), *TINY, *flags]
+
+
+def train(cwd, *flags, ranks=1, timeout=120):
+    """Runs training in cwd to its end; the finished process, with its output."""
+    return subprocess.run(command(*flags, ranks=ranks), cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def log_of(run_dir, *streams):
+    """The log's lines of some streams, as they stand."""
+    with open(os.path.join(run_dir, "log.txt"), encoding="utf-8") as f:
+        return [line.strip() for line in f if line.split()[1] in streams]
+
+
+# -----------------------------------------------------------------------------
+# pure functions
+
+def test_get_lr_is_warmup_then_cosine_down_to_the_minimum():
+    lr = [get_lr(step, 1.0, 0.1, 10, 110) for step in range(112)]
+    assert lr[0] == pytest.approx(0.1)                  # not zero
+    assert lr[9] == pytest.approx(1.0) and lr[10] == pytest.approx(1.0)
+    assert lr[60] == pytest.approx(0.55)                # half way down
+    assert lr[110] == lr[111] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(lr[9:], lr[10:]))
+
+
+@pytest.mark.parametrize("preset, parameters", [("gpt2-124M", 124_475_904), ("gpt2-350M", 354_871_296),
+                                                ("gpt2-774M", 774_090_240), ("gpt2-1558M", 1_557_686_400)])
+def test_presets_are_the_lectures_models_with_a_padded_vocabulary(preset, parameters):
+    config = TrainConfig(**PRESETS[preset])
+    with torch.device("meta"):
+        assert GPT(config.gpt_config()).num_params() == parameters
+    assert config.vocab_size == 50304 and config.sequence_length == 1024
+
+
+def test_every_preset_divides_its_batch_and_names_itself():
+    for preset, changes in PRESETS.items():
+        config = TrainConfig(**changes, preset=preset)
+        assert config.exp_name == preset
+        assert choose_batch_size(config, 10**6, 8 if preset != "shakespeare" else 1, None, False, "bfloat16") >= 1
+
+
+def test_the_124M_preset_is_the_lectures_recipe():
+    c = TrainConfig(**PRESETS["gpt2-124M"])
+    assert (c.total_batch_size, c.lr, c.min_lr_ratio, c.warmup_steps, c.beta1, c.beta2, c.weight_decay, c.grad_clip) == \
+        (524288, 6e-4, 0.1, 715, 0.9, 0.95, 0.1, 1.0)
+    assert c.optimizer == "adamw" and c.epochs == 1.0
+
+
+def test_a_batch_that_does_not_divide_lists_those_that_would():
+    config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
+    with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\]"):
+        choose_batch_size(config, 10**6, 1, None, True, "float32")
+    config.batch_size = 0
+    with pytest.raises(ValueError, match=r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"):
+        choose_batch_size(config, 10**6, 8, None, True, "float32")
+
+
+def test_the_automatic_batch_fits_the_memory_it_is_told():
+    config = TrainConfig()
+    sizes = [choose_batch_size(config, 124_475_904, 8, gigabytes * 1e9, False, "bfloat16") for gigabytes in (4, 8, 24, 80)]
+    assert sizes == sorted(sizes) and sizes[1] >= 4 and sizes[-1] == 64 and sizes[0] < sizes[-1]
+    for B in sizes:
+        assert (config.total_batch_size // config.sequence_length // 8) % B == 0
+
+
+def test_flags_are_made_from_the_fields_and_only_given_ones_count():
+    given = parse_args(["--lr", "0.5", "--dry-run", "--compile", "off"])
+    assert given == {"lr": 0.5, "dry_run": True, "compile": "off"}
+    for argv in (["--learning-rate", "1"], ["--lr", "x"], ["--preset", "gpt5"], ["--optimizer", "sgd"], ["--max", "3"]):
+        with pytest.raises(ValueError, match="--help"):
+            parse_args(argv)
+
+
+def test_the_preset_follows_the_data_at_hand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config, saved = make_config({})
+    assert config.preset == "shakespeare" and config.data == config_module.INPUT_TXT and saved is None
+    assert "holds no shards" in capsys.readouterr().out
+    os.mkdir("edu_fineweb10B")
+    open("edu_fineweb10B/edufineweb_train_000001.npy", "w").close()
+    config, _ = make_config({})
+    assert (config.preset, config.data) == ("gpt2-124M", "edu_fineweb10B")
+    assert make_config({"preset": "gpt2-350M", "lr": 1.0})[0].lr == 1.0
+
+
+# -----------------------------------------------------------------------------
+# one step
+
+class FixedLoader:
+    """Gives given micro-batches in turn."""
+
+    def __init__(self, batches):
+        self.batches, self.position = list(batches), 0
+
+    def next_batch(self):
+        self.position += 1
+        return self.batches[self.position - 1]
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16), **changes}))
+
+
+def step_once(model, batches, lr=0.01, optimizer="adamw"):
+    """One train_step over the micro-batches; ((loss, norm), the model)."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizers = model.configure_optimizers(lr, 0.1, optimizer=optimizer)
+    return train_step(model, model, optimizers, scaler, FixedLoader(batches), lr, len(batches), 1.0, "float32", ALONE)
+
+
+def test_golden_step():
+    """Two optimizer steps give the numbers they gave on the day this was written.
+
+    Update them only for a deliberate change of the initialisation, the model or the optimizer, and say so in the commit.
+    """
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, 64, (2, 4, 8), generator=generator)
+    first, second = step_once(model, [(x, y)]), step_once(model, [(x, y)])
+    assert first == pytest.approx(GOLDEN[0], rel=1e-4)
+    assert second == pytest.approx(GOLDEN[1], rel=1e-4)
+
+
+GOLDEN = [(4.15892, 1.99881), (4.00466, 1.35988)]
+
+
+def test_accumulated_gradients_equal_those_of_one_large_batch():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, 64, (2, 8, 8), generator=generator)
+    whole, parts = tiny_model(), tiny_model()
+    loss, norm = step_once(whole, [(x, y)])
+    accumulated = step_once(parts, [(x[i:i + 2], y[i:i + 2]) for i in range(0, 8, 2)])
+    assert accumulated == pytest.approx((loss, norm), rel=1e-5)
+    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_can_be_learnt_by_heart(optimizer):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, 64, (2, 4, 8), generator=generator)
+    optimizers = model.configure_optimizers(0.01, 0.0, optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = [train_step(model, model, optimizers, scaler, FixedLoader([(x, y)]), 0.01, 1, 1.0, "float32", ALONE)[0]
+              for _ in range(60)]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.2) and losses[-1] < 0.3
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="windows 0 to 0 .* were not updated"):
+        step_once(model, [(torch.zeros((2, 8), dtype=torch.long),) * 2])
+    for name, p in model.named_parameters():
+        assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_validation_is_the_same_for_any_micro_batch(tmp_path):
+    import numpy as np
+
+    import data
+    path = str(tmp_path / "a_val_000000.npy")
+    data.write_shard(path, np.random.default_rng(0).integers(0, 64, 203).astype(np.uint16))
+    stream, model = data.TokenStream([path]), tiny_model()
+    losses = [evaluate_loss(model, stream, B, 8, 160, "float32", ALONE) for B in (1, 3, 20)]
+    tokens = torch.from_numpy(stream.read(0, 161).astype(np.int64))
+    _, whole = model(tokens[:-1].view(20, 8), tokens[1:].view(20, 8))
+    assert losses == pytest.approx([whole.item()] * 3, rel=1e-6)
+
+
+def test_train_gpt2_gives_the_models_names_too():
+    assert reexported_GPT is GPT
+
+
+# -----------------------------------------------------------------------------
+# real runs
+
+@pytest.fixture(scope="module")
+def unbroken(text, tmp_path_factory):
+    """A finished run in a process of its own: (its folder, what it printed)."""
+    cwd = tmp_path_factory.mktemp("unbroken")
+    process = train(cwd, "--data", text)
+    assert process.returncode == 0, process.stderr
+    return os.path.join(cwd, "log", "shakespeare"), process.stdout
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    run_dir, out = unbroken
+    assert sorted(os.listdir(run_dir)) == ["config.json", "log.txt", "loss.png", "model_00004.pt", "model_00008.pt",
+                                           "state_00004.pt", "state_00008.pt"]
+    losses = [float(line.split()[2]) for line in log_of(run_dir, "val")]
+    assert losses[0] == pytest.approx(math.log(50304), abs=0.2) and losses[-1] < losses[0] - 0.1
+    assert [line.split()[0] for line in log_of(run_dir, "train")] == [str(step) for step in range(8)]
+    assert re.search(r"step +0/8 \| loss [\d.]+ \| lr [\d.e+-]+ \| norm [\d.]+ \| dt [\d.]+ms \| tok/sec [\d,]+", out)
+    with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as f:
+        description = json.load(f)
+    assert description["config"]["n_embd"] == 16 and description["torch"] == torch.__version__
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken, text):
+    run_dir, _ = unbroken
+    before = {name: os.stat(os.path.join(run_dir, name)).st_mtime_ns for name in os.listdir(run_dir)}
+    again = train(os.path.dirname(os.path.dirname(run_dir)), "--data", text)
+    assert again.returncode == 0 and "is finished at step 8" in again.stdout
+    assert before == {name: os.stat(os.path.join(run_dir, name)).st_mtime_ns for name in os.listdir(run_dir)}
+    never = train(os.path.dirname(os.path.dirname(run_dir)), "--data", text, "--resume", "never")
+    assert never.returncode == 2 and "already holds a run" in never.stderr
+
+
+def kill_when(process, pattern):
+    """SIGKILLs a process (group) once its output has a line with pattern."""
+    for line in process.stdout:
+        if re.search(pattern, line):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=30)
+            return
+    raise AssertionError(f"the process ended ({process.wait()}) without printing {pattern!r}")
+
+
+def start(cwd, *flags, ranks=1):
+    return subprocess.Popen(command(*flags, ranks=ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_killed_run_goes_on_bit_for_bit(unbroken, text, tmp_path):
+    kill_when(start(tmp_path, "--data", text), "step +6/8")
+    process = train(tmp_path)  # the run knows its own data and settings
+    assert process.returncode == 0 and "from step 4" in process.stdout
+    run_dir = tmp_path / "log" / "shakespeare"
+    streams = ("train", "val", "norm", "lr")
+    assert log_of(run_dir, *streams) == log_of(unbroken[0], *streams)
+    ours, theirs = (torch.load(os.path.join(folder, "model_00008.pt"))["model"] for folder in (run_dir, unbroken[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_train_like_one_process(text, tmp_path):
+    """No dropout, for which each rank draws its own numbers."""
+    flags = ("--data", text, "--dropout", "0", "--max-steps", "6")
+    for name, ranks in (("one", 1), ("two", 2)):
+        process = train(tmp_path, *flags, "--exp-name", name, ranks=ranks)
+        assert process.returncode == 0, process.stderr
+    one, two = (log_of(tmp_path / "log" / name, "train", "val") for name in ("one", "two"))
+    assert len(one) == len(two) == 9
+    for a, b in zip(one, two):
+        assert a.split()[:2] == b.split()[:2] and float(a.split()[2]) == pytest.approx(float(b.split()[2]), abs=1e-4)
+
+
+def test_torchrun_killed_and_started_again_goes_on(text, tmp_path):
+    kill_when(start(tmp_path, "--data", text, ranks=2), "step +5/8")
+    process = train(tmp_path, ranks=2)
+    assert process.returncode == 0 and "from step 4" in process.stdout, process.stderr
+    assert [line.split()[0] for line in log_of(tmp_path / "log" / "shakespeare", "train")] == [str(step) for step in range(8)]
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_was_saved(text, tmp_path):
+    process = start(tmp_path, "--data", text, "--max-steps", "100000", "--save-every", "2")
+    for line in process.stdout:
+        if "step     5/" in line:
+            os.kill(process.pid, signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 130, rest
+    assert "Traceback" not in rest and "interrupted" in rest
+    saved = torch.load(tmp_path / "log" / "shakespeare" / "model_00004.pt")
+    assert saved["step"] == 4
+
+
+def limit_file_size():
+    """For a child process: a file of more than 2 MB cannot be written, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path):
+    process = subprocess.run(command("--data", text), cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                             preexec_fn=limit_file_size)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: cannot write") and process.stderr.count("\n") == 1
+    assert sorted(os.listdir(tmp_path / "log" / "shakespeare")) == ["config.json", "log.txt"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    (["--n-embd", "18", "--n-head", "4"], "n_head that fit: [1, 2, 3, 6, 9, 18]"),
+    (["--sequence-length", "32"], "is over --block-size 16"),
+    (["--total-batch-size", "100"], "is not a multiple of the sequence length"),
+    (["--batch-size", "3"], "--batch-size that would fit: [1, 2, 4, 8]"),
+    (["--data", "nowhere"], "no data at nowhere"),
+    (["--device", "cuda"], "device 'cuda' is not here"),
+    (["--init-from", "nowhere"], "no checkpoint at nowhere"),
+    (["--vocab-size", "100"], "allowed are ids below 100"),
+    (["--block-size", "4096", "--total-batch-size", "8192"], "too few for one sequence"),
+])
+def test_bad_input_is_one_line_with_status_2(flags, message, text, tmp_path, monkeypatch, capsys):
+    """In this process, through the same main and run_main as the command line."""
+    import runtime
+    import train_gpt2
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--data", text, *flags]
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
+    with pytest.raises(SystemExit) as e:
+        runtime.run_main(train_gpt2.main)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not os.path.exists("log") or set(os.listdir("log/shakespeare")) <= {"config.json", "log.txt"}
+
+
+def test_a_shard_with_a_wrong_id_stops_the_run(tmp_path):
+    import numpy as np
+
+    import data
+    os.mkdir(tmp_path / "shards")
+    for split in ("train", "val"):
+        data.write_shard(str(tmp_path / "shards" / f"a_{split}_000000.npy"), np.full(4000, 60000, dtype=np.uint16))
+    process = train(tmp_path, "--data", "shards")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "id 60000" in process.stderr
+
+
+def test_init_from_starts_from_other_weights(unbroken, text, tmp_path):
+    process = train(tmp_path, "--data", text, "--init-from", os.path.join(unbroken[0], "model_00008.pt"), "--max-steps", "1")
+    assert process.returncode == 0, process.stderr
+    assert float(log_of(tmp_path / "log" / "shakespeare", "val")[0].split()[2]) == \
+        pytest.approx(float(log_of(unbroken[0], "val")[-1].split()[2]), abs=1e-5)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text):
+    process = train(tmp_path, "--data", text, "--dry-run")
+    assert process.returncode == 0 and os.listdir(tmp_path) == []
+    for part in ("parameters", "8 steps of 128 tokens", "4 micro-steps of B=2 x T=16", "GB", "FLOP"):
+        assert part in process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_and_compile_train(dtype, text, tmp_path):
+    """float16 goes through the GradScaler; compile is asked for, so a failure of it is a failure here."""
+    process = train(tmp_path, "--data", text, "--dtype", dtype, "--compile", "on", timeout=300)
+    assert process.returncode == 0, process.stderr
+    losses = [float(line.split()[2]) for line in log_of(tmp_path / "log" / "shakespeare", "val")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    start_time = time.time()
+    process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), "--help"], capture_output=True, text=True)
+    assert process.returncode == 0 and "--total-batch-size" in process.stdout
+    print(f"--help took {time.time() - start_time:.1f} s")
