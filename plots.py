@@ -5,7 +5,6 @@ Pictures of a run: read log.txt, draw the loss and HellaSwag curves beside GPT-2
 
 log.txt has one fact a line, `step stream value`; the streams are train, val, hella, lr, norm, tok_per_sec.
 """
-import argparse
 import os
 
 # Loss of OpenAI's GPT-2 124M on FineWeb-Edu val (build-nanogpt's notebook) and HellaSwag acc_norm, completion style, of
@@ -78,10 +77,10 @@ def plot_run(run_dir, out=None, baselines=False):
 
 
 def main():
-    from runtime import run_main  # torch is needed for nothing else here
+    from runtime import Parser, run_main  # torch is needed for nothing else here
 
     def plot():
-        parser = argparse.ArgumentParser(description="Draw a run's curves.", allow_abbrev=False)
+        parser = Parser(description="Draw a run's curves.", allow_abbrev=False)
         parser.add_argument("run_dir", help="run folder, log/<exp-name>")
         parser.add_argument("--out", help="picture to write (default: loss.png in the run folder)")
         parser.add_argument("--baselines", action="store_true", help="add GPT-2's loss line (for FineWeb-Edu runs)")

@@ -7,14 +7,12 @@ Text from a model: next-token sampling, and a command line for it.
 
 Prints the samples, each under a ruler. The same seed gives the same text on the same machine.
 """
-import argparse
-
 import torch
 from torch.nn import functional as F
 
 from checkpoint import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
-from runtime import autocast, choose_device, choose_dtype, keep_freed_memory, run_main
+from runtime import Parser, autocast, choose_device, choose_dtype, keep_freed_memory, run_main
 
 
 def sample_next_token(logits, generator=None, temperature=1.0, top_k=50):
@@ -60,7 +58,7 @@ def generate_text(model, prompt, num_samples, max_new_tokens, seed, temperature=
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Sample text from a GPT-2.", allow_abbrev=False)
+    parser = Parser(description="Sample text from a GPT-2.", allow_abbrev=False)
     parser.add_argument("source", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
     parser.add_argument("--num-samples", type=int, default=4, help="texts to draw (default 4)")
@@ -72,7 +70,7 @@ def main():
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     args = parser.parse_args()
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:  # catches nan too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {least} or more")
     keep_freed_memory()
     device = choose_device(args.device)
