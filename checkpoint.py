@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
@@ -46,15 +46,30 @@ def save_file(contents, path):
         raise e
 
 
+def check_zip(path):
+    """Raises BadZipFile for a torch.save file with a flipped bit: torch.load does not look at the checksums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing and writes no folders (attribute 16), whose contents torch.load would not read
+            wrong = [entry.filename for entry in archive.infolist()
+                     if entry.file_size != entry.compress_size or entry.external_attr & 16]
+            if damaged := wrong[0] if wrong else archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum or header of {damaged}")
+
+
 def load_file(path):
     """The contents of a checkpoint file, on the CPU; ValueError for one that is cut short, damaged, or holds code."""
     try:
+        check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
+            ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.filename:  # not there, or not ours to read: it says so itself
+            raise
         why = "it is cut short, damaged or no checkpoint"
         if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
             why = "it holds objects that are not tensors or plain values, which could run code"
-        raise ValueError(f"cannot load {path}: {why} ({str(e).strip().splitlines()[0][:100]})") from e
+        raise ValueError(f"cannot load {path}: {why} ({repr(e).splitlines()[0][:100]})") from e
 
 
 # -----------------------------------------------------------------------------
@@ -65,13 +80,15 @@ def paths(run_dir, step):
     return tuple(os.path.join(run_dir, f"{kind}_{step:05d}.pt") for kind in ("model", "state"))
 
 
+def steps_of(run_dir, kind):
+    """Set of the steps for which there is a file of a kind, "model" or "state"."""
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    return {int(m[1]) for m in (re.fullmatch(rf"{kind}_(\d+)\.pt", name) for name in names) if m}
+
+
 def saved_steps(run_dir):
     """Steps for which both files are there, ascending."""
-    if not os.path.isdir(run_dir):
-        return []
-    names = set(os.listdir(run_dir))
-    steps = sorted(int(m[1]) for m in (re.fullmatch(r"model_(\d+)\.pt", name) for name in names) if m)
-    return [step for step in steps if os.path.basename(paths(run_dir, step)[1]) in names]
+    return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
 def save(run_dir, raw_model, step, val_loss, state):
@@ -92,17 +109,18 @@ def prune(run_dir, keep_last):
 def load_latest(run_dir):
     """(model contents, state contents, messages) of the newest step that loads, or None if nothing was ever saved.
 
-    messages name the steps passed over and why. Raises ValueError when there are checkpoints and none of them loads:
-    starting anew would be a loss in silence.
+    messages name the steps passed over and why. Raises ValueError when there are models and none of them loads with
+    its state: starting anew would be a loss in silence.
     """
     messages = []
-    for step in reversed(saved_steps(run_dir)):
+    # a state without its model is what a kill between the two leaves: no loss, unless the model was there once
+    for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
             model, state = (load_file(path) for path in paths(run_dir, step))
             return model, state, messages
         except (ValueError, OSError) as e:
             messages.append(f"passing over step {step}: {e}")
-    if messages:
+    if steps_of(run_dir, "model"):
         raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
                          " move the folder away to start anew")
     return None
@@ -132,16 +150,19 @@ def load_model(source, device="cpu"):
             return GPT.from_pretrained(source).to(device).eval(), info
     path = source
     if os.path.isdir(source):
-        models = sorted(name for name in os.listdir(source) if re.fullmatch(r"model_\d+\.pt", name))
-        if not models:
+        steps = steps_of(source, "model")
+        if not steps:
             raise FileNotFoundError(f"{source} holds no checkpoint (model_*.pt) yet; train first, or name another folder")
-        path = os.path.join(source, models[-1])
+        path, _ = paths(source, max(steps))
     elif not os.path.exists(source):
         raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file,"
                                 f" a Hugging Face folder, or one of {', '.join(n for n in SIZES if n.startswith('gpt2'))}")
     contents = load_file(path)
     if not isinstance(contents, dict) or not {"model", "config"} <= contents.keys():
         raise ValueError(f'{path} is no model checkpoint: it lacks "model" and "config"; a run\'s are called model_*.pt')
+    names = {f.name for f in fields(GPTConfig)}
+    if not isinstance(contents["config"], dict) or not contents["config"].keys() <= names:
+        raise ValueError(f"the config in {path} is not a GPTConfig's; its fields are {', '.join(sorted(names))}")
     model = GPT(GPTConfig(**contents["config"]))
     load_weights(model, contents["model"], path)
     info = {"path": path, "step": contents.get("step"), "val_loss": contents.get("val_loss")}

@@ -111,7 +111,8 @@ def open_shard(path):
         elif os.path.basename(path) in ("train.bin", "val.bin"):
             shard = Shard(path, 0, size // 2)
         else:
-            header = np.frombuffer(f.read(4 * BIN_HEADER), dtype="<i4")
+            contents = f.read(4 * BIN_HEADER)
+            header = np.frombuffer(contents, dtype="<i4", count=len(contents) // 4)
             if len(header) < BIN_HEADER or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
                 raise ValueError(f"{path} does not begin with the header of llm.c's shards (magic {BIN_MAGIC}, version"
                                  f" {BIN_VERSION}); it begins with {header[:2].tolist()}")
@@ -159,6 +160,8 @@ class TokenStream:
 
     def _read_shard(self, shard, begin, n):
         try:
+            if os.path.getsize(shard.path) != shard.offset + 2 * shard.tokens:
+                raise ValueError("its size is another")
             tokens = np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset + 2 * begin, shape=(n,))
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path} ({e});"
@@ -267,6 +270,7 @@ class DataLoaderLite:
                              daemon=True, name="DataLoaderLite").start()
         position, item = self._prefetched.get()
         if isinstance(item, Exception):
+            self.close()  # the thread has ended: a further next_batch must try again, not wait for ever
             raise item
         assert position == self.position, (position, self.position)
         self.position += self.B * self.num_processes
@@ -335,20 +339,22 @@ def prepare_data(path):
 
 
 def split_texts(texts):
-    """(train documents, val documents): about the last tenth is val, cut between documents, or in one at a line's end.
+    """(train documents, val documents): about the last tenth of the characters is val.
 
+    The cut is the last border in the ninth tenth: between two documents, else after a blank line, else at a line's end;
+    where there is none, it falls at nine tenths.
     Example: ["a line\\n" * 10] -> ["a line\\n" * 9], ["a line\\n"]
     """
-    if len(texts) == 1:
-        text = texts[0]
-        nine_tenths = len(text) * 9 // 10
-        # a blank line, else a line's end, else where it falls
-        cut = next((c for c in (text.rfind("\n\n", 0, nine_tenths) + 2, text.rfind("\n", 0, nine_tenths) + 1)
-                    if c > len(text) // 2), nine_tenths)
-        return [text[:cut]], [text[cut:]]
-    lengths = np.cumsum([len(text) for text in texts])
-    cut = min(int(np.searchsorted(lengths, 0.9 * lengths[-1], side="right")), len(texts) - 1)
-    return texts[:max(1, cut)], texts[max(1, cut):]
+    ends = np.cumsum([len(text) for text in texts])
+    i = int(np.searchsorted(ends, ends[-1] * 9 // 10, side="right"))  # the document in which the last tenth begins
+    start = int(ends[i]) - len(texts[i])
+    eight_tenths, nine_tenths = int(ends[-1]) * 8 // 10 - start, int(ends[-1]) * 9 // 10 - start  # counted in document i
+    if i > 0 and eight_tenths <= 0:
+        return texts[:i], texts[i:]
+    text, eight_tenths = texts[i], max(0, eight_tenths)
+    blank, newline = (text.rfind(border, eight_tenths, nine_tenths) for border in ("\n\n", "\n"))
+    cut = blank + 2 if blank >= 0 else newline + 1 if newline >= 0 else nine_tenths
+    return [*texts[:i], text[:cut]], [text[cut:], *texts[i + 1:]]
 
 
 def tokenize_texts(paths):
@@ -357,7 +363,7 @@ def tokenize_texts(paths):
     A corpus that does not fit in memory is fineweb.py's work, not this function's.
     """
     stats = [(os.path.basename(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
-    key = hashlib.sha256(json.dumps(["split_texts, one document a file", stats]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(["split_texts 2, one document a file", stats]).encode()).hexdigest()[:12]
     parent = os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".tokens")
     name = os.path.splitext(os.path.basename(paths[0]))[0]
     folder = os.path.join(parent, f"{name}-{key}")
@@ -374,7 +380,7 @@ def tokenize_texts(paths):
         raise ValueError(f"{paths[0]} is empty; there is nothing to train on")
     tokenizer = get_tokenizer()
     temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary)
+    os.makedirs(temporary, exist_ok=True)  # a run killed here may have had this process id: in containers they recur
     try:
         for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
             tokens = [np.array([EOT, *tokenizer.encode_ordinary(document)], dtype=np.uint16) for document in documents]

@@ -50,11 +50,12 @@ class GPTConfig:
         """The GPTConfig of a Hugging Face GPT2Config, given as the object or as the dict of its config.json.
 
         Raises ValueError for a variant that is not GPT-2 as OpenAI released it (another activation, scaled attention
-        by layer, an inner width that is not 4C).
+        by layer, an inner width that is not 4C, an lm_head of its own).
         """
         hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
         gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5}
+                "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
+                "tie_word_embeddings": True}
         for name, want in gpt2.items():
             got = hf.get(name, want)
             if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
@@ -225,8 +226,10 @@ class GPT(nn.Module):
         """
         theirs = {name.removeprefix("transformer."): tensor for name, tensor in hf_state_dict.items()}
         # .attn.bias and .attn.masked_bias are causal masks that old files hold as buffers; the lm_head is wte
-        theirs = {name: tensor for name, tensor in theirs.items()
-                  if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
+        lm_head = theirs.pop("lm_head.weight", None)
+        if lm_head is not None and "wte.weight" in theirs and not torch.equal(lm_head, theirs["wte.weight"]):
+            raise ValueError("lm_head.weight and wte.weight differ; GPT-2 has one matrix for both, so this is not one")
+        theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         ours = {name.removeprefix("transformer."): p for name, p in self.named_parameters()}
         if not self.config.bias:  # Hugging Face's GPT-2 always has biases; a model without may leave out zeros alone
             theirs = {name: t for name, t in theirs.items() if not name.endswith(".bias") or t.count_nonzero() > 0}
@@ -266,13 +269,22 @@ class GPT(nn.Module):
         """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a Hub repository, or a local folder.
 
         A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository leaves them.
-        Raises FileNotFoundError when neither the folder nor the Hub has the two files.
+        Raises FileNotFoundError when neither the folder nor the Hub has the two files, ValueError for a damaged one.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         config_path, weights_path = (hub_file(name_or_folder, name) for name in ("config.json", "model.safetensors"))
-        with open(config_path, encoding="utf-8") as f:
-            model = cls(GPTConfig.from_hf(json.load(f)))
-        model.load_hf_state_dict(load_file(weights_path))
+        try:
+            with open(config_path, encoding="utf-8") as f:
+                config = GPTConfig.from_hf(json.load(f))
+        except (json.JSONDecodeError, KeyError) as e:
+            raise ValueError(f"{config_path} is not a GPT-2's config.json ({e!r}); download it again") from e
+        try:
+            weights = load_file(weights_path)
+        except SafetensorError as e:
+            raise ValueError(f"{weights_path} is cut short or damaged ({e}); download it again") from e
+        model = cls(config)
+        model.load_hf_state_dict(weights)
         return model
 
     # -------------------------------------------------------------------------

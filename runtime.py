@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Peak dense 16-bit TFLOP/s (no sparsity, float32 accumulation) from the makers' data sheets, by a part of the device's
 # name, the longest match first. No entry, no MFU: a wrong peak is worse than none.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
+    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "V100-PCIE": 112, "T4": 65,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "RTX A6000": 154.8, "MI300X": 1307.4,
 }
 
@@ -212,7 +213,10 @@ def peak_flops(device, dtype):
     if not device.startswith("cuda") or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
-    match = max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
+    # whole words: an RTX A3000 is no A30; and what follows the word may make it another chip, or a slice of one
+    if re.search(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b", name):
+        return None
+    match = max((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), key=len, default=None)
     return PEAK_TFLOPS[match] * 1e12 if match else None
 
 

@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     args = parser.parse_args()
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:  # catches nan too
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be {least} or more")
     keep_freed_memory()
     device = choose_device(args.device)
