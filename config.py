@@ -17,6 +17,7 @@ from model import GPTConfig, SIZES
 from runtime import ArgumentParser, print0
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
+FINEWEB_TOKENS = 9_850_000_000  # about what it has for training: a plan can be made before they are there
 INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
 
 
@@ -121,11 +122,12 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The flags that were given, as a dict; flags, help texts and types are made from TrainConfig's fields."""
-    parser = ArgumentParser(description="Train a GPT-2.", allow_abbrev=False)
+    parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]", allow_abbrev=False)
     for f in fields(TrainConfig):
         kwargs = {**f.metadata, "default": SUPPRESS}
-        if f.default not in ("", False):
-            kwargs["help"] += f" (default {f.default}, where the preset has no other)"
+        if f.default != "" and f.default is not False and f.name != "preset":
+            in_preset = any(f.name in changes for changes in PRESETS.values())
+            kwargs["help"] += f" (default {f.default}{', or what the preset says' if in_preset else ''})"
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
             parser.add_argument(name, action="store_true", **kwargs)
@@ -137,14 +139,18 @@ def parse_args(argv=None):
 
 
 def choose_preset(given):
-    """(preset, data, why) for what the flags leave open: gpt2-124M where there are shards, else shakespeare."""
-    shards_there = os.path.isdir(FINEWEB_DIR) and data.find_shards(FINEWEB_DIR, "train")
-    source = given.get("data") or (FINEWEB_DIR if shards_there else INPUT_TXT)
-    is_shards = os.path.isdir(source) and data.find_shards(source, "train")
-    preset = given.get("preset") or ("gpt2-124M" if is_shards else "shakespeare")
-    why = "as asked" if "preset" in given else f"{source} holds shards" if is_shards else \
-        f"{FINEWEB_DIR}/ holds no shards (python fineweb.py makes them)" if "data" not in given else f"{source} is text"
-    return preset, source, why
+    """(preset, data, why) for what the flags leave open: gpt2-124M on shards, shakespeare on text."""
+    def holds_shards(folder):
+        return os.path.isdir(folder) and bool(data.find_shards(folder, "train"))
+
+    if "preset" in given:
+        return given["preset"], given.get("data", INPUT_TXT if given["preset"] == "shakespeare" else FINEWEB_DIR), "as asked"
+    if "data" in given:
+        shards = holds_shards(given["data"])
+        return ("gpt2-124M" if shards else "shakespeare"), given["data"], f"--data holds {'shards' if shards else 'text'}"
+    if holds_shards(FINEWEB_DIR):
+        return "gpt2-124M", FINEWEB_DIR, f"{FINEWEB_DIR}/ holds shards"
+    return "shakespeare", INPUT_TXT, f"{FINEWEB_DIR}/ holds no shards (python fineweb.py makes them)"
 
 
 def shape_of_weights(given):
@@ -166,7 +172,7 @@ def make_config(given):
     if saved and given.get("resume") == "never":
         raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
     if not saved:
-        print0(f"preset {preset}, data {source}: {why}; --preset {{{','.join(PRESETS)}}} and --data choose others")
+        print0(f"preset {preset}, data {source}: {why}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
     base = saved[1]["train_config"]
     config = TrainConfig(**{**base, "dry_run": False, **given})

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import checkpoint
 import data
 import hellaswag
-from config import FINEWEB_DIR, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args
+from config import FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args
 from model import GPT, GPTConfig
 from plots import plot_run
 from runtime import (Ranks, all_gather, all_reduce_sum, autocast, choose_dtype, compile_for_training,
@@ -186,22 +186,45 @@ class Run:
     log: object                 # Log on rank 0, else None
 
 
-def print_plan(config, model, ranks, dtype, B, grad_accum_steps, max_steps, num_tokens, memory):
-    """Prints what is going to happen, in numbers."""
-    T, N = config.sequence_length, model.num_params()
+def open_data(config, ranks):
+    """(train TokenStream, val TokenStream); text is tokenized first, by one rank."""
+    with rank0_first(ranks):
+        splits = data.prepare_data(config.data)
+    train_stream, val_stream = (data.TokenStream(shards, config.vocab_size) for shards in splits)
+    for split, stream in (("train", train_stream), ("val", val_stream)):
+        if len(stream) <= config.sequence_length:
+            raise ValueError(f"the {split} split of {config.data} has {len(stream)} tokens, too few for one sequence of"
+                             f" {config.sequence_length} and its target; give more text or a smaller --block-size")
+    return train_stream, val_stream
+
+
+def make_plan(config, num_tokens, ranks, dtype):
+    """(B, grad_accum_steps, max_steps) for num_tokens training tokens; prints them and what they will take."""
+    with torch.device("meta"):  # counts without memory
+        model = GPT(config.gpt_config())
+    T, memory = config.sequence_length, free_memory(ranks.device)
+    B = choose_batch_size(config, model.num_params(), ranks.world_size, memory, ranks.device == "cpu", dtype)
+    B = min(all_gather(B, ranks))  # the ranks may have seen different amounts of free memory
+    grad_accum_steps = config.total_batch_size // (B * T * ranks.world_size)
+    epoch_tokens = (num_tokens - 1) // T * T
+    max_steps = config.max_steps or int(config.epochs * epoch_tokens / config.total_batch_size)
+    if max_steps < 1:
+        raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step of"
+                         f" {config.total_batch_size:,}: more --epochs, --max-steps, or a smaller --total-batch-size")
     flops = model.flops_per_token(T)
-    print0(f"model: {N:,} parameters, {model.config}")
-    print0(f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {config.total_batch_size:,} tokens"
-           f" = {max_steps * config.total_batch_size / num_tokens:.2f} epochs")
-    print0(f"a step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {ranks.world_size} process(es),"
-           f" {ranks.device_type}, {dtype}")
-    print0(f"memory: about {estimate_memory(model.config, N, B, T, dtype) / 1e9:.1f} GB for each process"
-           + (f", {memory / 1e9:.1f} GB free" if memory else ""))
     total = flops * max_steps * config.total_batch_size
-    print0(f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
+    needed = estimate_memory(model.config, model.num_params(), B, T, dtype)
+    print0(f"model: {model.num_params():,} parameters, {model.config}\n"
+           f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {config.total_batch_size:,} tokens"
+           f" = {max_steps * config.total_batch_size / epoch_tokens:.2f} epochs\n"
+           f"a step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {ranks.world_size} process(es),"
+           f" {ranks.device_type}, {dtype}\n"
+           f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "") + "\n"
+           f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
     if peak := peak_flops(ranks.device, dtype):
         print0(f"time: about {total / (0.5 * peak * ranks.world_size) / 3600:.1f} hours at half the peak of"
                f" {ranks.world_size} x {device_name(ranks.device)}")
+    return B, grad_accum_steps, max_steps
 
 
 def build_model(config, saved, device):
@@ -218,31 +241,23 @@ def set_up(config, saved, ranks):
     """The Run of a config, from its beginning or from what was saved; None if there is nothing to train."""
     dtype = choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on GPUs that have it
-    seed_all(config.seed)                       # the same weights on every rank
-    with rank0_first(ranks):                    # text is tokenized by one
-        splits = data.prepare_data(config.data)
-    raw_model = build_model(config, saved, ranks.device)
-    train_stream, val_stream = (data.TokenStream(shards, raw_model.config.vocab_size) for shards in splits)
-    T = config.sequence_length
-    if len(val_stream) <= T:
-        raise ValueError(f"the val split has {len(val_stream)} tokens, too few for one sequence of {T}; give more text")
-    memory = free_memory(ranks.device)
-    B = choose_batch_size(config, raw_model.num_params(), ranks.world_size, memory, ranks.device == "cpu", dtype)
-    B = min(all_gather(B, ranks))  # the ranks may have seen different amounts of free memory
-    grad_accum_steps = config.total_batch_size // (B * T * ranks.world_size)
-    loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
-                                 ranks.device)
-    max_steps = config.max_steps or int(config.epochs * loader.num_windows * T / config.total_batch_size)
-    if max_steps < 1:
-        raise ValueError(f"{config.epochs} epochs of {len(train_stream):,} tokens are less than one step of"
-                         f" {config.total_batch_size:,}: more --epochs, --max-steps, or a smaller --total-batch-size")
-    print_plan(config, raw_model, ranks, dtype, B, grad_accum_steps, max_steps, len(train_stream), memory)
+    if config.dry_run and config.data == FINEWEB_DIR and not os.path.exists(FINEWEB_DIR):
+        print0(f"{FINEWEB_DIR}/ is not there yet: this is the plan for FineWeb-Edu's sample of 10B tokens")
+        make_plan(config, FINEWEB_TOKENS, ranks, dtype)
+        return None
+    train_stream, val_stream = open_data(config, ranks)
+    B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), ranks, dtype)
     run_dir, first_step = os.path.join(config.log_dir, config.exp_name), saved[1]["step"] if saved else 0
     if first_step >= max_steps:
         print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py {run_dir},"
                " train on with --max-steps, or begin anew with --exp-name")
     if config.dry_run or first_step >= max_steps:
         return None
+    T = config.sequence_length
+    loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
+                                 ranks.device)
+    seed_all(config.seed)                       # the same weights on every rank
+    raw_model = build_model(config, saved, ranks.device)
     optimizers = raw_model.configure_optimizers(config.lr, config.weight_decay, (config.beta1, config.beta2),
                                                 config.optimizer, config.embd_lr_ratio)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
