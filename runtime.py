@@ -282,10 +282,10 @@ def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
     print0("compiling ...")
     start, rng_state = time.time(), get_rng_state(device)
     model = torch.compile(raw_model)
-    x = torch.zeros((B, T), dtype=torch.long, device=device)
+    x, y = (torch.zeros((B, T), dtype=torch.long, device=device) for _ in range(2))  # one for both would compile again
     try:
         with autocast(device, dtype):
-            _, loss = model(x, x)
+            _, loss = model(x, y)
         loss.backward()
         print0(f"compiled in {time.time() - start:.1f} s")
     except Exception as e:  # no Python headers, no Triton, a GPU too old, ...
