@@ -29,8 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # name, the longest match first. No entry, no MFU: a wrong peak is worse than none.
 PEAK_TFLOPS = {
     "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "V100-PCIE": 112, "T4": 65,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "RTX A6000": 154.8, "MI300X": 1307.4,
+    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
+    "V100-PCIE": 112, "RTX A6000": 154.8, "MI300X": 1307.4,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71,
 }
 
 
