@@ -102,6 +102,14 @@ def test_targets_of_minus_100_are_left_out_of_the_mean():
     assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
 
 
+def test_targets_may_be_a_slice():
+    """x, y = tokens[:, :-1], tokens[:, 1:] are views that .view(-1) once refused."""
+    torch.manual_seed(0)
+    model, tokens = GPT(tiny_config()), torch.randint(61, (2, 13))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    assert torch.equal(model(x, y)[1], model(x.contiguous(), y.contiguous())[1])
+
+
 def test_a_later_token_changes_no_earlier_logits():
     torch.manual_seed(0)
     model = GPT(tiny_config())
