@@ -100,10 +100,12 @@ def save(run_dir, raw_model, step, val_loss, state):
 
 
 def prune(run_dir, keep_last):
-    """Removes all but the newest keep_last saved steps."""
-    for step in saved_steps(run_dir)[:-keep_last]:
-        for path in paths(run_dir, step):  # the model first: half a pair must not look like a model with a state
-            os.remove(path)
+    """Removes all but the newest keep_last saved steps, and what a killed process left of older ones."""
+    kept = saved_steps(run_dir)[-keep_last:]
+    for name in sorted(os.listdir(run_dir)):  # a model before its state: what is left must not look like a loss
+        m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.tmp)?", name)
+        if m and kept and int(m[2]) not in kept and int(m[2]) < kept[-1]:
+            os.remove(os.path.join(run_dir, name))
 
 
 def load_latest(run_dir):

@@ -195,7 +195,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
         logits = self.lm_head(x)                                        # (B, T, V)
         # cross_entropy in float32 whatever autocast made of the logits; under torch.compile the cast is fused away
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-100)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-100)
         return logits.detach(), loss
 
     # -------------------------------------------------------------------------

@@ -1,0 +1,439 @@
+"""
+The network against outside truths: transformers' GPT2LMHeadModel, torch's own AdamW and attention written out, sums by hand.
+
+    .venv/bin/python -m pytest tests/test_model.py
+
+Needs nothing but requirements-dev.txt: weights are random, no network is used.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from model import GPT, GPTConfig, SIZES, config_for, is_conv1d
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+#         n_layer n_head n_embd block_size vocab_size
+SHAPES = [(1,      1,     8,     16,        50),
+          (2,      4,     32,    24,        97),
+          (3,      3,     48,    40,        256)]
+
+
+def tiny_config(**changes):
+    return GPTConfig(**{**dict(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=61), **changes})
+
+
+def hf_model(n_layer, n_head, n_embd, block_size, vocab_size, bias=True):
+    """A GPT2LMHeadModel of random weights, every tensor of them, large enough that a mistake in any one is seen."""
+    torch.manual_seed(n_layer)
+    config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    theirs = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(mean=1.0 if ".ln_" in name and name.endswith("weight") else 0.0, std=0.2)
+            if name.endswith(".bias") and not bias:
+                p.zero_()
+    return theirs
+
+
+def both_models(shape, bias):
+    """(ours, theirs) with the same weights."""
+    theirs = hf_model(*shape, bias=bias)
+    config = GPTConfig.from_hf(theirs.config)
+    config.bias = bias
+    ours = GPT(config)
+    ours.load_hf_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+# -----------------------------------------------------------------------------
+# the forward and its gradients
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_every_gradient_are_hugging_faces(shape, bias):
+    ours, theirs = both_models(shape, bias)
+    B, T, V = 3, shape[3] - 1, shape[4]
+    idx, targets = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
+    targets[0, :5] = -100
+    logits, loss = ours(idx, targets)
+    their_logits = theirs(idx).logits
+    their_loss = F.cross_entropy(their_logits.view(-1, V), targets.view(-1))
+    assert logits.shape == (B, T, V) and loss.dtype == torch.float32
+    assert (logits - their_logits).abs().max() < 1e-4
+    assert abs(loss.item() - their_loss.item()) < 1e-5
+
+    loss.backward()
+    their_loss.backward()
+    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    checked = 0
+    for name, p in ours.named_parameters():
+        theirs_here = their_gradients["transformer.wte.weight" if name == "lm_head.weight" else name]
+        theirs_here = theirs_here.t() if is_conv1d(name) else theirs_here
+        assert p.grad.abs().max() > 0, name
+        assert torch.allclose(p.grad, theirs_here, atol=1e-5, rtol=1e-3), name
+        checked += 1
+    assert checked == (2 + 12 * shape[0] + 2 if bias else 2 + 6 * shape[0] + 1)
+
+
+def test_without_targets_only_the_last_positions_logits_come_and_they_are_the_same():
+    ours, theirs = both_models(SHAPES[1], True)
+    idx = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits, loss = ours(idx)
+    assert loss is None and logits.shape == (2, 1, 97)
+    assert torch.allclose(logits[:, 0], theirs(idx).logits[:, -1], atol=1e-4)
+
+
+def test_targets_of_minus_100_are_left_out_of_the_mean():
+    torch.manual_seed(0)
+    model = GPT(tiny_config())
+    idx, targets = torch.randint(61, (2, 2, 12))
+    _, whole = model(idx[:1, :4], targets[:1, :4])
+    masked = torch.full_like(targets, -100)
+    masked[0, :4] = targets[0, :4]
+    _, loss = model(idx, masked)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_targets_may_be_a_slice():
+    """x, y = tokens[:, :-1], tokens[:, 1:] are views that .view(-1) once refused."""
+    torch.manual_seed(0)
+    model, tokens = GPT(tiny_config()), torch.randint(61, (2, 13))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    assert torch.equal(model(x, y)[1], model(x.contiguous(), y.contiguous())[1])
+
+
+def test_a_later_token_changes_no_earlier_logits():
+    torch.manual_seed(0)
+    model = GPT(tiny_config())
+    idx = torch.randint(61, (1, 12))
+    changed = idx.clone()
+    changed[0, 7] = (idx[0, 7] + 1) % 61
+    before, after = model(idx, idx)[0], model(changed, idx)[0]
+    assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_attention_is_softmax_of_q_k_over_root_hs_times_v():
+    torch.manual_seed(0)
+    attn = GPT(tiny_config(n_embd=32, n_head=4)).transformer.h[0].attn
+    with torch.no_grad():
+        attn.c_attn.weight.normal_(std=0.5)
+    x = torch.randn(2, 12, 32)
+    qkv = attn.c_attn(x)
+    y = torch.zeros(2, 12, 32)
+    for head in range(4):  # one head, one position at a time
+        q, k, v = (qkv[..., part * 32 + head * 8:part * 32 + head * 8 + 8] for part in range(3))
+        for t in range(12):
+            weights = torch.softmax(torch.einsum("bh,bsh->bs", q[:, t], k[:, :t + 1]) / math.sqrt(8), dim=-1)
+            y[:, t, head * 8:head * 8 + 8] = torch.einsum("bs,bsh->bh", weights, v[:, :t + 1])
+    assert torch.allclose(attn(x), attn.c_proj(y), atol=1e-5)
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    torch.manual_seed(0)
+    model = GPT(tiny_config(dropout=0.5))
+    idx = torch.randint(61, (2, 12))
+    assert model(idx, idx)[1] != model(idx, idx)[1]
+    model.eval()
+    assert model(idx, idx)[1] == model(idx, idx)[1]
+
+
+def test_a_sequence_longer_than_block_size_is_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match="13 tokens.*block_size is 12"):
+        GPT(tiny_config())(torch.zeros((1, 13), dtype=torch.long))
+
+
+def test_loss_is_float32_under_bfloat16_autocast():
+    model = GPT(tiny_config())
+    idx = torch.zeros((2, 12), dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(idx, idx)[1].dtype == torch.float32
+
+
+# -----------------------------------------------------------------------------
+# initialisation, counts
+
+def test_initial_weights_have_gpt2s_spreads():
+    torch.manual_seed(0)
+    n_layer = 3
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=128, block_size=256, vocab_size=512))
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            assert p.count_nonzero() == 0, name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.01 if "wpe" in name else 0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name  # 16,384 draws or more: 0.05 is nine sigma
+            assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=512))
+    idx, targets = torch.randint(512, (2, 8, 64))
+    assert model(idx, targets)[1].item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_wte_and_lm_head_are_one_tensor_before_and_after_loading():
+    model = GPT(tiny_config())
+    for _ in range(2):
+        assert model.transformer.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
+        assert model.transformer.wte.weight is model.lm_head.weight
+        model.load_state_dict(model.state_dict())
+        model.load_hf_state_dict(model.hf_state_dict(vocab_size=61))
+
+
+# the first four are the counts of the released checkpoints; the others follow from GPT-2's with a context of 2048
+@pytest.mark.parametrize("size, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
+    ("gpt3-small", 124_439_808 + 1024 * 768), ("gpt3-medium", 354_823_168 + 1024 * 1024),
+])
+def test_parameter_counts_of_the_sizes(size, count):
+    with torch.device("meta"):
+        model = GPT(config_for(size))
+    assert model.num_params() == count
+    assert model.num_params(with_wpe=False) == count - model.config.block_size * model.config.n_embd
+
+
+def test_every_size_builds_and_an_unknown_one_is_named():
+    for size, (n_layer, n_head, n_embd, block_size) in SIZES.items():
+        config = config_for(size, vocab_size=50304)
+        assert (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) == \
+            (n_layer, n_head, n_embd, block_size, 50304)
+    with pytest.raises(ValueError, match="gpt2-huge.*gpt2-xl"):
+        config_for("gpt2-huge")
+
+
+def test_flops_per_token_worked_by_hand():
+    # H=4, Q=2, C=8, L=3, V=11, without biases: wte 88; a block 2 norms of 8, 8*24 + 8*8 + 8*32 + 32*8 = 768 -> 784; ln_f 8
+    model = GPT(GPTConfig(block_size=5, vocab_size=11, n_layer=3, n_head=4, n_embd=8, bias=False))
+    N = 88 + 3 * 784 + 8
+    assert model.num_params() == N + 5 * 8
+    assert model.flops_per_token(5) == 6 * N + 12 * 3 * 4 * 2 * 5
+    with torch.device("meta"):  # the figure for GPT-2 124M that one finds everywhere: 0.855 GFLOP a token at T = 1024
+        gpt2 = GPT(config_for("gpt2"))
+    assert gpt2.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_embd=18, n_head=4), "n_embd=18 is not a multiple of n_head=4"), (dict(n_layer=0), "n_layer=0"),
+    (dict(vocab_size=-1), "vocab_size=-1"), (dict(dropout=1.0), "dropout=1.0"),
+])
+def test_an_impossible_config_is_an_error_that_names_the_field(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_config(**changes)
+
+
+# -----------------------------------------------------------------------------
+# weights from and to Hugging Face
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_hf_state_dict_loads_into_hugging_faces_model_and_comes_back_whole(bias):
+    torch.manual_seed(0)
+    ours = GPT(tiny_config(vocab_size=64, bias=bias))  # 61 padded to 64
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(std=0.3)
+    theirs = hf_model(2, 2, 16, 12, 61)
+    exported = ours.hf_state_dict(vocab_size=61)
+    missing, unexpected = theirs.load_state_dict(exported, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and unexpected == []
+    theirs.tie_weights()
+    idx = torch.randint(61, (2, 10))
+    assert torch.allclose(ours(idx, idx)[0][..., :61], theirs(idx).logits, atol=1e-4)
+
+    back = GPT(tiny_config(vocab_size=64, bias=bias))
+    back.load_hf_state_dict(exported)
+    for name, p in back.named_parameters():
+        want = dict(ours.named_parameters())[name].detach().clone()
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            want[61:] = 0
+        assert torch.equal(p, want), name
+
+
+def test_old_files_with_masks_and_without_the_transformer_prefix_load():
+    theirs = hf_model(*SHAPES[1])
+    state_dict = {name.removeprefix("transformer."): t for name, t in theirs.transformer.state_dict().items()}
+    state_dict["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+    state_dict["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    ours = GPT(GPTConfig.from_hf(theirs.config))
+    ours.load_hf_state_dict(state_dict)
+    idx = torch.randint(97, (2, 9))
+    assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_named():
+    state_dict = hf_model(*SHAPES[1]).state_dict()
+    fits = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=97)
+    with pytest.raises(ValueError, match=r"h\.2\.attn.*n_layer=3"):
+        GPT(GPTConfig(**{**fits, "n_layer": 3})).load_hf_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"wpe\.weight has shape \(24, 32\), this GPT's has \(20, 32\)"):
+        GPT(GPTConfig(**{**fits, "block_size": 20})).load_hf_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"wte\.weight has shape \(97, 32\)"):
+        GPT(GPTConfig(**{**fits, "vocab_size": 90})).load_hf_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"bias.* on one side only"):
+        GPT(GPTConfig(**fits, bias=False)).load_hf_state_dict(state_dict)
+    # its own lm_head would be left out in silence
+    untied = {**state_dict, "lm_head.weight": state_dict["lm_head.weight"] + 1}
+    with pytest.raises(ValueError, match="lm_head"):
+        GPT(GPTConfig(**fits)).load_hf_state_dict(untied)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("activation_function", "relu"), ("n_inner", 100), ("scale_attn_by_inverse_layer_idx", True),
+    ("scale_attn_weights", False), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False),
+    ("add_cross_attention", True), ("model_type", "gpt_neo"),
+])
+def test_from_hf_refuses_what_is_not_gpt2(name, value):
+    config = {**GPT2Config(n_embd=32, n_head=4).to_dict(), name: value}
+    with pytest.raises(ValueError, match=name):
+        GPTConfig.from_hf(config)
+
+
+def test_from_hf_takes_the_object_the_dict_and_an_inner_width_of_4c():
+    config = GPT2Config(n_layer=5, n_head=4, n_embd=32, n_positions=77, vocab_size=99, n_inner=128)
+    want = GPTConfig(block_size=77, vocab_size=99, n_layer=5, n_head=4, n_embd=32)
+    assert GPTConfig.from_hf(config) == GPTConfig.from_hf(config.to_dict()) == want
+
+
+def test_from_pretrained_reads_a_folder_that_transformers_saved(tmp_path):
+    theirs = hf_model(*SHAPES[2])
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    idx = torch.randint(256, (2, 39))
+    assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
+
+
+def test_a_damaged_or_incomplete_hugging_face_folder_is_named(tmp_path):
+    hf_model(*SHAPES[0]).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is cut short"):
+        GPT.from_pretrained(str(tmp_path))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        GPT.from_pretrained(str(tmp_path))
+    weights.write_bytes(whole)
+    for contents in ("{", json.dumps({"model_type": "gpt2"})):
+        (tmp_path / "config.json").write_text(contents)
+        with pytest.raises(ValueError, match="config.json"):
+            GPT.from_pretrained(str(tmp_path))
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True,
+                          text=True, timeout=120)
+
+
+DOWNLOAD = "from runtime import run_main; from model import GPT; run_main(lambda: GPT.from_pretrained('gpt2'))"
+
+
+def test_from_pretrained_when_told_to_stay_offline_is_one_line_that_says_what_to_do(tmp_path):
+    done = run_python(DOWNLOAD, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: could not get config.json") and done.stderr.count("\n") == 1
+    assert "local folder" in done.stderr
+
+
+@pytest.mark.slow  # huggingface_hub tries for 24 seconds before it gives up
+def test_from_pretrained_without_internet_names_the_url_and_what_to_do(tmp_path):
+    done = run_python(DOWNLOAD, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: could not get config.json from http://127.0.0.1:9/openai-community/gpt2")
+    assert "local folder" in last
+
+
+def test_importing_model_imports_no_transformers_prints_nothing_and_draws_no_random_numbers():
+    done = run_python("import torch; before = torch.get_rng_state(); import sys, model\n"
+                      "assert torch.equal(before, torch.get_rng_state())\n"
+                      "assert not {'transformers', 'huggingface_hub', 'datasets', 'tiktoken'} & set(sys.modules)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+def test_weights_decay_in_two_dimensions_or_more_and_every_parameter_is_in_one_group():
+    model = GPT(tiny_config())
+    for name in ("adamw", "muon"):
+        optimizers = model.configure_optimizers(1e-3, 0.1, optimizer=name)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        in_groups = [p for group in groups for p in group["params"]]
+        assert len(in_groups) == len({id(p) for p in in_groups}) == len(list(model.parameters()))
+        for group in groups:
+            for p in group["params"]:
+                assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
+
+
+def test_fused_adamw_is_asked_for_on_the_cpu():
+    optimizer, = GPT(tiny_config()).configure_optimizers(1e-3, 0.1)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] is True
+    assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["eps"] == 1e-8
+
+
+def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = GPT(tiny_config())
+    muon, adamw = model.configure_optimizers(1e-3, 0.1, optimizer="muon", embd_lr_ratio=0.25)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muons = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert muons == {f"transformer.h.{i}.{part}.weight" for i in range(2)
+                     for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    scales = {names[id(p)]: group["lr_scale"] for group in adamw.param_groups for p in group["params"]}
+    assert {name for name, scale in scales.items() if scale == 0.25} == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert set(scales.values()) == {0.25, 1.0}
+
+
+def test_two_steps_of_adamw_are_the_formula_worked_out():
+    torch.manual_seed(0)
+    model = GPT(tiny_config())
+    before = {name: p.detach().clone().double() for name, p in model.named_parameters()}
+    optimizer, = model.configure_optimizers(1e-2, 0.1, betas=(0.9, 0.95))
+    gradients = []
+    for _ in range(2):
+        idx, targets = torch.randint(61, (2, 2, 12))
+        optimizer.zero_grad()
+        model(idx, targets)[1].backward()
+        gradients.append({name: p.grad.clone().double() for name, p in model.named_parameters()})
+        optimizer.step()
+    for name, p in model.named_parameters():
+        want, m, v = before[name], 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            g = gradient[name]
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            want = want * (1 - 1e-2 * (0.1 if p.dim() >= 2 else 0.0))
+            want = want - 1e-2 * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.95 ** t)).sqrt() + 1e-8)
+        # where a gradient is as small as eps, float32 and float64 may differ in the update's last digits
+        assert (p.double() - want).abs().max() < 2e-5, name
+
+
+def test_one_step_of_muon_moves_every_matrix_and_lowers_the_loss():
+    torch.manual_seed(0)
+    model = GPT(tiny_config())
+    idx, targets = torch.randint(61, (2, 4, 12))
+    optimizers = model.configure_optimizers(5e-3, 0.0, optimizer="muon")
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = []
+    for _ in range(5):
+        loss = model(idx, targets)[1]
+        losses.append(loss.item())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="sgd.*adamw, muon"):
+        GPT(tiny_config()).configure_optimizers(1e-3, 0.1, optimizer="sgd")
