@@ -18,7 +18,7 @@ from dataclasses import asdict, fields
 
 import torch
 
-from model import GPT, GPTConfig, SIZES
+from model import GPT, GPTConfig, PRETRAINED
 
 # -----------------------------------------------------------------------------
 # one file
@@ -146,19 +146,18 @@ def load_weights(model, weights, source):
 def load_model(source, device="cpu"):
     """(GPT on device, in eval mode; {"step", "val_loss"} where known) from a run folder, a model_*.pt file, a name
     such as "gpt2-xl", or a Hugging Face folder."""
-    info = {}
-    if source in SIZES or os.path.isfile(os.path.join(source, "config.json")) and not saved_steps(source):
-        if not os.path.exists(os.path.join(source, "log.txt")):
-            return GPT.from_pretrained(source).to(device).eval(), info
+    if source in PRETRAINED or os.path.isfile(os.path.join(source, "model.safetensors")):
+        return GPT.from_pretrained(source).to(device).eval(), {}
     path = source
     if os.path.isdir(source):
         steps = steps_of(source, "model")
         if not steps:
-            raise FileNotFoundError(f"{source} holds no checkpoint (model_*.pt) yet; train first, or name another folder")
+            raise FileNotFoundError(f"{source} holds no checkpoint, neither a run's model_*.pt nor Hugging Face's"
+                                    " model.safetensors; train first, or name another folder")
         path, _ = paths(source, max(steps))
     elif not os.path.exists(source):
         raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file,"
-                                f" a Hugging Face folder, or one of {', '.join(n for n in SIZES if n.startswith('gpt2'))}")
+                                f" a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
     contents = load_file(path)
     if not isinstance(contents, dict) or not {"model", "config"} <= contents.keys():
         raise ValueError(f'{path} is no model checkpoint: it lacks "model" and "config"; a run\'s are called model_*.pt')

@@ -79,6 +79,9 @@ SIZES = {
 }
 
 
+PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these
+
+
 def config_for(size, **changes):
     """GPTConfig of a name in SIZES, with any field changed: config_for("gpt2", vocab_size=50304)."""
     if size not in SIZES:
@@ -335,7 +338,7 @@ def hub_file(name_or_folder, filename):
                                     " and model.safetensors")
         return path
     from huggingface_hub import constants, hf_hub_download
-    repo = f"openai-community/{name_or_folder}" if name_or_folder in SIZES else name_or_folder
+    repo = f"openai-community/{name_or_folder}" if name_or_folder in PRETRAINED else name_or_folder
     try:
         return hf_hub_download(repo, filename)
     except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two

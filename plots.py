@@ -85,6 +85,8 @@ def main():
         parser.add_argument("--out", help="picture to write (default: loss.png in the run folder)")
         parser.add_argument("--baselines", action="store_true", help="add GPT-2's loss line (for FineWeb-Edu runs)")
         args = parser.parse_args()
+        if not os.path.isfile(os.path.join(args.run_dir, "log.txt")):
+            raise FileNotFoundError(f"{args.run_dir} has no log.txt; give the folder of a run, log/<exp-name>")
         print(f"wrote {plot_run(args.run_dir, args.out, args.baselines)}")
     run_main(plot)
 

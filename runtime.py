@@ -74,6 +74,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what reads our output has enough: `python sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
+        sys.exit(1)
     except torch.OutOfMemoryError as e:
         print(f"error: out of GPU memory, give a smaller --batch-size ({str(e).splitlines()[0][:120]})", file=sys.stderr)
         sys.exit(2)

@@ -105,4 +105,5 @@ def test_the_command_line_draws_and_its_errors_are_one_line(run_dir, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "log.txt" in done.stderr
     assert done.stderr.count("\n") == 1
     done = run_plots(run_dir, "--output", "x.png")
-    assert done.returncode == 2 and done.stderr == "error: unrecognized arguments: --output x.png; --help lists what is allowed\n"
+    assert done.returncode == 2
+    assert done.stderr == "error: unrecognized arguments: --output x.png; --help lists what is allowed\n"
