@@ -192,13 +192,13 @@ def tokenize(examples, style):
 
     An empty context becomes <|endoftext|>, since a first token needs something to be predicted from.
     """
-    texts = []
+    tokenizer, encoded = get_tokenizer(), []
     for example in examples:
+        # one by one: handing texts as short as these to encode_ordinary_batch's threads takes twice the time
         context, endings = texts_of(example, style)
-        texts += [context, *endings]
-    tokens = [np.array(ids, dtype=np.uint16) for ids in get_tokenizer().encode_ordinary_batch(texts, num_threads=4)]
-    eot = np.array([EOT], dtype=np.uint16)
-    return [(tokens[i] if len(tokens[i]) else eot, tokens[i + 1:i + 5]) for i in range(0, len(tokens), 5)]
+        context, *endings = [np.array(tokenizer.encode_ordinary(text), dtype=np.uint16) for text in (context, *endings)]
+        encoded.append((context if len(context) else np.array([EOT], dtype=np.uint16), endings))
+    return encoded
 
 
 # -----------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def collate(rows):
     return idx, pos, part, predicts, np.concatenate(source), np.concatenate(target), np.concatenate(number)
 
 
-def token_logprobs(x, weight, source, target, slice_size=4096):
+def token_logprobs(x, weight, source, target, slice_size=8192):
     """log p(target[n]) at x[source[n]], (N) float32; x (M, C) float32 hidden states, weight (V, C) the lm_head's.
 
     The logits are made a slice of the vocabulary at a time, so that (M, V) of them never exist.
@@ -323,8 +323,11 @@ def token_logprobs(x, weight, source, target, slice_size=4096):
     return picked - torch.stack(logsumexps).logsumexp(dim=0)[source]
 
 
-def score_batch(model, hidden, rows, dtype):
-    """(numbers of the endings' tokens, their log-probabilities): NumPy, (N) int64 and (N) float64."""
+def score_batch(model, hidden, rows):
+    """(numbers of the endings' tokens, their log-probabilities): NumPy, (N) int64 and (N) float64.
+
+    hidden runs under the caller's autocast, the logits in float32.
+    """
     device = model.lm_head.weight.device
     *arrays, number = collate(rows)
     idx, pos, part, predicts, source, target = (torch.from_numpy(a).to(device) for a in arrays)
@@ -332,9 +335,9 @@ def score_batch(model, hidden, rows, dtype):
     causal = torch.ones((T, T), dtype=torch.bool, device=device).tril()
     # an earlier token of the context, or of the same ending
     attn_mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))            # (B, T, T)
-    with autocast(str(device), dtype):
-        x = hidden(idx, pos, attn_mask.unsqueeze(1))                                                   # (B, T, C)
-    logprobs = token_logprobs(x[predicts].float(), model.lm_head.weight.float(), source, target)
+    x = hidden(idx, pos, attn_mask.unsqueeze(1))                                                       # (B, T, C)
+    with torch.autocast(device.type, enabled=False):
+        logprobs = token_logprobs(x[predicts].float(), model.lm_head.weight.float(), source, target)
     return number, logprobs.cpu().double().numpy()
 
 
@@ -355,13 +358,14 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, watch=No
     sums = np.zeros(4 * len(encoded))
     was_training = model.training
     model.eval()
-    for start in range(0, len(batches), ranks.world_size):
-        i = start + ranks.rank
-        number, logprobs = score_batch(model, hidden or model.hidden, batches[min(i, len(batches) - 1)], dtype)
-        if i < len(batches):
-            np.add.at(sums, number, logprobs)
-        if watch:
-            watch(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
+    with autocast(ranks.device, dtype):  # around all batches: it keeps the weights that it cast until it is left
+        for start in range(0, len(batches), ranks.world_size):
+            i = start + ranks.rank
+            number, logprobs = score_batch(model, hidden or model.hidden, batches[min(i, len(batches) - 1)])
+            if i < len(batches):
+                np.add.at(sums, number, logprobs)
+            if watch:
+                watch(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
     model.train(was_training)
     # every ending was scored on one rank and is 0 on the others: the sum is exact in any order
     total = torch.from_numpy(sums).to(ranks.device, torch.float32 if ranks.device == "mps" else torch.float64)
