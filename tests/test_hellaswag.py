@@ -5,7 +5,6 @@ a plain forward of each row by itself, a local HTTP server that misbehaves.
     .venv/bin/python -m pytest tests/test_hellaswag.py              # offline, CPU
     .venv/bin/python -m pytest tests/test_hellaswag.py -m slow      # needs GPT2_REAL_DATA; the harness: pip install lm_eval
 """
-import functools
 import gzip
 import hashlib
 import http.server
@@ -317,3 +316,258 @@ def test_the_harness_itself_agrees_on_the_raw_examples():
     for name, predicted in zip(("acc", "acc_norm"), right):
         assert [sample[name] for sample in samples] == (predicted == task.labels).astype(float).tolist()
         assert results["lm-eval"][name] == pytest.approx(theirs["results"]["local"][f"{name},none"])
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.parametrize("style", hellaswag.STYLES)
+def test_fast_path_equals_one_row_at_a_time_on_a_thousand_examples(style):
+    model = small_model(50304, block_size=1024)
+    task = hellaswag.prepare(os.path.join(REAL_DATA, "hellaswag_val_cleaned.jsonl.gz"), 1000)
+    np.testing.assert_allclose(sums_of(model, task, style), plain_sums(model, task, style), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_compile_makes_few_graphs_and_changes_nothing(tmp_path):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    model, task = small_model(), set_of(tmp_path, made_up(40))
+    counter = CompileCounterWithBackend("inductor")
+    hidden = torch.compile(model.hidden, dynamic=True, backend=counter)
+    sums = sums_of(model, task, batch_tokens=500, hidden=hidden)
+    np.testing.assert_allclose(sums, sums_of(model, task, batch_tokens=500), atol=1e-4, rtol=0)
+    shapes = {hellaswag.collate(batch)[0].shape for batch in
+              hellaswag.make_batches(hellaswag.pack(task.encoded["completion"], 256)[0], 500)}
+    assert len(shapes) > 6 and counter.frame_count <= 3, (len(shapes), counter.frame_count)
+
+
+# -----------------------------------------------------------------------------
+# the file
+
+def test_gzip_and_plain_files_read_the_same(tmp_path):
+    examples = made_up(3)
+    path = write_jsonl(tmp_path / "a.jsonl", examples)
+    with open(path, "rb") as f, gzip.open(f"{path}.gz", "wb") as g:
+        g.write(f.read())
+    assert list(hellaswag.iterate_examples(path)) == list(hellaswag.iterate_examples(f"{path}.gz")) == examples
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"endings": None}, "lacks 'endings'"), ({"ctx": None}, "lacks 'ctx'"), ({"label": None}, "lacks 'label'"),
+    ({"activity_label": None}, "lacks 'activity_label'"), ({"ctx_a": None}, "ctx_a and ctx_b must both"),
+    ({"label": 4}, "label is 4"), ({"label": ""}, "invalid literal"), ({"ctx": 3}, "ctx is 3, it must be text"),
+    ({"endings": ["a", "b", "c"]}, "four texts"), ({"endings": ["a", "b", " ", "d"]}, "four texts that are not empty")])
+def test_a_line_that_is_no_example_is_named(tmp_path, change, message):
+    examples = made_up(3)
+    examples[1] = {name: value for name, value in {**examples[1], **change}.items() if value is not None}
+    path = write_jsonl(tmp_path / "bad.jsonl", examples)
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 2 is not a HellaSwag example: .*{message}"):
+        hellaswag.prepare(path)
+
+
+def test_malformed_cut_and_absent_files_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", made_up(3))
+    with open(path, "a", encoding="utf-8") as f:
+        f.write('{"ctx": "half a li\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 4 is not a HellaSwag example"):
+        hellaswag.prepare(path)
+    with open(path, "rb") as f, open(f"{path}.gz", "wb") as g:
+        g.write(gzip.compress(f.read())[:-30])
+    with pytest.raises(ValueError, match="bad.jsonl.gz is damaged"):
+        hellaswag.prepare(f"{path}.gz")
+    with pytest.raises(FileNotFoundError, match="python hellaswag.py downloads"):
+        hellaswag.prepare(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="holds no examples"):
+        hellaswag.prepare(write_jsonl(tmp_path / "empty.jsonl", []))
+
+
+def test_labels_may_be_digits_as_on_the_hub(tmp_path):
+    examples = made_up(2)
+    examples[0]["label"] = "3"
+    assert set_of(tmp_path, examples).labels[0] == 3
+
+
+# -----------------------------------------------------------------------------
+# the download
+
+CONTENTS = os.urandom(3000)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of CONTENTS on this machine; server.ranges lists the Range headers it saw. mode: "ok", "no ranges" (sends
+    all), "short" (closes the connection after 1000 bytes), "wrong" (another content), "404"."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.headers.get("Range")
+            self.server.ranges.append(asked)
+            if self.server.mode == "404":
+                return self.send_error(404)
+            start = int(asked[6:-1]) if asked and self.server.mode != "no ranges" else 0
+            if start >= len(CONTENTS):
+                return self.send_error(416)
+            body = bytes(len(CONTENTS)) if self.server.mode == "wrong" else CONTENTS[start:]
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:1000] if self.server.mode == "short" else body)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.mode, server.ranges = "ok", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(hellaswag, "VAL_BYTES", len(CONTENTS))
+    monkeypatch.setattr(hellaswag, "VAL_SHA256", hashlib.sha256(CONTENTS).hexdigest())
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def contents(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+@pytest.mark.parametrize("split", hellaswag.SPLITS)
+def test_download_fetches_once(server, split):
+    path = hellaswag.download(split)
+    assert path == os.path.join("hellaswag", f"hellaswag_{split}.jsonl") and contents(path) == CONTENTS
+    assert hellaswag.download(split) == path and len(server.ranges) == 1
+    assert os.listdir("hellaswag") == [f"hellaswag_{split}.jsonl"]
+
+
+@pytest.mark.parametrize("then", ["ok", "no ranges"])
+def test_a_download_that_broke_off_is_taken_up(server, then):
+    server.mode = "short"
+    with pytest.raises(OSError, match="broke off.* run this again"):
+        hellaswag.download()
+    assert os.listdir("hellaswag") == ["hellaswag_val.jsonl.part"] and contents("hellaswag/hellaswag_val.jsonl.part")
+    server.mode = then
+    assert contents(hellaswag.download()) == CONTENTS
+    assert server.ranges == [None, "bytes=1000-"]
+
+
+def test_a_part_that_is_whole_needs_no_byte_more(server):
+    os.mkdir("hellaswag")
+    with open("hellaswag/hellaswag_val.jsonl.part", "wb") as f:
+        f.write(CONTENTS)
+    assert contents(hellaswag.download()) == CONTENTS
+
+
+def test_a_wrong_file_is_refused_and_removed(server):
+    server.mode = "wrong"
+    with pytest.raises(OSError, match="not the file it should be.*--data FILE"):
+        hellaswag.download()
+    assert os.listdir("hellaswag") == []
+    server.mode = "ok"
+    assert contents(hellaswag.download()) == CONTENTS
+
+
+def test_a_missing_file_and_a_dead_server_name_the_url(server, monkeypatch):
+    server.mode = "404"
+    with pytest.raises(OSError, match="cannot download http://127.0.0.1.*404.*--data FILE"):
+        hellaswag.download()
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:1/")
+    with pytest.raises(OSError, match="cannot download http://127.0.0.1:1/hellaswag_val.jsonl"):
+        hellaswag.download()
+    assert os.listdir("hellaswag") == []
+
+
+# -----------------------------------------------------------------------------
+# training and the command line
+
+def test_training_gets_both_scores_and_absence_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert hellaswag.for_training("off", ALONE) is None and capsys.readouterr().out == ""
+    assert hellaswag.for_training("auto", ALONE) is None
+    assert capsys.readouterr().out.count("\n") == 1
+    path = write_jsonl(tmp_path / "examples.jsonl", made_up(8))
+    model = small_model()
+    results, _, _ = hellaswag.evaluate(model, hellaswag.prepare(path), "float32", ALONE)
+    os.mkdir("hellaswag")
+    os.rename(path, hellaswag.path_of("val"))
+    scores = hellaswag.for_training("auto", ALONE)(model, "float32")
+    assert scores == {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """function(*flags) -> what `python hellaswag.py CHECKPOINT --data EXAMPLES *flags` prints; run in this process."""
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
+    torch.save({"model": model.state_dict(), "config": vars(model.config), "step": 7, "val_loss": 2.5}, "model_00007.pt")
+    write_jsonl("examples.jsonl", made_up(12))
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", "model_00007.pt", "--data", "examples.jsonl", "--device", "cpu",
+                                          "--dtype", "float32", *flags])
+        hellaswag.main()
+        return capsys.readouterr().out
+    return run
+
+
+def test_json_and_out_hold_the_scores(command):
+    result = json.loads(command("--json", "--out", "scores.jsonl", "--batch-tokens", "300"))
+    task = hellaswag.prepare("examples.jsonl")
+    results, sums, _ = hellaswag.evaluate(small_model(), task, "float32", ALONE)
+    assert result["n"] == 12 and result["full"] is False and result["step"] == 7
+    with open("scores.jsonl", encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f]
+    for style in hellaswag.STYLES:
+        assert result[style] == pytest.approx(results[style])
+        np.testing.assert_allclose([line[style]["logprobs"] for line in lines], sums[style], atol=1e-4)
+        for name, predicted in (("acc", "pred"), ("acc_norm", "pred_norm")):
+            right = [line[style][predicted] == line["label"] for line in lines]
+            assert np.mean(right) == pytest.approx(results[style][name])
+
+
+def test_the_line_says_that_a_part_is_not_the_set(command):
+    line = command("--limit", "5")
+    assert "completion: acc 0." in line and "lm-eval: acc 0." in line and "n 5 -- NOT COMPARABLE" in line
+    results = {style: {"acc": 0.3, "acc_norm": 0.3, "acc_norm_stderr": 0.0046} for style in hellaswag.STYLES}
+    assert "NOT" not in hellaswag.summary(results, 10042)
+
+
+def test_show_and_worst_print_losses(command):
+    out = command("--show", "2")
+    task = hellaswag.prepare("examples.jsonl")
+    sums = sums_of(small_model(), task)
+    losses = -sums / task.lengths["completion"]
+    for i in range(2):
+        for k in range(4):
+            assert f"{k} (loss: {losses[i, k]:.4f}) {task.examples[i]['endings'][k]}\n" in out
+    wrong = [i for i in range(12) if losses[i].argmin() != task.labels[i]]
+    margins = {i: losses[i, task.labels[i]] - losses[i].min() for i in wrong}
+    order = sorted(wrong, key=margins.get, reverse=True)
+    assert len(wrong) > 3
+    shown = re.findall(r"^example (\d+):", command("--worst", "3"), re.MULTILINE)
+    assert shown == [str(i) for i in order[:3]]
+    assert len(re.findall(r"^example (\d+):", command("--worst", "12"), re.MULTILINE)) == len(wrong)
+
+
+@pytest.mark.parametrize("flags, message", [(["--limit", "0"], "--limit 0"), (["--batch-tokens", "-1"], "--batch-tokens -1"),
+                                            (["--worst", "-1"], "--worst -1"), (["--dtype", "int8"], "unknown dtype")])
+def test_bad_flags_are_errors(command, flags, message):
+    with pytest.raises(ValueError, match=message):
+        command(*flags)
+
+
+def test_without_a_model_it_downloads_and_no_more(server, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py"])
+    hellaswag.main()
+    assert hellaswag.path_of("val") in capsys.readouterr().out and contents(hellaswag.path_of("val")) == CONTENTS
+
+
+def test_two_ranks_score_as_one(command, tmp_path):
+    expected = json.loads(command("--json", "--batch-tokens", "100"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, os.path.join(ROOT, "hellaswag.py"), "model_00007.pt", "--data", "examples.jsonl", "--device", "cpu",
+         "--dtype", "float32", "--json", "--batch-tokens", "100"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = json.loads(done.stdout)
+    assert {**got, "seconds": 0} == {**expected, "seconds": 0}
