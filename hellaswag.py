@@ -1,86 +1,578 @@
 """
-HellaSwag: sentence completion with four endings, one of them right (Zellers et al. 2019,
-https://github.com/rowanz/hellaswag). Two styles of scoring will be reported; here is the lecture's, "completion".
+HellaSwag: a text and four ways it may go on, one of them right (Zellers et al. 2019, https://arxiv.org/abs/1905.07830,
+data https://github.com/rowanz/hellaswag). The ending that a model finds likeliest is its answer; chance is 0.25.
 
-    {"ind": 24, "activity_label": "Roof shingle removal", "ctx": "A man is sitting on a roof. He", "label": 3,
-     "endings": ["is using wrap ...", "is ripping ...", "is holding ...", "starts pulling ..."], ...}
+    python hellaswag.py gpt2                      # OpenAI's weights; downloads the 10,042 validation examples once
+    python hellaswag.py log/gpt2-124M             # a run's newest checkpoint, a model_*.pt, a Hugging Face folder
+    torchrun --nproc_per_node=8 hellaswag.py gpt2-xl
+    python hellaswag.py                           # only downloads
 
-label: which ending is right. GPT-2 124M has acc_norm 0.2955 over the 10,042 validation examples, 1558M 0.4893.
+An example (one line of the file; label says which ending is right):
+
+    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+     "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap ...", "is ripping ...", ...], ...}
+
+Two styles of scoring are in use, and their numbers must not be mixed; both are reported:
+
+    completion   the lecture's: ctx, then " " + ending; acc by the sum of an ending's log-probabilities, acc_norm by
+                 their mean over its tokens
+    lm-eval      EleutherAI's lm-evaluation-harness, task hellaswag, 0-shot: "activity_label: ctx_a Ctx_b" and endings
+                 without WikiHow's [markup]; acc by the sum, acc_norm by the sum over the ending's characters
+
+acc / acc_norm on the full set:   completion    lm-eval            completion    lm-eval
+                     GPT-2 124M  .2859/.2955  .2892/.3114   1558M  .3842/.4893  .4004/.5089
+
+The four endings share their context, so it goes through the network once: a row is [context, ending 1, ..., ending 4],
+each ending at the positions that follow the context and blind to the other endings. Logits are made only where an
+ending's token is predicted, in float32, over GPT-2's 50257 ids: a vocabulary padded for speed scores as the exported
+model does. Of equally good endings the first is the answer, as the harness has it.
 """
+import argparse
+import contextlib
+import gzip
+import hashlib
+import itertools
 import json
+import math
 import os
+import re
+import sys
+import time
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import get_tokenizer
-from runtime import all_reduce_sum, autocast, print0
+from checkpoint import load_model
+from data import EOT, NUM_TOKENS, get_tokenizer
+from runtime import (all_gather, all_reduce_sum, autocast, choose_dtype, keep_freed_memory, print0, rank0_first, run_main,
+                     setup, teardown)
 
-VAL_FILE = os.path.join("hellaswag", "hellaswag_val.jsonl")
+STYLES = ("completion", "lm-eval")
+
+# -----------------------------------------------------------------------------
+# the data
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
+FOLDER = "hellaswag"
+SPLITS = ("train", "val", "test")
+NUM_EXAMPLES = 10042  # in val, the split that everyone reports
+VAL_BYTES, VAL_SHA256 = 12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+
+
+def path_of(split):
+    """Where download puts a split: "val" -> hellaswag/hellaswag_val.jsonl."""
+    return os.path.join(FOLDER, f"hellaswag_{split}.jsonl")
+
+
+def download(split="val"):
+    """Path of the official file of a split in SPLITS, fetched unless it is there.
+
+    It gets its name when it is whole: of the size that the server announced, and val of the size and sha256 above.
+    A transfer that broke off is taken up where it ended by the next call. Raises OSError naming the URL.
+    """
+    path = path_of(split)
+    if os.path.exists(path):
+        return path
+    os.makedirs(FOLDER, exist_ok=True)
+    url, part = URL + os.path.basename(path), f"{path}.part"
+    announced = fetch(url, part)
+    expected = VAL_BYTES if split == "val" else announced
+    size = os.path.getsize(part)
+    if announced is not None and size < announced:
+        raise OSError(f"{url} broke off after {size:,} of {announced:,} bytes; run this again to fetch the rest")
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if expected not in (None, size) or split == "val" and digest != VAL_SHA256:
+        os.remove(part)
+        raise OSError(f"{url} gave {size:,} bytes with sha256 {digest[:8]}..., not the file it should be"
+                      + (f" ({VAL_BYTES:,} bytes, {VAL_SHA256[:8]}...)" if split == "val" else "")
+                      + "; it was removed. Run this again, or give a good copy with --data FILE")
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part):
+    """Appends what the file part still lacks of url to it; the bytes of the whole as the server says them, or None."""
+    import requests
+    from tqdm import tqdm
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    try:
+        # identity: a compressed body would count other bytes than the file's
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+            if response.status_code == 416:  # nothing lies past what we have
+                return None
+            response.raise_for_status()
+            if response.status_code != 206:
+                have = 0                     # the server knows no ranges and sends it all
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with open(part, "ab" if have else "wb") as f, tqdm(
+                    total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(url)) as bar:
+                for chunk in response.raw.stream(2**20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+                f.flush()
+                os.fsync(f.fileno())
+    except (requests.RequestException, OSError) as e:
+        raise OSError(f"cannot download {url}: {e}. Run this again to go on, or give a copy with --data FILE") from e
+    except Exception as e:  # urllib3 has errors of its own for a body that breaks off
+        if not type(e).__module__.startswith("urllib3"):
+            raise
+        raise OSError(f"{url} broke off: {e}; run this again to fetch the rest") from e
+    return total
+
+
+def check_example(example):
+    """The example with its label as an int; ValueError, KeyError or TypeError for what is not one."""
+    for name in ("ctx", "activity_label"):
+        if not isinstance(example[name], str):
+            raise ValueError(f"{name} is {example[name]!r}, it must be text")
+    endings = example["endings"]
+    if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
+        raise ValueError("endings must be four texts that are not empty")
+    if ("ctx_a" in example) != ("ctx_b" in example):
+        raise ValueError("ctx_a and ctx_b must both be there, or neither")
+    label = int(example["label"])
+    if label not in range(4):
+        raise ValueError(f"label is {label}, it must be 0, 1, 2 or 3")
+    return {**example, "label": label}
 
 
 def iterate_examples(path):
-    """Yields the examples of a .jsonl file; ValueError names the line that is not one."""
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                example = json.loads(line)
-                example["ctx"], example["label"], example["endings"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {number} is not a HellaSwag example: {e!r}") from e
-            yield example
+    """Yields the examples of a .jsonl or .jsonl.gz file; ValueError names the first line that is not one, and why."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no HellaSwag examples at {path}; python hellaswag.py downloads them to {path_of('val')}")
+    number = 0
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        try:
+            for line in f:
+                number += 1
+                yield check_example(json.loads(line))
+        except (EOFError, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path} is damaged after line {number}: {e}") from e
+        except (KeyError, ValueError, TypeError) as e:
+            why = f"it lacks {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"{path}, line {number} is not a HellaSwag example: {why}") from e
 
 
-def render_example(example):
+# -----------------------------------------------------------------------------
+# from examples to tokens
+
+def without_markup(text):
+    """WikiHow's text as the harness cleans it: "Pull. [step] Wait [title] Go" -> "Pull. Wait. Go"."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def split_context(ctx):
+    """(ctx_a, ctx_b) of a ctx that came without them: ctx_b is a last sentence that does not end.
+
+    Example: "A man is sitting on a roof. he" -> ("A man is sitting on a roof.", "he")
+    """
+    head, stop, tail = ctx.rpartition(". ")
+    return (head + ".", tail) if stop and tail.strip() and tail.strip()[-1] not in ".!?" else (ctx, "")
+
+
+def texts_of(example, style):
+    """(context, four endings) as a style has them; context + ending is the text to score."""
+    if style == "completion":
+        return example["ctx"], [" " + ending for ending in example["endings"]]  # GPT-2's words begin with a space
+    ctx_a, ctx_b = (example["ctx_a"], example["ctx_b"]) if "ctx_a" in example else split_context(example["ctx"])
+    # str.capitalize also makes small letters of all the others: the harness's numbers have that in them
+    query = without_markup(f"{example['activity_label']}: {ctx_a} {ctx_b.capitalize()}")
+    context = query.rstrip()  # GPT-2 joins a space to the word that follows it
+    return context, [query[len(context):] + " " + without_markup(ending) for ending in example["endings"]]
+
+
+def tokenize(examples, style):
+    """[(context, [ending, ending, ending, ending]), ...]: each text of texts_of as a 1-D uint16 array.
+
+    An empty context becomes <|endoftext|>, since a first token needs something to be predicted from.
+    """
+    tokenizer, encoded = get_tokenizer(), []
+    for example in examples:
+        # one by one: handing texts as short as these to encode_ordinary_batch's threads takes twice the time
+        context, endings = texts_of(example, style)
+        context, *endings = [np.array(tokenizer.encode_ordinary(text), dtype=np.uint16) for text in (context, *endings)]
+        encoded.append((context if len(context) else np.array([EOT], dtype=np.uint16), endings))
+    return encoded
+
+
+# -----------------------------------------------------------------------------
+# one example, step by step: what is computed below, at its plainest
+
+def render_example(example, style="completion"):
     """(tokens, mask, label) of an example: tokens and mask are (4, N) int64, padded with zeros to the longest row.
 
     A row is the context followed by one ending; mask is 1 on the ending, where the loss counts.
     """
-    tokenizer = get_tokenizer()
-    context = tokenizer.encode_ordinary(example["ctx"])
-    endings = [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]  # GPT-2's words begin with a space
+    (context, endings), = tokenize([example], style)
     N = len(context) + max(len(ending) for ending in endings)
     tokens, mask = torch.zeros((4, N), dtype=torch.long), torch.zeros((4, N), dtype=torch.long)
     for i, ending in enumerate(endings):
-        tokens[i, :len(context) + len(ending)] = torch.tensor(context + ending)
+        tokens[i, :len(context) + len(ending)] = torch.from_numpy(np.concatenate([context, ending]).astype(np.int64))
         mask[i, len(context):len(context) + len(ending)] = 1
     return tokens, mask, example["label"]
 
 
+def ending_losses(tokens, mask, logits):
+    """Summed loss of each ending, (4) float32; logits are (4, N, V), any dtype."""
+    logits = logits[:, :-1, :NUM_TOKENS].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")                  # (4, N-1)
+    return (losses * mask[:, 1:]).sum(dim=1)  # the position before a token predicts it
+
+
 def get_most_likely_row(tokens, mask, logits):
     """Index of the ending with the lowest mean loss a token; logits are (4, N, V), any dtype."""
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")  # (4, N-1)
-    ending = mask[:, 1:]  # the position before a token predicts it
-    mean_loss = (losses * ending).sum(dim=1) / ending.sum(dim=1)                                       # (4)
-    return mean_loss.argmin().item()
+    return (ending_losses(tokens, mask, logits) / mask[:, 1:].sum(dim=1)).argmin().item()
+
+
+# -----------------------------------------------------------------------------
+# many examples, fast
+
+def pack(encoded, block_size):
+    """([(context, [(ending's number, ending), ...]), ...], number of examples cut): what goes into a row each.
+
+    Endings of example i are numbers 4i to 4i+3. A text over block_size + 1 tokens (the last one is only predicted)
+    loses the beginning of its context, as in the harness; endings of one example may then differ in what is left, and
+    each gets a row of its own. Raises ValueError for an ending that fills the block by itself.
+    """
+    rows, num_cut = [], 0
+    for i, (context, endings) in enumerate(encoded):
+        longest = max(len(ending) for ending in endings)
+        if longest > block_size:
+            raise ValueError(f"example {i} has an ending of {longest} tokens; this model's block_size is {block_size}:"
+                             " HellaSwag needs a longer one")
+        if len(context) + longest <= block_size + 1:
+            rows.append((context, [(4 * i + j, ending) for j, ending in enumerate(endings)]))
+            continue
+        num_cut += 1
+        rows += [(context[max(0, len(context) + len(ending) - block_size - 1):], [(4 * i + j, ending)])
+                 for j, ending in enumerate(endings)]
+    return rows, num_cut
+
+
+def width(row):
+    """Positions that a row takes in the network: the last token of an ending predicts nothing."""
+    context, endings = row
+    return len(context) + sum(len(ending) - 1 for _, ending in endings)
+
+
+def make_batches(rows, batch_tokens):
+    """Lists of rows of like width, the widest first: each at most batch_tokens positions with its padding, or one row."""
+    batches, batch, T = [], [], 0
+    for row in sorted(rows, key=width, reverse=True):
+        if not batch or (len(batch) + 1) * T > batch_tokens:
+            batch, T = [], padded(width(row))
+            batches.append(batch)
+        batch.append(row)
+    return batches
+
+
+def padded(T):
+    """T rounded up to a multiple of 16: few different shapes, and ones that matrix units like."""
+    return -(-T // 16) * 16
+
+
+def collate(rows):
+    """One batch as arrays. For the network, (B, T) int64 each:
+
+        idx        [context, ending 1 but its last token, ending 2 ..., padding]
+        pos        0, 1, ... in the context; each ending goes on from the context's end
+        part       0 in the context, 1, 2, ... in the endings, -1 in the padding
+        predicts   True from the context's last token to the row's end: where logits are needed; M positions in all
+
+    For the N tokens of the endings, 1-D: source, the one of the M that predicts it; target, its id; number, whose it is.
+    """
+    shape = len(rows), padded(max(width(row) for row in rows))
+    idx, pos, part = (np.full(shape, fill, dtype=np.int64) for fill in (0, 0, -1))
+    predicts = np.zeros(shape, dtype=bool)
+    source, target, number, M = [], [], [], 0
+    for b, (context, endings) in enumerate(rows):
+        t = len(context)
+        idx[b, :t], pos[b, :t], part[b, :t] = context, np.arange(t), 0
+        for k, (n, ending) in enumerate(endings, 1):
+            here = slice(t, t + len(ending) - 1)
+            idx[b, here] = ending[:-1]
+            pos[b, here] = len(context) + np.arange(len(ending) - 1)
+            part[b, here] = k
+            # the context's last token is the first of this row's M; the ending's own follow from 1 + t - len(context)
+            source.append(np.concatenate([[M], M + 1 + t - len(context) + np.arange(len(ending) - 1)]))
+            target.append(ending.astype(np.int64))
+            number.append(np.full(len(ending), n))
+            t += len(ending) - 1
+        predicts[b, len(context) - 1:t] = True
+        M += 1 + t - len(context)
+    return idx, pos, part, predicts, np.concatenate(source), np.concatenate(target), np.concatenate(number)
+
+
+def token_logprobs(x, weight, source, target, slice_size=8192):
+    """log p(target[n]) at x[source[n]], (N) float32; x (M, C) float32 hidden states, weight (V, C) the lm_head's.
+
+    The logits are made a slice of the vocabulary at a time, so that (M, V) of them never exist.
+    """
+    logsumexps, picked = [], torch.zeros(target.shape, device=x.device)
+    for start, w in zip(range(0, NUM_TOKENS, slice_size), weight[:NUM_TOKENS].split(slice_size)):
+        logits = F.linear(x, w)                                         # (M, slice)
+        logsumexps.append(logits.logsumexp(dim=-1))
+        inside = (target >= start) & (target < start + w.size(0))
+        picked = torch.where(inside, logits[source, (target - start).clamp(0, w.size(0) - 1)], picked)
+    return picked - torch.stack(logsumexps).logsumexp(dim=0)[source]
+
+
+def score_batch(model, hidden, rows):
+    """(numbers of the endings' tokens, their log-probabilities): NumPy, (N) int64 and (N) float64.
+
+    hidden runs under the caller's autocast, the logits in float32.
+    """
+    device = model.lm_head.weight.device
+    *arrays, number = collate(rows)
+    idx, pos, part, predicts, source, target = (torch.from_numpy(a).to(device) for a in arrays)
+    T = idx.size(1)
+    causal = torch.ones((T, T), dtype=torch.bool, device=device).tril()
+    # an earlier token of the context, or of the same ending
+    attn_mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))            # (B, T, T)
+    x = hidden(idx, pos, attn_mask.unsqueeze(1))                                                       # (B, T, C)
+    with torch.autocast(device.type, enabled=False):
+        logprobs = token_logprobs(x[predicts].float(), model.lm_head.weight.float(), source, target)
+    return number, logprobs.cpu().double().numpy()
 
 
 @torch.no_grad()
-def evaluate(model, examples, dtype, ranks):
-    """acc_norm of examples (a list) in the completion style; each rank scores a part of them."""
+def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, watch=None):
+    """(sums, number of examples cut): sums (n, 4) float64, the summed log-probability of each ending, on every rank.
+
+    encoded: from tokenize. The ranks share the batches out; each runs equally many, as sharded weights need it.
+    batch_tokens: positions in the network at a time. hidden: model.hidden or a compiled one. watch(this rank's sums so
+    far, fraction done) is called after each batch.
+    """
+    if model.config.vocab_size < NUM_TOKENS:
+        raise ValueError(f"the model's vocabulary has {model.config.vocab_size} tokens, GPT-2's text {NUM_TOKENS}:"
+                         " HellaSwag cannot be scored")
+    batch_tokens = batch_tokens or (4096 if ranks.device == "cpu" else 32768)
+    rows, num_cut = pack(encoded, model.config.block_size)
+    batches = make_batches(rows, batch_tokens)
+    sums = np.zeros(4 * len(encoded))
+    was_training = model.training
     model.eval()
-    correct = 0
-    for example in examples[ranks.rank::ranks.world_size]:
-        tokens, mask, label = (t.to(ranks.device) if torch.is_tensor(t) else t for t in render_example(example))
-        with autocast(ranks.device, dtype):
-            logits, _ = model(tokens, tokens)  # with targets: the logits of every position
-        correct += get_most_likely_row(tokens, mask, logits) == label
-    model.train()
-    return all_reduce_sum(torch.tensor(correct, device=ranks.device), ranks).item() / len(examples)
+    with autocast(ranks.device, dtype):  # around all batches: it keeps the weights that it cast until it is left
+        for start in range(0, len(batches), ranks.world_size):
+            i = start + ranks.rank
+            number, logprobs = score_batch(model, hidden or model.hidden, batches[min(i, len(batches) - 1)])
+            if i < len(batches):
+                np.add.at(sums, number, logprobs)
+            if watch:
+                watch(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
+    model.train(was_training)
+    # every ending was scored on one rank and is 0 on the others: the sum is exact in any order
+    total = torch.from_numpy(sums).to(ranks.device, torch.float32 if ranks.device == "mps" else torch.float64)
+    return all_reduce_sum(total, ranks).cpu().double().numpy().reshape(-1, 4), num_cut
+
+
+# -----------------------------------------------------------------------------
+# the score
+
+@dataclass
+class HellaSwag:
+    """A set of examples, tokenized: kept in memory, it is scored again and again in training."""
+    examples: list   # dicts, as in the file
+    labels: object   # (n) int64
+    encoded: dict    # style -> what tokenize returns
+    lengths: dict    # style -> (n, 4) float64: tokens (completion) or characters (lm-eval) of the endings
+
+
+def prepare(path, limit=None):
+    """The HellaSwag of a .jsonl(.gz) file, or of its first limit examples."""
+    examples = list(itertools.islice(iterate_examples(path), limit))
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    encoded = {style: tokenize(examples, style) for style in STYLES}
+    lengths = {"completion": np.array([[len(ending) for ending in endings] for _, endings in encoded["completion"]], float),
+               "lm-eval": np.array([[len(without_markup(e)) for e in example["endings"]] for example in examples], float)}
+    return HellaSwag(examples, np.array([example["label"] for example in examples]), encoded, lengths)
+
+
+def predictions(sums, lengths):
+    """(by sum, by norm): the most likely ending of each example, (n) int64 each; the first of equals.
+
+    An ending without a character (lm-eval, nothing but markup) has the norm minus infinity.
+    """
+    with np.errstate(divide="ignore"):
+        return sums.argmax(axis=1), (sums / lengths).argmax(axis=1)
+
+
+def figures(sums, lengths, labels):
+    """{"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} of (n, 4) log-probabilities; the errors as the harness's."""
+    result = {}
+    for name, predicted in zip(("acc", "acc_norm"), predictions(sums, lengths)):
+        p = float((predicted == labels).mean())
+        result[name], result[f"{name}_stderr"] = p, math.sqrt(p * (1 - p) / max(1, len(labels) - 1))
+    return result
+
+
+def evaluate(model, hellaswag, dtype, ranks, batch_tokens=None, hidden=None, bar=False):
+    """({style: figures}, {style: sums (n, 4)}, {style: number of examples cut}), the same on every rank."""
+    results, sums, num_cut = {}, {}, {}
+    for style in STYLES:
+        lengths, labels = hellaswag.lengths[style], hellaswag.labels
+        with progress(style, lengths, labels, bar) as watch:
+            sums[style], num_cut[style] = score(model, hellaswag.encoded[style], dtype, ranks, batch_tokens, hidden, watch)
+        results[style] = figures(sums[style], lengths, labels)
+    return results, sums, num_cut
+
+
+@contextlib.contextmanager
+def progress(style, lengths, labels, shown):
+    """A progress bar with the running acc_norm of this rank's examples, as score's watch; None when not shown."""
+    if not shown:
+        yield None
+        return
+    from tqdm import tqdm
+    with tqdm(total=100, desc=style, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        def watch(sums, fraction):
+            done = (sums < 0).all(axis=1)
+            if done.any():
+                bar.set_postfix_str(f"acc_norm {figures(sums[done], lengths[done], labels[done])['acc_norm']:.4f}", False)
+            bar.update(100 * fraction - bar.n)
+        yield watch
 
 
 def for_training(source, ranks):
-    """function(raw_model, dtype) -> acc_norm for the training loop, or None where HellaSwag is off.
+    """function(raw_model, dtype) -> {"hella": completion acc_norm, "hella_lm_eval": lm-eval acc_norm}, or None if off.
 
-    source: a .jsonl file, "auto" (VAL_FILE if it is there; its absence is said once) or "off".
+    source: a .jsonl(.gz) file, "auto" (the downloaded validation set; its absence is said once) or "off".
     """
     if source == "off":
         return None
     if source == "auto":
-        if not os.path.exists(VAL_FILE):
-            print0(f"HellaSwag is off: {VAL_FILE} is not there. Download hellaswag_val.jsonl from"
-                   " https://github.com/rowanz/hellaswag (data/), or give --hellaswag FILE")
+        source = path_of("val")
+        if not all(all_gather(os.path.exists(source), ranks)):
+            print0(f"HellaSwag is off: {source} is not there. Download it with python hellaswag.py, or give --hellaswag FILE")
             return None
-        source = VAL_FILE
-    examples = list(iterate_examples(source))
-    return lambda model, dtype: evaluate(model, examples, dtype, ranks)
+    hellaswag = prepare(source)
+
+    def score_hellaswag(raw_model, dtype):
+        results, _, _ = evaluate(raw_model, hellaswag, dtype, ranks)
+        return {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
+    return score_hellaswag
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def summary(results, n):
+    """One line: every figure, its standard error, n, and whether that is the set that others report."""
+    parts = [f"{style}: acc {r['acc']:.4f} acc_norm {r['acc_norm']:.4f} (s.e. {r['acc_norm_stderr']:.4f})"
+             for style, r in results.items()]
+    note = "" if n == NUM_EXAMPLES else f" -- NOT COMPARABLE with published figures, which are of all {NUM_EXAMPLES:,}"
+    return f"HellaSwag | {' | '.join(parts)} | n {n:,}{note}"
+
+
+def write_examples(path, hellaswag, sums):
+    """--out: a line of JSON an example, {"ind", "label", style: {"logprobs": [4], "lengths": [4], "pred", "pred_norm"}}.
+
+    logprobs are sums over an ending's tokens, in nats; lengths what acc_norm divides them by.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    predicted = {style: predictions(sums[style], hellaswag.lengths[style]) for style in STYLES}
+    with open(temporary, "w", encoding="utf-8") as f:
+        for i, example in enumerate(hellaswag.examples):
+            line = {"ind": example.get("ind", i), "label": example["label"]}
+            for style in STYLES:
+                line[style] = {"logprobs": sums[style][i].tolist(), "lengths": hellaswag.lengths[style][i].tolist(),
+                               "pred": int(predicted[style][0][i]), "pred_norm": int(predicted[style][1][i])}
+            f.write(json.dumps(line) + "\n")
+    os.replace(temporary, path)
+
+
+def print_example(hellaswag, sums, i):
+    """Prints example i with the mean loss a token of its endings, completion style."""
+    example, losses = hellaswag.examples[i], -sums["completion"][i] / hellaswag.lengths["completion"][i]
+    print(f"---\nexample {example.get('ind', i)}: {example['ctx']}")
+    for k, ending in enumerate(example["endings"]):
+        print(f"{k} (loss: {losses[k]:.4f}) {ending}")
+    print(f"predicted: {losses.argmin()}, actual: {example['label']}")
+
+
+def worst(hellaswag, sums, K):
+    """Indices of the K examples that the model is surest and wrong about, completion style, the worst first.
+
+    Sure: the loss a token of the right ending, less that of the predicted one.
+    """
+    losses = -sums["completion"] / hellaswag.lengths["completion"]
+    margin = losses[np.arange(len(losses)), hellaswag.labels] - losses.min(axis=1)
+    return [int(i) for i in np.argsort(-margin, kind="stable")[:K] if margin[i] > 0]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="HellaSwag score of a GPT-2.", allow_abbrev=False)
+    parser.add_argument("source", nargs="?", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder;"
+                        " without it the examples are downloaded and no more")
+    parser.add_argument("--data", help=f"examples, .jsonl or .jsonl.gz (default: {path_of('val')}, downloaded once)")
+    parser.add_argument("--limit", type=int, help="score the first examples only")
+    parser.add_argument("--batch-tokens", type=int, help="positions in the network at a time (default: 4096, on a GPU 32768)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for itself on large sets")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--out", help="write each example's log-probabilities and predictions to this .jsonl file")
+    parser.add_argument("--show", type=int, default=0, metavar="K", help="print the first K examples with their losses")
+    parser.add_argument("--worst", type=int, default=0, metavar="K", help="print the K it is surest and wrong about")
+    args = parser.parse_args()
+    for name, least in (("limit", 1), ("batch_tokens", 1), ("show", 0), ("worst", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")
+    return args
+
+
+def run(args, ranks):
+    """Scores args.source and prints what was asked for, on rank 0."""
+    with rank0_first(ranks):  # one downloads, the others find the file
+        path = args.data or download("val")
+    if args.source is None:
+        print0(f"HellaSwag's examples: {path}")
+        return
+    hellaswag = prepare(path, args.limit)
+    model, info = load_model(args.source, ranks.device)
+    hidden = torch.compile(model.hidden, dynamic=True) if args.compile else None
+    dtype = choose_dtype(args.dtype, ranks.device)
+    start = time.perf_counter()
+    results, sums, num_cut = evaluate(model, hellaswag, dtype, ranks, args.batch_tokens, hidden, ranks.master_process)
+    seconds, n = time.perf_counter() - start, len(hellaswag.examples)
+    if not ranks.master_process:
+        return
+    for i in range(min(args.show, n)):
+        print_example(hellaswag, sums, i)
+    for i in worst(hellaswag, sums, args.worst):
+        print_example(hellaswag, sums, i)
+    if args.out:
+        write_examples(args.out, hellaswag, sums)
+    notes = [f"{num_cut[style]} examples over the model's block lost the beginning of their context ({style})"
+             for style in STYLES if num_cut[style]]
+    if without := sum("ctx_a" not in example for example in hellaswag.examples):
+        notes.append(f"{without} examples lack ctx_a and ctx_b: lm-eval's text was made from ctx")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"source": args.source, **info, "data": path, "n": n, "full": n == NUM_EXAMPLES, "dtype": dtype,
+                          "seconds": round(seconds, 3), "cut": num_cut, **results}))
+    else:
+        print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}")
+
+
+def main():
+    args = parse_args()
+    keep_freed_memory()
+    ranks = setup(args.device)
+    try:
+        run(args, ranks)
+    finally:
+        teardown()
+
+
+if __name__ == "__main__":
+    run_main(main)

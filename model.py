@@ -105,14 +105,15 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, attn_mask=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # flash attention: softmax(q k^T / sqrt(hs)) v without ever storing the (T, T) matrix
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).contiguous().view(B, T, C)                # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -140,9 +141,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
+    def forward(self, x, attn_mask=None):
         # pre-norm: the residual stream itself is never normalised, so gradients reach the embeddings unchanged
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), attn_mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -178,6 +179,18 @@ class GPT(nn.Module):
             for c_proj in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def hidden(self, idx, pos, attn_mask=None):
+        """What the lm_head reads: (B, T, C) for tokens idx (B, T) at positions pos, (T) or (B, T), both int64.
+
+        attn_mask (B, 1, T, T) bool, True where a token (dim 2) may look at another (dim 3), takes the causal mask's
+        place: several texts can share a row, or texts a beginning. T may then exceed block_size, positions may not.
+        """
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, attn_mask)
+        return self.transformer.ln_f(x)
+
     def forward(self, idx, targets=None):
         """Logits for idx (B, T) int64, and the mean cross entropy when targets (B, T) int64 are given.
 
@@ -188,12 +201,7 @@ class GPT(nn.Module):
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens; this model's block_size is {self.config.block_size}")
-        pos = torch.arange(T, device=idx.device)                        # (T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+        x = self.hidden(idx, torch.arange(T, device=idx.device))        # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
         logits = self.lm_head(x)                                        # (B, T, V)

@@ -293,7 +293,7 @@ def training_loop(run):
             val_loss = evaluate_loss(raw_model, run.val_stream, loader.B, loader.T, config.val_tokens, run.dtype, ranks)
             report(run.log, step, val=val_loss)
         if run.score_hellaswag and due(step, config.hella_every, run):
-            report(run.log, step, hella=run.score_hellaswag(raw_model, run.dtype))
+            report(run.log, step, **run.score_hellaswag(raw_model, run.dtype))
         if due(step, config.sample_every, run):
             print_samples(raw_model, config.prompt, run.dtype, ranks)
         if due(step, config.save_every, run) and step > 0:
