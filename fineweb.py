@@ -13,9 +13,9 @@ https://github.com/karpathy/build-nanogpt does) and manifest.json:
 
     version, tokenizer, source, shard_size, val_tokens, max_tokens, format, text_column, skip_bad_files: what was asked
     shards      [{file, split, tokens, documents (that begin in it), sha256}, ...] in order
-    next        where the next shard begins: split; file, piece (a part of it: a row group, some lines), token (of the
-                piece); skipped documents before that piece
-    bad_files   [{file, error}, ...] left out with --skip-bad-files
+    next        where the next shard begins: its split; file (from 0), number (of a piece of it: a row group, some
+                lines), token (of the piece); skipped: documents before that piece that were empty or no text
+    bad_files   [{file, name, error}, ...] left out from there on with --skip-bad-files
     complete    true once all is written
 
 Interrupted at any moment, the same command goes on after the last finished shard; the bytes are those of an
@@ -92,8 +92,7 @@ def encode(texts, begins=True):
         tokens = np.concatenate([[EOT] if begins else [], ordinary])
     else:
         return np.concatenate([encode([text], begins or i > 0) for i, text in enumerate(texts)])
-    if tokens.max(initial=0) >= NUM_TOKENS:
-        raise ValueError(f"the tokenizer gave id {tokens.max()}; shards hold ids below {NUM_TOKENS} in 16 bits")
+    assert tokens.max(initial=0) < NUM_TOKENS, f"id {tokens.max()} does not belong to GPT-2: shards hold 16 bits a token"
     return tokens.astype(np.uint16)
 
 
@@ -134,8 +133,8 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
                 shard, split, n = np.empty(shard_size, dtype=np.uint16), next_split, len(rest)
                 shard[:n] = rest
     if split == "val":
-        raise ValueError(f"the source ends after {val_total:,} tokens, all of them within the val split, which ends at a"
-                         f" document's end; give a smaller --val-tokens (now {val_tokens:,}), or more documents")
+        raise ValueError(f"nothing is left to train on: all {val_total:,} tokens are in the val split, which ends with a"
+                         f" document; give a smaller --val-tokens (now {val_tokens:,}), or more documents")
     if n > 0:
         yield split, shard[:n], split
 
@@ -158,7 +157,8 @@ class Source:
     names: list          # of the files
     sizes: list          # bytes, on disk or on the Hub
     open: object         # function: name -> binary file
-    rows: object = None  # instead, for formats only the datasets library reads: function -> an iterable of rows
+    rows: object = None  # instead, for formats only the datasets library reads: function of the column -> lists of texts
+    retry: object = staticmethod(lambda function: function())  # calls what reads, again when the network failed
 
 
 def text_column(schema, column, name):
@@ -187,12 +187,16 @@ def read_row_group(open_file, metadata, i, column):
             yield batch.column(0).to_pylist()
 
 
-def parquet_pieces(open_file, name, column):
-    """(function that reads a piece, True) for every row group; a large one comes in small pieces, read here."""
+def read_footer(open_file, name, column):
+    """Metadata of a parquet file, after a check that it has a column of text."""
     with open_file() as f:
         file = pq.ParquetFile(f)
-        metadata = file.metadata
         text_column(file.schema_arrow, column, name)
+        return file.metadata
+
+
+def parquet_pieces(open_file, metadata, column):
+    """(function that reads a piece, True) for every row group; a large one comes in small pieces, read here."""
     for i in range(metadata.num_row_groups):
         read = functools.partial(read_row_group, open_file, metadata, i, column)
         if text_bytes(metadata, column, i) <= PIECE_BYTES:
@@ -267,7 +271,8 @@ def file_pieces(source, i, column):
     open_file = functools.partial(source.open, name)
     stem, suffix = os.path.splitext(name)
     if suffix == ".parquet":
-        yield from parquet_pieces(open_file, name, column)
+        metadata = source.retry(functools.partial(read_footer, open_file, name, column))
+        yield from parquet_pieces(open_file, metadata, column)
         return
     with open_file() as f:
         if suffix in CODECS:
@@ -318,8 +323,8 @@ def patiently(function):
             response = getattr(e, "response", None)
             if wait is None or response is not None and response.status_code < 500 and response.status_code not in (408, 429):
                 what = " ".join(str(e).split())[:200] or type(e).__name__
-                raise ValueError(f"the Hub does not give what was asked for ({what}). Finished shards are kept: run the same"
-                                 " command again later, or copy the files here by other means and name them with --input") from e
+                raise ValueError(f"the Hub does not give what was asked for ({what}). Finished shards are kept: run the"
+                                 " same command again later, or copy the files here and name them with --input") from e
             tqdm.write(f"the Hub: {type(e).__name__} {str(e).splitlines()[0][:120]}; trying again in {wait} s")
             time.sleep(wait)
 
@@ -348,13 +353,13 @@ def hub_source(dataset, name, split, revision, commit=None):
                 if column not in batch:
                     raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(batch)}: --text-column")
                 yield batch[column]
-        return Source(description, [dataset], [sum(sizes)], None, rows)
+        return Source(description, [dataset], [sum(sizes)], None, rows, patiently)
 
     def open_file(path):
         # a whole row group in one request; of other files, blocks in order
         cache = "none" if path.endswith(".parquet") else "readahead"
         return HfFileSystem().open(f"datasets/{dataset}@{commit}/{path}", "rb", cache_type=cache)
-    return Source(description, paths, sizes, open_file)
+    return Source(description, paths, sizes, open_file, None, patiently)
 
 
 # -----------------------------------------------------------------------------
@@ -398,7 +403,14 @@ def tokenize(piece):
         for texts in piece.read():
             kept = [text for text in texts if isinstance(text, str) and text]
             skipped += len(texts) - len(kept)
-            parts.append(encode(kept, piece.begins) if kept else parts[0])
+            try:
+                parts.append(encode(kept, piece.begins) if kept else parts[0])
+            except ValueError:  # hundreds of thousands of blanks on end are more than tiktoken's pattern can match
+                for text in kept:
+                    try:
+                        parts.append(encode([text], piece.begins))
+                    except ValueError:
+                        skipped += 1
     except (BadFile, *READ_ERRORS) as e:
         if not is_damage(e):
             raise
@@ -421,7 +433,8 @@ class Results:
         bad, started, size = {}, time.perf_counter(), 0
         wanted = pieces(self.source, self.manifest["text_column"], bad, self.manifest["next"]["file"],
                         self.manifest["next"]["number"])
-        for piece, tokens, skipped, text_size, error in map_in_order(tokenize, wanted, self.workers, self.workers + 4):
+        for piece, tokens, skipped, text_size, error in map_in_order(
+                lambda piece: self.source.retry(functools.partial(tokenize, piece)), wanted, self.workers, self.workers + 4):
             if piece.file in bad:
                 continue
             if error is not None:
@@ -457,26 +470,30 @@ class Results:
 
 def estimate_tokens(source, column):
     """About how many tokens a source has, rather fewer than more: from the first file, where the format tells."""
-    tokens_per_byte = 0.2  # of English text, about 4.5 bytes a token
-    if source.names[0].endswith(".parquet"):
-        def first_file():
-            with source.open(source.names[0]) as f:
-                file = pq.ParquetFile(f)
-                metadata, ratio = file.metadata, 0.2
-                text_column(file.schema_arrow, column, source.names[0])
-                sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
-                if "token_count" in file.schema_arrow.names and metadata.num_row_groups:  # FineWeb's, by GPT-2's tokenizer
-                    counts = file.read_row_group(0, columns=["token_count"])["token_count"].to_numpy()
-                    ratio = counts.sum() / max(1, sizes[0])
-                return ratio * sum(sizes) / source.sizes[0]
+    name, tokens_per_byte = source.names[0], 0.2  # of English text, about 4.5 bytes a token
+    if name.endswith(".parquet"):
+        open_file = functools.partial(source.open, name)
         try:
-            tokens_per_byte = patiently(first_file)
+            metadata = source.retry(functools.partial(read_footer, open_file, name, column))
+            counts = source.retry(functools.partial(token_counts, open_file)) if metadata.num_row_groups else None
         except READ_ERRORS as e:
             if not is_damage(e):
                 raise
-    elif source.names[0].endswith(tuple(CODECS)):
+            return 0  # the reading proper will say what is wrong with it
+        sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
+        per_byte = counts / sizes[0] if counts else tokens_per_byte
+        tokens_per_byte = per_byte * sum(sizes) / source.sizes[0]
+    elif name.endswith(tuple(CODECS)):
         tokens_per_byte *= 2  # compressed to half, or less
     return int(tokens_per_byte * sum(source.sizes))
+
+
+def token_counts(open_file):
+    """Sum of FineWeb's column token_count (by GPT-2's tokenizer) in the first row group, or None if there is none."""
+    with open_file() as f:
+        file = pq.ParquetFile(f)
+        if "token_count" in file.schema_arrow.names:
+            return int(file.read_row_group(0, columns=["token_count"])["token_count"].to_numpy().sum())
 
 
 def save_manifest(out, manifest):
@@ -514,9 +531,11 @@ def open_manifest(out, asked):
                              " overwrite; choose another --out")
         return {"version": VERSION, **asked, "shards": [], "bad_files": [], "complete": False,
                 "next": {"split": "val", "file": 0, "number": 0, "token": 0, "skipped": 0}}
-    was, now = ({**m, **m["source"]} for m in (manifest, asked))
-    different = [f"{key} was {shorten(was.get(key))}, is {shorten(now.get(key))}" for key in sorted({**asked, **was, **now})
-                 if key in {**asked, **asked["source"], **manifest["source"]} and key != "source" and was.get(key) != now.get(key)]
+    if not manifest["shards"]:
+        return {**manifest, **asked}
+    was, now = ({**{key: m.get(key) for key in asked}, **m["source"]} for m in (manifest, asked))
+    different = [f"{key} was {shorten(was.get(key))}, is {shorten(now.get(key))}" for key in {**was, **now}
+                 if key != "source" and was.get(key) != now.get(key)]
     if different:
         raise ValueError(f"{out} was begun with other flags or another source: {'; '.join(different)}. Use the same ones to"
                          " go on, or another --out")
@@ -556,8 +575,9 @@ def make_shards(source, asked, out, workers):
     if manifest["complete"]:
         return manifest
     os.makedirs(out, exist_ok=True)
-    for name in os.listdir(out):
-        if re.fullmatch(r".*_(train|val)_\d+\.(npy|bin)\.\d+\.tmp", name):  # a shard that was not finished
+    save_manifest(out, manifest)
+    for name in set(os.listdir(out)) - {shard["file"] for shard in manifest["shards"]}:
+        if re.fullmatch(r".*_(train|val)_\d+\.(npy|bin)(\.\d+\.tmp)?", name):  # a shard that was being written
             os.remove(os.path.join(out, name))
     done = sum(shard["tokens"] for shard in manifest["shards"])
     total = min(manifest["max_tokens"] or 1 << 62, estimate_tokens(source, manifest["text_column"]))
@@ -627,10 +647,10 @@ def verify(out):
     for split, (documents, tokens, size) in counts.items():
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {size / max(1, tokens - documents):.3f} bytes a token")
     lengths = np.concatenate([*lengths, [open_document]])[1:]  # the first is what stands before the first document: nothing
-    print(f"tokens a document: shortest {lengths.min():,}, median {int(np.median(lengths)):,}, mean {lengths.mean():,.0f},"
-          f" longest {lengths.max():,}")
-    print(f"{out}: {len(manifest['shards'])} shards, every count and sha256 as written; {manifest['next']['skipped']:,} documents"
-          f" were empty or no text, {len(manifest['bad_files'])} files left out in whole or in part")
+    print(f"tokens a document: shortest {lengths.min():,}, median {int(np.median(lengths)):,},"
+          f" mean {lengths.mean():,.0f}, longest {lengths.max():,}")
+    print(f"{out}: {len(manifest['shards'])} shards, every count and sha256 as written; {manifest['next']['skipped']:,}"
+          f" documents were empty or no text, {len(manifest['bad_files'])} files left out in whole or in part")
 
 
 def download_prepared(repo, out, revision, max_tokens):
@@ -653,8 +673,7 @@ def download_prepared(repo, out, revision, max_tokens):
         if not os.path.exists(path) or os.path.getsize(path) != sizes[name]:
             patiently(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=info.sha, local_dir=out))
         shard = open_shard(path)
-        documents = sum(int(np.count_nonzero(np.fromfile(path, dtype="<u2", count=1 << 22, offset=shard.offset + 2 * start) == EOT))
-                        for start in range(0, shard.tokens, 1 << 22))
+        documents = int(np.count_nonzero(np.fromfile(path, dtype="<u2", offset=shard.offset) == EOT))
         shards.append({"file": name, "split": "val" if "_val_" in name else "train", "tokens": shard.tokens,
                        "documents": documents, "sha256": sha256_of(path)})
         tokens += shard.tokens
@@ -695,7 +714,8 @@ def parse_args(argv=None):
             args.out = args.out or f"edu_fineweb{sample[1]}"
     if not args.out and not args.verify:
         raise ValueError("--out is missing: the folder that the shards go to")
-    args.workers = args.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.workers = args.workers or cores
     return args
 
 
@@ -719,7 +739,7 @@ def main():
     workers = args.workers if args.input else 2 * args.workers  # half of them wait for the network
     manifest = make_shards(source, asked, args.out, workers)
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; train on them: python train_gpt2.py --data {args.out}")
+    print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; python train_gpt2.py --data {args.out}")
 
 
 if __name__ == "__main__":

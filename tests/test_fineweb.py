@@ -1,0 +1,456 @@
+"""
+fineweb.py: packing, sources, continuation, faults.
+
+    python -m pytest tests/test_fineweb.py               # seconds; --run with -m slow for the twenty kills
+    GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # with DIR/fineweb_edu_like/*.parquet too
+
+Offline: text is made in tmp_path, the Hub is an HTTP server of this file on 127.0.0.1. The outside truth is tiktoken,
+document by document, and a packing written over Python lists.
+"""
+import gzip
+import http.server
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import fineweb
+from data import EOT, get_tokenizer
+
+ROOT = os.path.dirname(os.path.abspath(fineweb.__file__))
+WORDS = "the of a model learns tokens, 1984 naïve 北京 \n\n  don't x=1; emoji 🤖 end.".split(" ")
+
+
+def make_texts(n, seed=0):
+    """n documents of very different length, reproducible."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.choice((1, 5, 40, 400)))) or "x" for _ in range(n)]
+
+
+def write_parquet(path, texts, rows=20, **columns):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), **columns}), path, row_group_size=rows)
+
+
+def true_tokens(texts):
+    """The stream that the shards should hold, by tiktoken, one document at a time."""
+    return [t for text in texts for t in [EOT, *get_tokenizer().encode_ordinary(text)]]
+
+
+def read_stream(out):
+    """(val tokens, train tokens) as data.py reads them."""
+    return [data.TokenStream(data.find_shards(out, split)).read(0, len(data.TokenStream(data.find_shards(out, split)))).tolist()
+            for split in ("val", "train")]
+
+
+def contents(out):
+    """{file name: bytes} of a finished folder; unfinished files count too."""
+    return {name: open(os.path.join(out, name), "rb").read() for name in sorted(os.listdir(out))}
+
+
+def command(*args, **env):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=120)
+
+
+def run(monkeypatch, *args):
+    """fineweb.main() in this process."""
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, args)])
+    fineweb.main()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """(folder with two parquet files, their texts)."""
+    texts = make_texts(120)
+    os.makedirs(tmp_path / "corpus")
+    write_parquet(tmp_path / "corpus" / "000.parquet", texts[:70])
+    write_parquet(tmp_path / "corpus" / "001.parquet", texts[70:])
+    return tmp_path / "corpus", texts
+
+
+# -----------------------------------------------------------------------------
+# packing
+
+def naive_pack(stream, shard_size, val_tokens):
+    """[(split, tokens), ...] of pack's docstring, over a whole list."""
+    borders = [i for i, t in enumerate(stream) if t == EOT]
+    end = None
+    if len(stream) >= val_tokens:
+        first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
+        inside = [b for b in borders if first <= b < val_tokens and b > 0]
+        after = [b for b in borders if b >= val_tokens]
+        end = inside[-1] if inside else after[0] if after else None
+    if end is None:
+        return None
+    shards = [("val", stream[i:min(i + shard_size, end)]) for i in range(0, end, shard_size)]
+    return shards + [("train", stream[i:i + shard_size]) for i in range(end, len(stream), shard_size)]
+
+
+def cut(stream, cuts):
+    places = [0, *sorted(c % (len(stream) + 1) for c in cuts), len(stream)]
+    return [np.array(stream[a:b], dtype=np.uint16) for a, b in zip(places, places[1:])]
+
+
+documents = st.lists(st.integers(0, 35).map(lambda n: [EOT, *range(n)]), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents, st.integers(1, 45), st.lists(st.integers(0, 400), max_size=6), st.integers(2, 12))
+def test_pack_equals_a_naive_packing_however_the_stream_is_cut(documents, val_tokens, cuts, shard_size):
+    stream = [t for document in documents for t in document]
+    expected = naive_pack(stream, shard_size, val_tokens)
+    if expected is None:
+        with pytest.raises(ValueError, match="--val-tokens"):
+            list(fineweb.pack(cut(stream, cuts), shard_size, val_tokens))
+        return
+    shards = list(fineweb.pack(cut(stream, cuts), shard_size, val_tokens))
+    assert [(split, tokens.tolist()) for split, tokens, _ in shards] == expected
+    # begun again after any shard, it gives the rest
+    for i in range(1, len(shards)):
+        done = sum(len(tokens) for _, tokens, _ in shards[:i])
+        rest = fineweb.pack(cut(stream[done:], cuts), shard_size, val_tokens, shards[i - 1][2], done)
+        assert [(split, tokens.tolist()) for split, tokens, _ in rest] == expected[i:]
+
+
+def test_pack_of_the_docstring():
+    chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
+    shards = [(split, tokens.tolist()) for split, tokens, _ in fineweb.pack([chunk], 5, 5)]
+    assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
+
+
+# -----------------------------------------------------------------------------
+# tokens
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(min_size=1) | st.sampled_from([" <|endoftext|> ", "<|endoftext|", "|>", "a \n", " b", "\ud800"]),
+                min_size=1, max_size=6))
+def test_documents_tokenized_together_equal_tiktoken_one_by_one(texts):
+    assert fineweb.encode(texts).tolist() == true_tokens(texts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
+def test_a_text_file_read_in_blocks_equals_the_whole(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "BLOCK_BYTES", 7)
+        import io
+        parts = [(read()[0][0], begins) for read, begins in fineweb.txt_pieces(io.BytesIO(text.encode()))]
+    tokens = np.concatenate([fineweb.encode([part], begins) for part, begins in parts])
+    assert tokens.tolist() == true_tokens([text])
+    assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
+
+
+def test_an_id_that_is_not_gpt2s_is_not_written(monkeypatch):
+    class Tokenizer:
+        def encode_to_numpy(self, text, **kwargs):
+            return np.array([70000], dtype=np.uint32)
+    monkeypatch.setattr(fineweb, "get_tokenizer", Tokenizer)
+    with pytest.raises(AssertionError, match="70000"):
+        fineweb.encode(["a"])
+
+
+# -----------------------------------------------------------------------------
+# whole runs on local files
+
+FLAGS = ("--shard-size", 1000, "--val-tokens", 1500)
+
+
+@pytest.mark.parametrize("format", ["npy", "bin"])
+def test_shards_hold_tiktokens_tokens_for_any_number_of_workers(corpus, tmp_path, monkeypatch, format):
+    folder, texts = corpus
+    for workers in (1, 2, 5):
+        os.makedirs(tmp_path / str(workers))
+        run(monkeypatch, "--input", folder, "--out", tmp_path / str(workers) / "mine", *FLAGS, "--workers", workers,
+            "--format", format)
+    assert contents(tmp_path / "1" / "mine") == contents(tmp_path / "2" / "mine") == contents(tmp_path / "5" / "mine")
+    val, train = read_stream(tmp_path / "1" / "mine")
+    assert val + train == true_tokens(texts)
+    assert 0 < len(val) <= 1500 and train[0] == EOT
+    names = sorted(os.listdir(tmp_path / "1" / "mine"))
+    assert names[1] == f"mine_train_000002.{format}" and names[-1] == f"mine_val_000001.{format}"
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
+    texts = [text for text in make_texts(40, seed=1)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    folder = tmp_path / "in"
+    os.makedirs(folder / "sub")
+    write_parquet(folder / "a.parquet", texts, rows=7)
+    (folder / "b.jsonl").write_bytes(lines)
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[:500]) + gzip.compress(lines[500:]))
+    with pa.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as f:
+        f.write(lines)
+    (folder / "e.txt").write_bytes(texts[3].encode() + b"\r\n")
+    (folder / "sub" / "f.txt.gz").write_bytes(gzip.compress(texts[4].encode()))
+    (folder / "readme.md").write_text("not text to train on")
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    val, train = read_stream(tmp_path / "out")
+    assert val + train == true_tokens(texts * 4 + [texts[3] + "\r\n", texts[4]])
+
+
+def test_a_row_group_too_large_for_a_worker_is_read_in_pieces(corpus, tmp_path, monkeypatch):
+    folder, texts = corpus
+    monkeypatch.setattr(fineweb, "PIECE_BYTES", 10)
+    monkeypatch.setattr(fineweb, "BATCH_ROWS", 3)
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path, monkeypatch):
+    good = ["says <|endoftext|> in a text", "long " * 3000, "b" * 50]
+    with open(tmp_path / "a.jsonl", "w") as f:
+        for value in [good[0], None, "", 7, good[1], ["x"], good[2]]:
+            f.write(json.dumps({"text": value}) + "\n")
+        f.write('{"other": 1}\n\n')
+    write_parquet(tmp_path / "b.parquet", [None, "", *good, " " * 1_000_000])
+    run(monkeypatch, "--input", tmp_path / "a.jsonl", tmp_path / "b.parquet", "--out", tmp_path / "out", "--shard-size", 500,
+        "--val-tokens", 100)
+    manifest = fineweb.load_manifest(tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(good * 2)
+    assert manifest["next"]["skipped"] == 9
+    assert sum(shard["documents"] for shard in manifest["shards"]) == 6
+    assert max(shard["tokens"] for shard in manifest["shards"]) == 500
+
+
+def test_max_tokens_ends_in_the_middle_of_a_document(corpus, tmp_path, monkeypatch):
+    folder, texts = corpus
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS, "--max-tokens", 4321)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)[:4321]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--text-column", "body"), "no column 'body'; it has text, score"),
+    (("--text-column", "score"), "'score' of .* holds int64"),
+    (("--val-tokens", 10**6), "nothing is left to train on"),
+    (("--shard-size", 1), "must be 2 or more"),
+    (("--input", "nowhere"), "no input at nowhere"),
+])
+def test_what_cannot_be_is_one_line_of_error(tmp_path, flags, message):
+    write_parquet(tmp_path / "a.parquet", ["x y z"] * 10, score=pa.array(range(10)))
+    result = command("--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
+    assert result.returncode == 2 and re.search(f"error: .*{message}", result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(ValueError, match="room for"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    assert not data.find_shards(tmp_path / "out", "val")
+
+
+def damage(folder, texts):
+    """Files of each kind, damaged, between whole ones."""
+    write_parquet(folder / "a.parquet", texts)
+    whole = (folder / "a.parquet").read_bytes()
+    (folder / "b.parquet").write_bytes(whole[:-100])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-300])
+    (folder / "d.txt").write_bytes(b"not \xff UTF-8")
+    (folder / "e.jsonl").write_bytes(lines[:-20])
+    middle = bytearray(whole)
+    middle[len(whole) // 3:len(whole) // 3 + 50] = bytes(50)
+    (folder / "f.parquet").write_bytes(middle)
+    write_parquet(folder / "z.parquet", texts)
+
+
+def test_damaged_files_are_named_and_left_out_only_when_asked(tmp_path, monkeypatch):
+    texts = make_texts(60, seed=2)
+    os.makedirs(tmp_path / "in")
+    damage(tmp_path / "in", texts)
+    with pytest.raises(ValueError, match="b.parquet is damaged or cut short .*--skip-bad-files"):
+        run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "out", *FLAGS)
+    run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "skip", *FLAGS, "--skip-bad-files")
+    manifest = fineweb.load_manifest(tmp_path / "skip")
+    assert [bad["name"] for bad in manifest["bad_files"]] == ["b.parquet", "c.jsonl.gz", "d.txt", "e.jsonl", "f.parquet"]
+    stream, true = sum(read_stream(tmp_path / "skip"), []), true_tokens(texts)
+    assert stream[:len(true)] == true and stream[-len(true):] == true
+
+
+def test_a_manifest_of_other_flags_is_refused_with_the_difference(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="shard_size was 1000, is 999"):
+        run(monkeypatch, "--input", folder, "--out", tmp_path / "out", "--shard-size", 999, "--val-tokens", 1500)
+    os.remove(folder / "001.parquet")
+    with pytest.raises(ValueError, match="files was"):
+        run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    assert contents(tmp_path / "out") == before
+
+
+def test_shards_of_others_are_not_overwritten(corpus, tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "out")
+    data.write_shard(str(tmp_path / "out" / "edufineweb_train_000001.npy"), np.zeros(5, dtype=np.uint16))
+    with pytest.raises(ValueError, match="without a manifest.json"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+
+
+def test_verify_passes_and_notices_one_flipped_byte(corpus, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    run(monkeypatch, "--verify", tmp_path / "out")
+    printed = capsys.readouterr().out
+    val, train = read_stream(tmp_path / "out")
+    assert f"train: {train.count(EOT):,} documents, {len(train):,} tokens, " in printed
+    size = sum(len(text.encode()) for text in corpus[1])
+    sizes = [float(x) * (len(t) - t.count(EOT)) for x, t in zip(re.findall(r"([\d.]+) bytes a token", printed), (train, val))]
+    assert abs(sum(sizes) - size) < 0.001 * size
+    longest = max(len(true_tokens([text])) for text in corpus[1])
+    assert f"longest {longest:,}" in printed
+    path = data.find_shards(tmp_path / "out", "train")[1]
+    raw = bytearray(open(path, "rb").read())
+    raw[900] ^= 1
+    open(path, "wb").write(raw)
+    with pytest.raises(ValueError, match="sha256 differs"):
+        run(monkeypatch, "--verify", tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# interrupted
+
+def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    damage(folder, make_texts(30, seed=3))
+    flags = ("--input", folder, *FLAGS, "--skip-bad-files", "--max-tokens", 30000, "--out")
+    run(monkeypatch, *flags, tmp_path / "whole" / "o")
+    whole, write_one, written = contents(tmp_path / "whole" / "o"), fineweb.write_one, []
+
+    def write_and_die(*args):
+        write_one(*args)
+        written.append(args[2])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(fineweb, "write_one", write_and_die)
+    for _ in range(100):
+        try:
+            run(monkeypatch, *flags, tmp_path / "o")
+            break
+        except OSError:
+            (tmp_path / "o" / "o_train_000777.npy.123.tmp").write_text("half a shard")
+    shards = [name for name in whole if name != "manifest.json"]
+    assert contents(tmp_path / "o") == whole and sorted(written) == shards and len(shards) > 10
+
+
+def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path):
+    write_parquet(tmp_path / "a.parquet", make_texts(3000, seed=5), rows=50)
+    args = ["--input", tmp_path / "a.parquet", "--shard-size", 2000, "--val-tokens", 2000, "--out"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
+                               stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists() or len(os.listdir(tmp_path / "out")) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert command(*args, tmp_path / "out").returncode == 0
+    os.makedirs(tmp_path / "w")
+    assert command(*args, tmp_path / "w" / "out").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
+
+
+@pytest.mark.slow
+def test_twenty_sigkills_at_random_times_change_no_byte(tmp_path):
+    write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
+    args = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
+    os.makedirs(tmp_path / "w")
+    began = time.time()
+    assert command(*args, tmp_path / "w" / "out").returncode == 0
+    wall, kills, rng, mtimes = time.time() - began, 0, random.Random(7), {}
+    while kills < 20:
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.5, 1.0) * wall)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        manifest = fineweb.load_manifest(tmp_path / "out") if (tmp_path / "out").exists() else None
+        for shard in manifest["shards"] if manifest else []:
+            mtime = os.stat(tmp_path / "out" / shard["file"]).st_mtime_ns
+            assert mtimes.setdefault(shard["file"], mtime) == mtime
+        if manifest and manifest["complete"]:
+            assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
+            shutil.rmtree(tmp_path / "out")
+            mtimes = {}
+    assert command(*args, tmp_path / "out").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
+
+
+# -----------------------------------------------------------------------------
+# workers
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_it_works_inside_a_process_started_by_any_method(corpus, tmp_path, method, monkeypatch):
+    folder, texts = corpus
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", "--input", str(folder), "--out", str(tmp_path / "out"), *map(str, FLAGS)])
+    process = multiprocessing.get_context(method).Process(target=fineweb.main)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_a_worker_that_dies_is_noticed_and_nothing_is_left_half(corpus, tmp_path, monkeypatch):
+    class Panic(BaseException):
+        """As tiktoken's Rust raises: no Exception."""
+    calls, encode = Counter(), fineweb.encode
+
+    def dies(*args):
+        calls["n"] += 1
+        if calls["n"] == 5:
+            raise Panic("worker")
+        return encode(*args)
+    monkeypatch.setattr(fineweb, "encode", dies)
+    with pytest.raises(Panic, match="worker"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_results_are_in_order_and_no_more_is_read_than_may_be_in_hand():
+    read, rng = [], random.Random(0)
+    delays = [rng.random() / 200 for _ in range(60)]
+
+    def items():
+        for i in range(60):
+            read.append(i)
+            yield i
+
+    def work(i):
+        time.sleep(delays[i])
+        return i * i
+    for n, result in enumerate(fineweb.map_in_order(work, items(), 4, 7)):
+        assert result == n * n and len(read) <= n + 8
+
+
+def test_a_hundred_threads_stay_under_a_gigabyte_and_a_half(tmp_path):
+    """Threads share the interpreter, the tokenizer and the buffers; a hundred processes would need 10 GB."""
+    write_parquet(tmp_path / "a.parquet", make_texts(4000, seed=8) + ["word " * 200_000] * 10, rows=500)
+    args = ["--input", tmp_path / "a.parquet", "--out", tmp_path / "out", "--val-tokens", 1000, "--workers", 100]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        try:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            peak = max(peak, sum(p.memory_info().rss for p in family))
+        except psutil.Error:
+            pass
+        time.sleep(0.01)
+    assert process.returncode == 0 and 10**8 < peak < 1.5e9, peak
