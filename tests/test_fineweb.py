@@ -350,8 +350,8 @@ def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus,
 
 
 def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path):
-    write_parquet(tmp_path / "a.parquet", make_texts(3000, seed=5), rows=50)
-    args = ["--input", tmp_path / "a.parquet", "--shard-size", 2000, "--val-tokens", 2000, "--out"]
+    write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
+    args = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 4000, "--out"]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
                                stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out").exists() or len(os.listdir(tmp_path / "out")) < 4:
@@ -454,3 +454,199 @@ def test_a_hundred_threads_stay_under_a_gigabyte_and_a_half(tmp_path):
             pass
         time.sleep(0.01)
     assert process.returncode == 0 and 10**8 < peak < 1.5e9, peak
+
+
+# -----------------------------------------------------------------------------
+# the Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+---
+"""
+
+
+class FakeHub(http.server.ThreadingHTTPServer):
+    """Answers as the Hub does for one dataset repository; faults are taken from a list, one by each download."""
+
+    def __init__(self, repo, files, faults=()):
+        super().__init__(("127.0.0.1", 0), FakeHubHandler)
+        self.repo, self.files, self.faults = repo, {"README.md": CARD.encode(), **files}, list(faults)
+        self.seen, self.times, self.commit = Counter(), [], COMMIT
+        self.daemon_threads = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def env(self, tmp_path):
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": str(tmp_path / "hf"),
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+class FakeHubHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), "X-Repo-Commit": self.server.commit, **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        try:
+            paths = json.loads(asked)["paths"]
+        except ValueError:
+            from urllib.parse import parse_qs
+            paths = parse_qs(asked)["paths"]
+        self.answer(json.dumps([self.entry(path) for path in paths if path in self.server.files]).encode())
+
+    def entry(self, path):
+        return {"type": "file", "path": path, "size": len(self.server.files[path]), "oid": "0" * 40}
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, self.path.split("?")[0].replace("%2F", "/")
+        api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/"
+        if path.startswith(f"{api}/tree/"):
+            folder = "/".join(path.removeprefix(f"{api}/tree/").split("/")[1:])
+            entries = [self.entry(name) for name in hub.files if name.startswith(f"{folder}/" if folder else "")]
+            folders = {"/".join(e["path"].split("/")[:k]) for e in entries for k in range(1, e["path"].count("/") + 1)}
+            entries += [{"type": "directory", "path": f, "size": 0, "oid": "1" * 40} for f in sorted(folders) if f != folder]
+            if "recursive=true" not in self.path.lower():
+                entries = [e for e in entries if os.path.dirname(e["path"]) == folder]
+            return self.answer(json.dumps(entries).encode()) if entries else self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        if path == api or path.startswith(f"{api}/revision/"):
+            siblings = [{"rfilename": name, "size": len(body)} for name, body in hub.files.items()]
+            return self.answer(json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": siblings, "tags": [],
+                                           "private": False, "downloads": 0, "likes": 0}).encode())
+        if not path.startswith(resolve):
+            return self.answer(b"", 404, X_Error_Code="RepoNotFound")
+        name = "/".join(path.removeprefix(resolve).split("/")[1:])
+        if name not in hub.files:
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        self.download(hub, name)
+
+    def download(self, hub, name):
+        body, status, headers = hub.files[name], 200, {"ETag": f'"{name}"', "Accept_Ranges": "bytes"}
+        if self.command == "GET" and name != "README.md":
+            hub.times.append(time.time())
+            fault = hub.faults.pop(0) if hub.faults else None
+            hub.seen[fault or name] += 1
+            if fault == "429":
+                return self.answer(b"slow down", 429, Retry_After=1)
+            if fault == "500":
+                return self.answer(b"oops", 500)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), int(match[2] or len(body) - 1)
+            headers["Content_Range"] = f"bytes {start}-{min(end, len(body) - 1)}/{len(body)}"
+            body, status = body[start:end + 1], 206
+        if self.command == "GET" and name != "README.md" and fault == "cut":
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        self.answer(body, status, **headers)
+
+
+def parquet_bytes(tmp_path, texts):
+    write_parquet(tmp_path / "x.parquet", texts, token_count=pa.array([len(true_tokens([t])) - 1 for t in texts]))
+    return (tmp_path / "x.parquet").read_bytes()
+
+
+def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path):
+    texts = make_texts(100)
+    files = {f"sample/10BT/{i:03d}_00000.parquet": parquet_bytes(tmp_path, texts[50 * i:50 * i + 50]) for i in range(2)}
+    files["data/other.parquet"] = parquet_bytes(tmp_path, ["of another config"])
+    hub = FakeHub("HuggingFaceFW/fineweb-edu", files, ["", "", "429", "cut", "", "500"])
+    flags = [*FLAGS, "--out", tmp_path / "out", "--workers", 1]
+    result = command(*flags, **hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert hub.seen["429"] == hub.seen["500"] == hub.seen["cut"] == 1
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names[0] == "edufineweb_train_000002.npy" and "edufineweb_val_000000.npy" in names
+    source = fineweb.load_manifest(tmp_path / "out")["source"]
+    assert source["commit"] == COMMIT and source["name"] == "sample-10BT" and len(source["files"]) == 2
+    # what was begun goes on with its own commit when the branch has moved
+    shutil.copytree(tmp_path / "out", tmp_path / "o" / "out")
+    manifest = fineweb.load_manifest(tmp_path / "out")
+    fineweb.save_manifest(str(tmp_path / "out"), {**manifest, "complete": False})
+    hub.commit = "f" * 40
+    again = command(*flags, **hub.env(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "o" / "out")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv"])
+def test_other_formats_on_the_hub(tmp_path, suffix):
+    texts = [text.replace("\n", " ").replace("\r", " ") for text in make_texts(40)]
+    if suffix == "csv":
+        body = "".join(f'{i},"{text}"\n' for i, text in [("id", "text"), *enumerate(texts)]).encode()
+    else:
+        body = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    hub = FakeHub("me/texts", {f"data/a.{suffix}": body})
+    result = command("--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out", **hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_a_hub_that_stays_away_ends_with_a_clear_line(tmp_path, monkeypatch):
+    import httpx2
+    waits = []
+    monkeypatch.setattr(fineweb.time, "sleep", waits.append)
+
+    def away():
+        raise httpx2.ConnectError("no route to host")
+    with pytest.raises(ValueError, match="no route to host.*run the same command again later.*--input"):
+        fineweb.patiently(away)
+    assert waits == list(fineweb.HUB_WAITS)
+    hub = FakeHub("me/texts", {})
+    result = command("--dataset", "me/absent", "--out", tmp_path / "out", **hub.env(tmp_path))
+    assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path):
+    os.makedirs(tmp_path / "made")
+    files = {}
+    for name in ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin"):
+        data.write_shard(str(tmp_path / "made" / name), np.array([EOT, *range(len(files) + 500)], dtype=np.uint16))
+        files[name] = (tmp_path / "made" / name).read_bytes()
+    hub = FakeHub("kjj0/finewebedu10B-gpt2", files, ["", "cut", "429"])
+    flags = ["--prepared", hub.repo, "--out", tmp_path / "out"]
+    few = command(*flags, "--max-tokens", 900, **hub.env(tmp_path))
+    assert few.returncode == 0 and not (tmp_path / "out" / "fw_train_000002.bin").exists(), few.stderr
+    (tmp_path / "out" / "fw_train_000001.bin").write_bytes(files["fw_train_000001.bin"][:-7])  # damaged meanwhile
+    assert command(*flags, **hub.env(tmp_path)).returncode == 0
+    assert hub.seen["cut"] == 1 and hub.seen["fw_val_000000.bin"] == 1
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    assert command("--verify", tmp_path / "out").returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# real text
+
+@pytest.mark.slow
+@pytest.mark.skipif("GPT2_REAL_DATA" not in os.environ, reason="GPT2_REAL_DATA is unset")
+def test_real_parquet_becomes_shards_that_train(tmp_path):
+    source = os.path.join(os.environ["GPT2_REAL_DATA"], "fineweb_edu_like")
+    assert command("--input", source, "--out", tmp_path / "real").returncode == 0
+    assert command("--verify", tmp_path / "real").returncode == 0
+    texts = [text for name in sorted(os.listdir(source)) for text in pq.read_table(f"{source}/{name}")["text"].to_pylist()]
+    val, train = read_stream(tmp_path / "real")
+    assert val + train == true_tokens(texts)
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), "--data", tmp_path / "real", "--preset",
+                             "shakespeare", "--max-steps", "3", "--log-dir", tmp_path / "log"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
