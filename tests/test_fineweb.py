@@ -1,7 +1,7 @@
 """
 fineweb.py: packing, sources, continuation, faults.
 
-    python -m pytest tests/test_fineweb.py               # seconds; --run with -m slow for the twenty kills
+    python -m pytest tests/test_fineweb.py               # without -m "not slow": the twenty kills too
     GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # with DIR/fineweb_edu_like/*.parquet too
 
 Offline: text is made in tmp_path, the Hub is an HTTP server of this file on 127.0.0.1. The outside truth is tiktoken,
@@ -243,11 +243,15 @@ def test_max_tokens_ends_in_the_middle_of_a_document(corpus, tmp_path, monkeypat
     (("--shard-size", 1), "must be 2 or more"),
     (("--input", "nowhere"), "no input at nowhere"),
 ])
-def test_what_cannot_be_is_one_line_of_error(tmp_path, flags, message):
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, message):
     write_parquet(tmp_path / "a.parquet", ["x y z"] * 10, score=pa.array(range(10)))
-    result = command("--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
-    assert result.returncode == 2 and re.search(f"error: .*{message}", result.stderr), result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    result = command("--input", tmp_path / "nowhere.txt", "--out", tmp_path / "out")
+    assert result.returncode == 2 and re.fullmatch("error: no input at .*nowhere.txt.*\n", result.stderr), result.stderr
 
 
 def test_a_folder_without_room_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch):
@@ -315,6 +319,7 @@ def test_verify_passes_and_notices_one_flipped_byte(corpus, tmp_path, monkeypatc
     assert abs(sum(sizes) - size) < 0.001 * size
     longest = max(len(true_tokens([text])) for text in corpus[1])
     assert f"longest {longest:,}" in printed
+    assert f"mean {len(val + train) / len(corpus[1]):,.0f}," in printed
     path = data.find_shards(tmp_path / "out", "train")[1]
     raw = bytearray(open(path, "rb").read())
     raw[900] ^= 1
@@ -330,6 +335,7 @@ def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus,
     folder, _ = corpus
     monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
     damage(folder, make_texts(30, seed=3))
+    (folder / "0.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "of the first piece"}\n')
     flags = ("--input", folder, *FLAGS, "--skip-bad-files", "--max-tokens", 30000, "--out")
     run(monkeypatch, *flags, tmp_path / "whole" / "o")
     whole, write_one, written = contents(tmp_path / "whole" / "o"), fineweb.write_one, []
@@ -349,7 +355,7 @@ def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus,
     assert contents(tmp_path / "o") == whole and sorted(written) == shards and len(shards) > 10
 
 
-def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path):
+def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
     args = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 4000, "--out"]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
@@ -359,9 +365,10 @@ def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error, error
-    assert command(*args, tmp_path / "out").returncode == 0
+    assert not fineweb.load_manifest(tmp_path / "out")["complete"]
     os.makedirs(tmp_path / "w")
-    assert command(*args, tmp_path / "w" / "out").returncode == 0
+    run(monkeypatch, *args, tmp_path / "out")
+    run(monkeypatch, *args, tmp_path / "w" / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
 
 
@@ -539,11 +546,11 @@ class FakeHubHandler(http.server.BaseHTTPRequestHandler):
     def download(self, hub, name):
         body, status, headers = hub.files[name], 200, {"ETag": f'"{name}"', "Accept_Ranges": "bytes"}
         if self.command == "GET" and name != "README.md":
-            hub.times.append(time.time())
             fault = hub.faults.pop(0) if hub.faults else None
+            hub.times.append((time.monotonic(), fault))
             hub.seen[fault or name] += 1
             if fault == "429":
-                return self.answer(b"slow down", 429, Retry_After=1)
+                return self.answer(b"slow down", 429, Retry_After=2)
             if fault == "500":
                 return self.answer(b"oops", 500)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -571,26 +578,33 @@ def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path)
     files = {f"sample/10BT/{i:03d}_00000.parquet": parquet_bytes(tmp_path, texts[50 * i:50 * i + 50]) for i in range(2)}
     files["data/other.parquet"] = parquet_bytes(tmp_path, ["of another config"])
     hub = FakeHub("HuggingFaceFW/fineweb-edu", files, ["", "", "429", "cut", "", "500"])
-    flags = [*FLAGS, "--out", tmp_path / "out", "--workers", 1]
-    result = command(*flags, **hub.env(tmp_path))
+    result = command(*FLAGS, "--out", tmp_path / "out", "--workers", 1, **hub.env(tmp_path))
     assert result.returncode == 0, result.stderr
     assert hub.seen["429"] == hub.seen["500"] == hub.seen["cut"] == 1
+    refused = next(i for i, (_, fault) in enumerate(hub.times) if fault == "429")
+    assert hub.times[refused + 1][0] - hub.times[refused][0] >= 2  # as Retry-After says; without it the first wait is 1 s
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
     names = sorted(os.listdir(tmp_path / "out"))
     assert names[0] == "edufineweb_train_000002.npy" and "edufineweb_val_000000.npy" in names
     source = fineweb.load_manifest(tmp_path / "out")["source"]
     assert source["commit"] == COMMIT and source["name"] == "sample-10BT" and len(source["files"]) == 2
-    # what was begun goes on with its own commit when the branch has moved
-    shutil.copytree(tmp_path / "out", tmp_path / "o" / "out")
+
+
+@pytest.mark.slow
+def test_what_was_begun_goes_on_with_its_own_commit_when_the_branch_has_moved(tmp_path):
+    hub = FakeHub("me/texts", {"data/a.parquet": parquet_bytes(tmp_path, make_texts(80))})
+    flags = ["--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out"]
+    assert command(*flags, **hub.env(tmp_path)).returncode == 0
+    before = contents(tmp_path / "out")
     manifest = fineweb.load_manifest(tmp_path / "out")
     fineweb.save_manifest(str(tmp_path / "out"), {**manifest, "complete": False})
     hub.commit = "f" * 40
     again = command(*flags, **hub.env(tmp_path))
     assert again.returncode == 0, again.stderr
-    assert contents(tmp_path / "out") == contents(tmp_path / "o" / "out")
+    assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv"])
+@pytest.mark.parametrize("suffix", [pytest.param("jsonl.gz", marks=pytest.mark.slow), "csv"])
 def test_other_formats_on_the_hub(tmp_path, suffix):
     texts = [text.replace("\n", " ").replace("\r", " ") for text in make_texts(40)]
     if suffix == "csv":
@@ -603,7 +617,7 @@ def test_other_formats_on_the_hub(tmp_path, suffix):
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
 
-def test_a_hub_that_stays_away_ends_with_a_clear_line(tmp_path, monkeypatch):
+def test_a_hub_that_stays_away_ends_with_a_clear_line(monkeypatch):
     import httpx2
     waits = []
     monkeypatch.setattr(fineweb.time, "sleep", waits.append)
@@ -613,18 +627,22 @@ def test_a_hub_that_stays_away_ends_with_a_clear_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no route to host.*run the same command again later.*--input"):
         fineweb.patiently(away)
     assert waits == list(fineweb.HUB_WAITS)
+
+
+@pytest.mark.slow
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
     hub = FakeHub("me/texts", {})
     result = command("--dataset", "me/absent", "--out", tmp_path / "out", **hub.env(tmp_path))
     assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path):
+def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "made")
     files = {}
     for name in ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin"):
         data.write_shard(str(tmp_path / "made" / name), np.array([EOT, *range(len(files) + 500)], dtype=np.uint16))
         files[name] = (tmp_path / "made" / name).read_bytes()
-    hub = FakeHub("kjj0/finewebedu10B-gpt2", files, ["", "cut", "429"])
+    hub = FakeHub("kjj0/finewebedu10B-gpt2", files, ["", "cut"])
     flags = ["--prepared", hub.repo, "--out", tmp_path / "out"]
     few = command(*flags, "--max-tokens", 900, **hub.env(tmp_path))
     assert few.returncode == 0 and not (tmp_path / "out" / "fw_train_000002.bin").exists(), few.stderr
@@ -632,7 +650,7 @@ def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path):
     assert command(*flags, **hub.env(tmp_path)).returncode == 0
     assert hub.seen["cut"] == 1 and hub.seen["fw_val_000000.bin"] == 1
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
-    assert command("--verify", tmp_path / "out").returncode == 0
+    run(monkeypatch, "--verify", tmp_path / "out")
 
 
 # -----------------------------------------------------------------------------
