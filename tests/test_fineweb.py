@@ -1,0 +1,685 @@
+"""
+fineweb.py: packing, sources, continuation, faults.
+
+    python -m pytest tests/test_fineweb.py               # without -m "not slow": the twenty kills too
+    GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # with DIR/fineweb_edu_like/*.parquet too
+
+Offline: text is made in tmp_path, the Hub is an HTTP server of this file on 127.0.0.1. The outside truth is tiktoken,
+document by document, and a packing written over Python lists.
+"""
+import gzip
+import http.server
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import fineweb
+from data import EOT, get_tokenizer
+
+ROOT = os.path.dirname(os.path.abspath(fineweb.__file__))
+WORDS = "the of a model learns tokens, 1984 naïve 北京 \n\n  don't x=1; emoji 🤖 end.".split(" ")
+
+
+def make_texts(n, seed=0):
+    """n documents of very different length, reproducible."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.choice((1, 5, 40, 400)))) or "x" for _ in range(n)]
+
+
+def write_parquet(path, texts, rows=20, **columns):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), **columns}), path, row_group_size=rows)
+
+
+def true_tokens(texts):
+    """The stream that the shards should hold, by tiktoken, one document at a time."""
+    return [t for text in texts for t in [EOT, *get_tokenizer().encode_ordinary(text)]]
+
+
+def read_stream(out):
+    """(val tokens, train tokens) as data.py reads them."""
+    return [data.TokenStream(data.find_shards(out, split)).read(0, len(data.TokenStream(data.find_shards(out, split)))).tolist()
+            for split in ("val", "train")]
+
+
+def contents(out):
+    """{file name: bytes} of a finished folder; unfinished files count too."""
+    return {name: open(os.path.join(out, name), "rb").read() for name in sorted(os.listdir(out))}
+
+
+def command(*args, **env):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=120)
+
+
+def run(monkeypatch, *args):
+    """fineweb.main() in this process."""
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, args)])
+    fineweb.main()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """(folder with two parquet files, their texts)."""
+    texts = make_texts(120)
+    os.makedirs(tmp_path / "corpus")
+    write_parquet(tmp_path / "corpus" / "000.parquet", texts[:70])
+    write_parquet(tmp_path / "corpus" / "001.parquet", texts[70:])
+    return tmp_path / "corpus", texts
+
+
+# -----------------------------------------------------------------------------
+# packing
+
+def naive_pack(stream, shard_size, val_tokens):
+    """[(split, tokens), ...] of pack's docstring, over a whole list."""
+    borders = [i for i, t in enumerate(stream) if t == EOT]
+    end = None
+    if len(stream) >= val_tokens:
+        first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
+        inside = [b for b in borders if first <= b < val_tokens and b > 0]
+        after = [b for b in borders if b >= val_tokens]
+        end = inside[-1] if inside else after[0] if after else None
+    if end is None:
+        return None
+    shards = [("val", stream[i:min(i + shard_size, end)]) for i in range(0, end, shard_size)]
+    return shards + [("train", stream[i:i + shard_size]) for i in range(end, len(stream), shard_size)]
+
+
+def cut(stream, cuts):
+    places = [0, *sorted(c % (len(stream) + 1) for c in cuts), len(stream)]
+    return [np.array(stream[a:b], dtype=np.uint16) for a, b in zip(places, places[1:])]
+
+
+documents = st.lists(st.integers(0, 35).map(lambda n: [EOT, *range(n)]), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents, st.integers(1, 45), st.lists(st.integers(0, 400), max_size=6), st.integers(2, 12))
+def test_pack_equals_a_naive_packing_however_the_stream_is_cut(documents, val_tokens, cuts, shard_size):
+    stream = [t for document in documents for t in document]
+    expected = naive_pack(stream, shard_size, val_tokens)
+    if expected is None:
+        with pytest.raises(ValueError, match="--val-tokens"):
+            list(fineweb.pack(cut(stream, cuts), shard_size, val_tokens))
+        return
+    shards = list(fineweb.pack(cut(stream, cuts), shard_size, val_tokens))
+    assert [(split, tokens.tolist()) for split, tokens, _ in shards] == expected
+    # begun again after any shard, it gives the rest
+    for i in range(1, len(shards)):
+        done = sum(len(tokens) for _, tokens, _ in shards[:i])
+        rest = fineweb.pack(cut(stream[done:], cuts), shard_size, val_tokens, shards[i - 1][2], done)
+        assert [(split, tokens.tolist()) for split, tokens, _ in rest] == expected[i:]
+
+
+def test_pack_of_the_docstring():
+    chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
+    shards = [(split, tokens.tolist()) for split, tokens, _ in fineweb.pack([chunk], 5, 5)]
+    assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
+
+
+# -----------------------------------------------------------------------------
+# tokens
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(min_size=1) | st.sampled_from([" <|endoftext|> ", "<|endoftext|", "|>", "a \n", " b", "\ud800"]),
+                min_size=1, max_size=6))
+def test_documents_tokenized_together_equal_tiktoken_one_by_one(texts):
+    assert fineweb.encode(texts).tolist() == true_tokens(texts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
+def test_a_text_file_read_in_blocks_equals_the_whole(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "BLOCK_BYTES", 7)
+        import io
+        parts = [(read()[0][0], begins) for read, begins in fineweb.txt_pieces(io.BytesIO(text.encode()))]
+    tokens = np.concatenate([fineweb.encode([part], begins) for part, begins in parts])
+    assert tokens.tolist() == true_tokens([text])
+    assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
+
+
+def test_an_id_that_is_not_gpt2s_is_not_written(monkeypatch):
+    class Tokenizer:
+        def encode_to_numpy(self, text, **kwargs):
+            return np.array([70000], dtype=np.uint32)
+    monkeypatch.setattr(fineweb, "get_tokenizer", Tokenizer)
+    with pytest.raises(AssertionError, match="70000"):
+        fineweb.encode(["a"])
+
+
+# -----------------------------------------------------------------------------
+# whole runs on local files
+
+FLAGS = ("--shard-size", 1000, "--val-tokens", 1500)
+
+
+@pytest.mark.parametrize("format", ["npy", "bin"])
+def test_shards_hold_tiktokens_tokens_for_any_number_of_workers(corpus, tmp_path, monkeypatch, format):
+    folder, texts = corpus
+    for workers in (1, 2, 5):
+        os.makedirs(tmp_path / str(workers))
+        run(monkeypatch, "--input", folder, "--out", tmp_path / str(workers) / "mine", *FLAGS, "--workers", workers,
+            "--format", format)
+    assert contents(tmp_path / "1" / "mine") == contents(tmp_path / "2" / "mine") == contents(tmp_path / "5" / "mine")
+    val, train = read_stream(tmp_path / "1" / "mine")
+    assert val + train == true_tokens(texts)
+    assert 0 < len(val) <= 1500 and train[0] == EOT
+    names = sorted(os.listdir(tmp_path / "1" / "mine"))
+    assert names[1] == f"mine_train_000002.{format}" and names[-1] == f"mine_val_000001.{format}"
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
+    texts = [text for text in make_texts(40, seed=1)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    folder = tmp_path / "in"
+    os.makedirs(folder / "sub")
+    write_parquet(folder / "a.parquet", texts, rows=7)
+    (folder / "b.jsonl").write_bytes(lines)
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[:500]) + gzip.compress(lines[500:]))
+    with pa.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as f:
+        f.write(lines)
+    (folder / "e.txt").write_bytes(texts[3].encode() + b"\r\n")
+    (folder / "sub" / "f.txt.gz").write_bytes(gzip.compress(texts[4].encode()))
+    (folder / "readme.md").write_text("not text to train on")
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    val, train = read_stream(tmp_path / "out")
+    assert val + train == true_tokens(texts * 4 + [texts[3] + "\r\n", texts[4]])
+
+
+def test_a_row_group_too_large_for_a_worker_is_read_in_pieces(corpus, tmp_path, monkeypatch):
+    folder, texts = corpus
+    monkeypatch.setattr(fineweb, "PIECE_BYTES", 10)
+    monkeypatch.setattr(fineweb, "BATCH_ROWS", 3)
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path, monkeypatch):
+    good = ["says <|endoftext|> in a text", "long " * 3000, "b" * 50]
+    with open(tmp_path / "a.jsonl", "w") as f:
+        for value in [good[0], None, "", 7, good[1], ["x"], good[2]]:
+            f.write(json.dumps({"text": value}) + "\n")
+        f.write('{"other": 1}\n\n')
+    write_parquet(tmp_path / "b.parquet", [None, "", *good, " " * 1_000_000])
+    run(monkeypatch, "--input", tmp_path / "a.jsonl", tmp_path / "b.parquet", "--out", tmp_path / "out", "--shard-size", 500,
+        "--val-tokens", 100)
+    manifest = fineweb.load_manifest(tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(good * 2)
+    assert manifest["next"]["skipped"] == 9
+    assert sum(shard["documents"] for shard in manifest["shards"]) == 6
+    assert max(shard["tokens"] for shard in manifest["shards"]) == 500
+
+
+def test_max_tokens_ends_in_the_middle_of_a_document(corpus, tmp_path, monkeypatch):
+    folder, texts = corpus
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS, "--max-tokens", 4321)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)[:4321]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--text-column", "body"), "no column 'body'; it has text, score"),
+    (("--text-column", "score"), "'score' of .* holds int64"),
+    (("--val-tokens", 10**6), "nothing is left to train on"),
+    (("--shard-size", 1), "must be 2 or more"),
+    (("--input", "nowhere"), "no input at nowhere"),
+])
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, message):
+    write_parquet(tmp_path / "a.parquet", ["x y z"] * 10, score=pa.array(range(10)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
+
+
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    result = command("--input", tmp_path / "nowhere.txt", "--out", tmp_path / "out")
+    assert result.returncode == 2 and re.fullmatch("error: no input at .*nowhere.txt.*\n", result.stderr), result.stderr
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(ValueError, match="room for"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    assert not data.find_shards(tmp_path / "out", "val")
+
+
+def damage(folder, texts):
+    """Files of each kind, damaged, between whole ones."""
+    write_parquet(folder / "a.parquet", texts)
+    whole = (folder / "a.parquet").read_bytes()
+    (folder / "b.parquet").write_bytes(whole[:-100])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-300])
+    (folder / "d.txt").write_bytes(b"not \xff UTF-8")
+    (folder / "e.jsonl").write_bytes(lines[:-20])
+    middle = bytearray(whole)
+    middle[len(whole) // 3:len(whole) // 3 + 50] = bytes(50)
+    (folder / "f.parquet").write_bytes(middle)
+    write_parquet(folder / "z.parquet", texts)
+
+
+def test_damaged_files_are_named_and_left_out_only_when_asked(tmp_path, monkeypatch):
+    texts = make_texts(60, seed=2)
+    os.makedirs(tmp_path / "in")
+    damage(tmp_path / "in", texts)
+    with pytest.raises(ValueError, match="b.parquet is damaged or cut short .*--skip-bad-files"):
+        run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "out", *FLAGS)
+    run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "skip", *FLAGS, "--skip-bad-files")
+    manifest = fineweb.load_manifest(tmp_path / "skip")
+    assert [bad["name"] for bad in manifest["bad_files"]] == ["b.parquet", "c.jsonl.gz", "d.txt", "e.jsonl", "f.parquet"]
+    stream, true = sum(read_stream(tmp_path / "skip"), []), true_tokens(texts)
+    assert stream[:len(true)] == true and stream[-len(true):] == true
+
+
+def test_of_a_damaged_file_what_stands_before_the_damage_is_kept_and_nothing_after_it(tmp_path, monkeypatch):
+    texts = make_texts(60, seed=4)
+    write_parquet(tmp_path / "a.parquet", texts)
+    write_parquet(tmp_path / "b.parquet", texts)
+    start = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(0).dictionary_page_offset
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    raw[start:start + 30] = bytes(30)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    run(monkeypatch, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--out", tmp_path / "out", *FLAGS,
+        "--skip-bad-files")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
+
+
+def test_a_manifest_of_other_flags_is_refused_with_the_difference(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="shard_size was 1000, is 999"):
+        run(monkeypatch, "--input", folder, "--out", tmp_path / "out", "--shard-size", 999, "--val-tokens", 1500)
+    os.remove(folder / "001.parquet")
+    with pytest.raises(ValueError, match="files was"):
+        run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    assert contents(tmp_path / "out") == before
+
+
+def test_shards_of_others_are_not_overwritten(corpus, tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "out")
+    data.write_shard(str(tmp_path / "out" / "edufineweb_train_000001.npy"), np.zeros(5, dtype=np.uint16))
+    with pytest.raises(ValueError, match="without a manifest.json"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+
+
+def test_verify_passes_and_notices_one_flipped_byte(corpus, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    run(monkeypatch, "--verify", tmp_path / "out")
+    printed = capsys.readouterr().out
+    val, train = read_stream(tmp_path / "out")
+    assert f"train: {train.count(EOT):,} documents, {len(train):,} tokens, " in printed
+    size = sum(len(text.encode()) for text in corpus[1])
+    sizes = [float(x) * (len(t) - t.count(EOT)) for x, t in zip(re.findall(r"([\d.]+) bytes a token", printed), (train, val))]
+    assert abs(sum(sizes) - size) < 0.001 * size
+    longest = max(len(true_tokens([text])) for text in corpus[1])
+    assert f"longest {longest:,}" in printed
+    assert f"mean {len(val + train) / len(corpus[1]):,.0f}," in printed
+    path = data.find_shards(tmp_path / "out", "train")[1]
+    raw = bytearray(open(path, "rb").read())
+    raw[900] ^= 1
+    open(path, "wb").write(raw)
+    with pytest.raises(ValueError, match="sha256 differs"):
+        run(monkeypatch, "--verify", tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# interrupted
+
+def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    damage(folder, make_texts(30, seed=3))
+    (folder / "0.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "of the first piece"}\n')
+    flags = ("--input", folder, *FLAGS, "--skip-bad-files", "--max-tokens", 30000, "--out")
+    run(monkeypatch, *flags, tmp_path / "whole" / "o")
+    whole, write_one, written = contents(tmp_path / "whole" / "o"), fineweb.write_one, []
+
+    def write_and_die(*args):
+        write_one(*args)
+        written.append(args[2])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(fineweb, "write_one", write_and_die)
+    for _ in range(100):
+        try:
+            run(monkeypatch, *flags, tmp_path / "o")
+            break
+        except OSError:
+            (tmp_path / "o" / "o_train_000777.npy.123.tmp").write_text("half a shard")
+    shards = [name for name in whole if name != "manifest.json"]
+    assert contents(tmp_path / "o") == whole and sorted(written) == shards and len(shards) > 10
+
+
+def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
+    args = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 4000, "--out"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
+                               stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists() or len(os.listdir(tmp_path / "out")) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert not fineweb.load_manifest(tmp_path / "out")["complete"]
+    os.makedirs(tmp_path / "w")
+    run(monkeypatch, *args, tmp_path / "out")
+    run(monkeypatch, *args, tmp_path / "w" / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
+
+
+@pytest.mark.slow
+def test_twenty_sigkills_at_random_times_change_no_byte_and_rewrite_no_shard(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
+    flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
+    os.makedirs(tmp_path / "w")
+    began = time.time()
+    run(monkeypatch, *flags, tmp_path / "w" / "out")
+    whole, wall, kills, rng, mtimes = contents(tmp_path / "w" / "out"), time.time() - began, 0, random.Random(7), {}
+    while kills < 20:
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, flags), str(tmp_path / "out")])
+        process = multiprocessing.get_context("fork").Process(target=fineweb.main)
+        process.start()
+        process.join(rng.uniform(0.05, 0.5) * wall)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        manifest = fineweb.load_manifest(tmp_path / "out") if (tmp_path / "out").exists() else None
+        for shard in manifest["shards"] if manifest else []:
+            mtime = os.stat(tmp_path / "out" / shard["file"]).st_mtime_ns
+            assert mtimes.setdefault(shard["file"], mtime) == mtime
+        if manifest and manifest["complete"]:
+            assert contents(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+            mtimes = {}
+    run(monkeypatch, *flags, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+# -----------------------------------------------------------------------------
+# workers
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_it_works_inside_a_process_started_by_any_method(corpus, tmp_path, method, monkeypatch):
+    folder, texts = corpus
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", "--input", str(folder), "--out", str(tmp_path / "out"), *map(str, FLAGS)])
+    process = multiprocessing.get_context(method).Process(target=fineweb.main)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_a_worker_that_dies_is_noticed_and_nothing_is_left_half(corpus, tmp_path, monkeypatch):
+    class Panic(BaseException):
+        """As tiktoken's Rust raises: no Exception."""
+    calls, encode = Counter(), fineweb.encode
+
+    def dies(*args):
+        calls["n"] += 1
+        if calls["n"] == 5:
+            raise Panic("worker")
+        return encode(*args)
+    monkeypatch.setattr(fineweb, "encode", dies)
+    with pytest.raises(Panic, match="worker"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_results_are_in_order_and_no_more_is_read_than_may_be_in_hand():
+    read, rng = [], random.Random(0)
+    delays = [rng.random() / 200 for _ in range(60)]
+
+    def items():
+        for i in range(60):
+            read.append(i)
+            yield i
+
+    def work(i):
+        time.sleep(delays[i])
+        return i * i
+    for n, result in enumerate(fineweb.map_in_order(work, items(), 4, 7)):
+        assert result == n * n and len(read) <= n + 8
+
+
+def test_a_hundred_threads_stay_under_a_gigabyte_and_a_half(tmp_path):
+    """Threads share the interpreter, the tokenizer and the buffers; a hundred processes would need 10 GB."""
+    write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=8) + ["word " * 200_000] * 10, rows=500)
+    args = ["--input", tmp_path / "a.parquet", "--out", tmp_path / "out", "--val-tokens", 1000, "--workers", 100]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        try:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            peak = max(peak, sum(p.memory_info().rss for p in family))
+        except psutil.Error:
+            pass
+        time.sleep(0.01)
+    assert process.returncode == 0 and 10**8 < peak < 1.5e9, peak
+
+
+# -----------------------------------------------------------------------------
+# the Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+---
+"""
+
+
+class FakeHub(http.server.ThreadingHTTPServer):
+    """Answers as the Hub does for one dataset repository; faults are taken from a list, one by each download."""
+
+    def __init__(self, repo, files, faults=()):
+        super().__init__(("127.0.0.1", 0), FakeHubHandler)
+        self.repo, self.files, self.faults = repo, {"README.md": CARD.encode(), **files}, list(faults)
+        self.seen, self.times, self.commit = Counter(), [], COMMIT
+        self.daemon_threads = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def env(self, tmp_path):
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": str(tmp_path / "hf"),
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+class FakeHubHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), "X-Repo-Commit": self.server.commit, **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        try:
+            paths = json.loads(asked)["paths"]
+        except ValueError:
+            from urllib.parse import parse_qs
+            paths = parse_qs(asked)["paths"]
+        self.answer(json.dumps([self.entry(path) for path in paths if path in self.server.files]).encode())
+
+    def entry(self, path):
+        return {"type": "file", "path": path, "size": len(self.server.files[path]), "oid": "0" * 40}
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, self.path.split("?")[0].replace("%2F", "/")
+        api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/"
+        if path.startswith(f"{api}/tree/"):
+            folder = "/".join(path.removeprefix(f"{api}/tree/").split("/")[1:])
+            entries = [self.entry(name) for name in hub.files if name.startswith(f"{folder}/" if folder else "")]
+            folders = {"/".join(e["path"].split("/")[:k]) for e in entries for k in range(1, e["path"].count("/") + 1)}
+            entries += [{"type": "directory", "path": f, "size": 0, "oid": "1" * 40} for f in sorted(folders) if f != folder]
+            if "recursive=true" not in self.path.lower():
+                entries = [e for e in entries if os.path.dirname(e["path"]) == folder]
+            return self.answer(json.dumps(entries).encode()) if entries else self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        if path == api or path.startswith(f"{api}/revision/"):
+            siblings = [{"rfilename": name, "size": len(body)} for name, body in hub.files.items()]
+            return self.answer(json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": siblings, "tags": [],
+                                           "private": False, "downloads": 0, "likes": 0}).encode())
+        if not path.startswith(resolve):
+            return self.answer(b"", 404, X_Error_Code="RepoNotFound")
+        name = "/".join(path.removeprefix(resolve).split("/")[1:])
+        if name not in hub.files:
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        self.download(hub, name)
+
+    def download(self, hub, name):
+        body, status, headers = hub.files[name], 200, {"ETag": f'"{name}"', "Accept_Ranges": "bytes"}
+        if self.command == "GET" and name != "README.md":
+            fault = hub.faults.pop(0) if hub.faults else None
+            hub.times.append((time.monotonic(), fault))
+            hub.seen[fault or name] += 1
+            if fault == "429":
+                return self.answer(b"slow down", 429, Retry_After=2)
+            if fault == "500":
+                return self.answer(b"oops", 500)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), int(match[2] or len(body) - 1)
+            headers["Content_Range"] = f"bytes {start}-{min(end, len(body) - 1)}/{len(body)}"
+            body, status = body[start:end + 1], 206
+        if self.command == "GET" and name != "README.md" and fault == "cut":
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        self.answer(body, status, **headers)
+
+
+def parquet_bytes(tmp_path, texts):
+    write_parquet(tmp_path / "x.parquet", texts, token_count=pa.array([len(true_tokens([t])) - 1 for t in texts]))
+    return (tmp_path / "x.parquet").read_bytes()
+
+
+def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path):
+    texts = make_texts(100)
+    files = {f"sample/10BT/{i:03d}_00000.parquet": parquet_bytes(tmp_path, texts[50 * i:50 * i + 50]) for i in range(2)}
+    files["data/other.parquet"] = parquet_bytes(tmp_path, ["of another config"])
+    hub = FakeHub("HuggingFaceFW/fineweb-edu", files, ["", "", "429", "cut", "", "500"])
+    result = command(*FLAGS, "--out", tmp_path / "out", "--workers", 1, **hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert hub.seen["429"] == hub.seen["500"] == hub.seen["cut"] == 1
+    refused = next(i for i, (_, fault) in enumerate(hub.times) if fault == "429")
+    assert hub.times[refused + 1][0] - hub.times[refused][0] >= 2  # as Retry-After says; without it the first wait is 1 s
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names[0] == "edufineweb_train_000002.npy" and "edufineweb_val_000000.npy" in names
+    source = fineweb.load_manifest(tmp_path / "out")["source"]
+    assert source["commit"] == COMMIT and source["name"] == "sample-10BT" and len(source["files"]) == 2
+
+
+@pytest.mark.slow
+def test_what_was_begun_goes_on_with_its_own_commit_when_the_branch_has_moved(tmp_path):
+    hub = FakeHub("me/texts", {"data/a.parquet": parquet_bytes(tmp_path, make_texts(80))})
+    flags = ["--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out"]
+    assert command(*flags, **hub.env(tmp_path)).returncode == 0
+    before = contents(tmp_path / "out")
+    manifest = fineweb.load_manifest(tmp_path / "out")
+    fineweb.save_manifest(str(tmp_path / "out"), {**manifest, "complete": False})
+    hub.commit = "f" * 40
+    again = command(*flags, **hub.env(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv"])
+def test_other_formats_on_the_hub(tmp_path, suffix):
+    texts = [text.replace("\n", " ").replace("\r", " ") for text in make_texts(40)]
+    if suffix == "csv":
+        body = "".join(f'{i},"{text}"\n' for i, text in [("id", "text"), *enumerate(texts)]).encode()
+    else:
+        body = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    hub = FakeHub("me/texts", {f"data/a.{suffix}": body})
+    result = command("--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out", **hub.env(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
+def test_a_hub_that_stays_away_ends_with_a_clear_line(monkeypatch):
+    import httpx2
+    waits = []
+    monkeypatch.setattr(fineweb.time, "sleep", waits.append)
+
+    def away():
+        raise httpx2.ConnectError("no route to host")
+    with pytest.raises(ValueError, match="no route to host.*run the same command again later.*--input"):
+        fineweb.patiently(away)
+    assert waits == list(fineweb.HUB_WAITS)
+
+
+@pytest.mark.slow
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
+    hub = FakeHub("me/texts", {})
+    result = command("--dataset", "me/absent", "--out", tmp_path / "out", **hub.env(tmp_path))
+    assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "made")
+    files = {}
+    for name in ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin"):
+        data.write_shard(str(tmp_path / "made" / name), np.array([EOT, *range(len(files) + 500)], dtype=np.uint16))
+        files[name] = (tmp_path / "made" / name).read_bytes()
+    hub = FakeHub("kjj0/finewebedu10B-gpt2", files, ["", "cut"])
+    flags = ["--prepared", hub.repo, "--out", tmp_path / "out"]
+    few = command(*flags, "--max-tokens", 900, **hub.env(tmp_path))
+    assert few.returncode == 0 and not (tmp_path / "out" / "fw_train_000002.bin").exists(), few.stderr
+    (tmp_path / "out" / "fw_train_000001.bin").write_bytes(files["fw_train_000001.bin"][:-7])  # damaged meanwhile
+    assert command(*flags, **hub.env(tmp_path)).returncode == 0
+    assert hub.seen["cut"] == 1 and hub.seen["fw_val_000000.bin"] == 1
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    run(monkeypatch, "--verify", tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# real text
+
+@pytest.mark.slow
+@pytest.mark.skipif("GPT2_REAL_DATA" not in os.environ, reason="GPT2_REAL_DATA is unset")
+def test_real_parquet_becomes_shards_that_train(tmp_path):
+    source = os.path.join(os.environ["GPT2_REAL_DATA"], "fineweb_edu_like")
+    assert command("--input", source, "--out", tmp_path / "real").returncode == 0
+    assert command("--verify", tmp_path / "real").returncode == 0
+    texts = [text for name in sorted(os.listdir(source)) for text in pq.read_table(f"{source}/{name}")["text"].to_pylist()]
+    val, train = read_stream(tmp_path / "real")
+    assert val + train == true_tokens(texts)
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), "--data", tmp_path / "real", "--preset",
+                             "shakespeare", "--max-steps", "3", "--val-tokens", "1280", "--sample-every", "0", "--log-dir",
+                             tmp_path / "log"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
