@@ -267,7 +267,8 @@ def bench_tokenize(args):
                 rates[name].append((size / seconds / 1e6, tokens / seconds))
     medians = {name: [statistics.median(column) for column in zip(*values)] for name, values in rates.items()}
     alone = medians["tiktoken alone, 1 process"][0]
-    return [{"tokenize": name, "MB/s": mb, "M tok/s": tok / 1e6, "x tiktoken": mb / alone} for name, (mb, tok) in medians.items()]
+    return [{"tokenize": name, "MB/s": mb, "M tok/s": tok / 1e6, "x tiktoken": mb / alone}
+            for name, (mb, tok) in medians.items()]
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,6 @@ uninterrupted run, for any number of workers. Documents stay in the source's ord
 The workers are threads: tiktoken and pyarrow work outside Python's lock, so one process fills all cores, holds one
 copy of everything, and starts alike on every system.
 """
-import argparse
 import codecs
 import functools
 import hashlib
@@ -46,7 +45,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data import EOT, NUM_TOKENS, TOKENIZER_SHA256, find_shards, get_tokenizer, open_shard, write_shard
-from runtime import run_main
+from runtime import ArgumentParser, run_main
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
@@ -688,7 +687,7 @@ def download_prepared(repo, out, revision, max_tokens):
 
 def parse_args(argv=None):
     """The flags; ValueError for what cannot be."""
-    parser = argparse.ArgumentParser(description="Text into shards of GPT-2 tokens.", allow_abbrev=False)
+    parser = ArgumentParser(description="Text into shards of GPT-2 tokens.", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default=DATASET, help=f"dataset on the Hub (default {DATASET})")
     add("--name", default=None, help=f"its config: sample-10BT, sample-100BT, CC-MAIN-... (default {NAME} for FineWeb-Edu)")

@@ -27,7 +27,6 @@ each ending at the positions that follow the context and blind to the other endi
 ending's token is predicted, in float32, over GPT-2's 50257 ids: a vocabulary padded for speed scores as the exported
 model does. Of equally good endings the first is the answer, as the harness has it.
 """
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -46,8 +45,8 @@ from torch.nn import functional as F
 
 from checkpoint import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
-from runtime import (all_gather, all_reduce_sum, autocast, choose_dtype, keep_freed_memory, print0, rank0_first, run_main,
-                     setup, teardown)
+from runtime import (ArgumentParser, all_gather, all_reduce_sum, autocast, choose_dtype, keep_freed_memory, print0,
+                     rank0_first, run_main, setup, teardown)
 
 STYLES = ("completion", "lm-eval")
 
@@ -508,7 +507,7 @@ def worst(hellaswag, sums, K):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="HellaSwag score of a GPT-2.", allow_abbrev=False)
+    parser = ArgumentParser(description="HellaSwag score of a GPT-2.", allow_abbrev=False)
     parser.add_argument("source", nargs="?", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder;"
                         " without it the examples are downloaded and no more")
     parser.add_argument("--data", help=f"examples, .jsonl or .jsonl.gz (default: {path_of('val')}, downloaded once)")
