@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 import data
 import fineweb
+import sources
 from data import EOT, get_tokenizer
 
 ROOT = os.path.dirname(os.path.abspath(fineweb.__file__))
@@ -151,7 +152,7 @@ def test_a_text_file_read_in_blocks_equals_the_whole(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fineweb, "BLOCK_BYTES", 7)
         import io
-        parts = [(read()[0][0], begins) for read, begins in fineweb.txt_pieces(io.BytesIO(text.encode()))]
+        parts = [(read()[0][0], begins) for read, begins in sources.txt_pieces(io.BytesIO(text.encode()))]
     tokens = np.concatenate([fineweb.encode([part], begins) for part, begins in parts])
     assert tokens.tolist() == true_tokens([text])
     assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
@@ -200,7 +201,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
     (folder / "e.txt").write_bytes(texts[3].encode() + b"\r\n")
     (folder / "sub" / "f.txt.gz").write_bytes(gzip.compress(texts[4].encode()))
     (folder / "readme.md").write_text("not text to train on")
-    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     val, train = read_stream(tmp_path / "out")
     assert val + train == true_tokens(texts * 4 + [texts[3] + "\r\n", texts[4]])
@@ -208,8 +209,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
 
 def test_a_row_group_too_large_for_a_worker_is_read_in_pieces(corpus, tmp_path, monkeypatch):
     folder, texts = corpus
-    monkeypatch.setattr(fineweb, "PIECE_BYTES", 10)
-    monkeypatch.setattr(fineweb, "BATCH_ROWS", 3)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+    monkeypatch.setattr(sources, "BATCH_ROWS", 3)
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
@@ -346,7 +347,7 @@ def test_verify_passes_and_notices_one_flipped_byte(corpus, tmp_path, monkeypatc
 
 def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
-    monkeypatch.setattr(fineweb, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     damage(folder, make_texts(30, seed=3))
     (folder / "0.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "of the first piece"}\n')
     flags = ("--input", folder, *FLAGS, "--skip-bad-files", "--max-tokens", 30000, "--out")
@@ -634,13 +635,13 @@ def test_other_formats_on_the_hub(tmp_path, suffix):
 def test_a_hub_that_stays_away_ends_with_a_clear_line(monkeypatch):
     import httpx2
     waits = []
-    monkeypatch.setattr(fineweb.time, "sleep", waits.append)
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
 
     def away():
         raise httpx2.ConnectError("no route to host")
     with pytest.raises(ValueError, match="no route to host.*run the same command again later.*--input"):
-        fineweb.patiently(away)
-    assert waits == list(fineweb.HUB_WAITS)
+        sources.patiently(away)
+    assert waits == list(sources.HUB_WAITS)
 
 
 @pytest.mark.slow
