@@ -562,12 +562,15 @@ def test_without_a_model_it_downloads_and_no_more(server, monkeypatch, capsys):
 
 
 def test_two_ranks_score_as_one(command, tmp_path):
-    expected = json.loads(command("--json", "--limit", "11", "--batch-tokens", "1"))  # 11 batches: one rank has one less
+    expected = json.loads(command("--json", "--limit", "11", "--batch-tokens", "1", "--out", "one.jsonl"))  # 11 batches: one rank has one less
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*torchrun, os.path.join(ROOT, "hellaswag.py"), "model_00007.pt", "--data", "examples.jsonl", "--device", "cpu",
-         "--dtype", "float32", "--json", "--limit", "11", "--batch-tokens", "1"],
+         "--dtype", "float32", "--json", "--limit", "11", "--batch-tokens", "1", "--out", "two.jsonl"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     got = json.loads(done.stdout)
     assert {**got, "seconds": 0} == {**expected, "seconds": 0}
+    with open("one.jsonl", encoding="utf-8") as one, open("two.jsonl", encoding="utf-8") as two:
+        for line, other in zip(one, two, strict=True):
+            np.testing.assert_allclose(*[json.loads(x)["completion"]["logprobs"] for x in (line, other)], atol=1e-4)
