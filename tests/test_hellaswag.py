@@ -562,7 +562,8 @@ def test_without_a_model_it_downloads_and_no_more(server, monkeypatch, capsys):
 
 
 def test_two_ranks_score_as_one(command, tmp_path):
-    expected = json.loads(command("--json", "--limit", "11", "--batch-tokens", "1", "--out", "one.jsonl"))  # 11 batches: one rank has one less
+    # 11 batches: one rank has one less
+    expected = json.loads(command("--json", "--limit", "11", "--batch-tokens", "1", "--out", "one.jsonl"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*torchrun, os.path.join(ROOT, "hellaswag.py"), "model_00007.pt", "--data", "examples.jsonl", "--device", "cpu",
