@@ -24,6 +24,7 @@ import data
 import fineweb
 import hellaswag
 import runtime
+import scoring
 from model import GPT, SIZES, config_for
 from train_gpt2 import train_step
 
@@ -189,9 +190,9 @@ def bench_hellaswag(args):
     runtime.keep_freed_memory()
     figures["lecture, memory kept"] = lecture_hellaswag(model, task.examples, device, dtype)
     sums = []
-    seconds = median_seconds(lambda: sums.append(hellaswag.score(model, encoded, dtype, ranks)[0]), 3, device, warmup=1)
+    seconds = median_seconds(lambda: sums.append(scoring.score(model, encoded, dtype, ranks)[0]), 3, device, warmup=1)
     figures["ours"] = len(encoded) / seconds, hellaswag.predictions(sums[-1], lengths)[1].tolist()
-    truth = hellaswag.predictions(hellaswag.score(model, encoded, "float32", ranks)[0], lengths)[1].tolist()
+    truth = hellaswag.predictions(scoring.score(model, encoded, "float32", ranks)[0], lengths)[1].tolist()
     return [{"hellaswag": name, "examples/s": speed, "x lecture": speed / figures["lecture"][0],
              "flips": sum(a != b for a, b in zip(predicted, truth)), "examples": len(encoded)}
             for name, (speed, predicted) in figures.items()]

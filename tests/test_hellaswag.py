@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import hellaswag
+import scoring
 from data import EOT, NUM_TOKENS, TOKENIZER_FILE, get_tokenizer
 from model import GPT, GPTConfig
 from runtime import Ranks
@@ -80,7 +81,7 @@ def set_of(tmp_path, examples):
 
 
 def sums_of(model, task, style="completion", dtype="float32", **options):
-    return hellaswag.score(model, task.encoded[style], dtype, ALONE, **options)[0]
+    return scoring.score(model, task.encoded[style], dtype, ALONE, **options)[0]
 
 
 @torch.no_grad()
@@ -143,11 +144,11 @@ def test_batches_and_their_order_change_nothing(tmp_path):
 
 
 def test_batches_hold_every_row_once_within_the_bound():
-    rows, _ = hellaswag.pack(hellaswag.tokenize(made_up(40), "completion"), 256)
-    batches = hellaswag.make_batches(rows, 600)
+    rows, _ = scoring.pack(hellaswag.tokenize(made_up(40), "completion"), 256)
+    batches = scoring.make_batches(rows, 600)
     assert sorted(n for batch in batches for _, endings in batch for n, _ in endings) == list(range(160))
     for batch in batches:
-        assert len(batch) == 1 or hellaswag.collate(batch)[0].size <= 600
+        assert len(batch) == 1 or scoring.collate(batch)[0].size <= 600
     assert max(map(len, batches)) > 1
 
 
@@ -163,7 +164,7 @@ def test_an_ending_is_blind_to_the_others(tmp_path):
 def test_text_over_the_block_loses_its_beginning(tmp_path, style):
     """The harness keeps the last block_size + 1 tokens of each context + ending; endings differ in what they lose."""
     model, task = small_model(block_size=36), set_of(tmp_path, made_up(12))
-    sums, num_cut = hellaswag.score(model, task.encoded[style], "float32", ALONE)
+    sums, num_cut = scoring.score(model, task.encoded[style], "float32", ALONE)
     over = sum(len(c) + max(map(len, endings)) > 37 for c, endings in task.encoded[style])
     assert num_cut == over and 0 < over < 12
     np.testing.assert_allclose(sums, plain_sums(model, task, style), atol=1e-4, rtol=0)
@@ -335,8 +336,8 @@ def test_compile_makes_few_graphs_and_changes_nothing(tmp_path):
     hidden = torch.compile(model.hidden, dynamic=True, backend=counter)
     sums = sums_of(model, task, batch_tokens=500, hidden=hidden)
     np.testing.assert_allclose(sums, sums_of(model, task, batch_tokens=500), atol=1e-4, rtol=0)
-    shapes = {hellaswag.collate(batch)[0].shape for batch in
-              hellaswag.make_batches(hellaswag.pack(task.encoded["completion"], 256)[0], 500)}
+    shapes = {scoring.collate(batch)[0].shape for batch in
+              scoring.make_batches(scoring.pack(task.encoded["completion"], 256)[0], 500)}
     assert len(shapes) > 6 and counter.frame_count <= 3, (len(shapes), counter.frame_count)
 
 
