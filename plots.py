@@ -3,7 +3,8 @@ Pictures of a run: read log.txt, draw the loss and HellaSwag curves beside GPT-2
 
     python plots.py log/shakespeare               # writes log/shakespeare/loss.png
 
-log.txt has one fact a line, `step stream value`; the streams are train, val, hella, lr, norm, tok_per_sec.
+log.txt has one fact a line, `step stream value`; the streams are train, val, hella (acc_norm, completion
+style), hella_lm_eval, lr, norm, tok_per_sec, epoch.
 """
 import os
 
@@ -62,11 +63,13 @@ def plot_run(run_dir, out=None, baselines=False):
     panel.legend()
     if has_hella:
         panel = panels[0][1]
-        steps, values = zip(*streams["hella"])
-        panel.plot(steps, values, color="tab:blue", marker="o", markersize=3, label=f"this run (last {values[-1]:.4f})")
-        panel.axhline(GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"GPT-2 124M ({GPT2_HELLASWAG})")
+        for stream, style, color in (("hella", "completion", "tab:blue"), ("hella_lm_eval", "lm-eval", "tab:cyan")):
+            if stream in streams:
+                steps, values = zip(*streams[stream])
+                panel.plot(steps, values, color=color, marker="o", markersize=3, label=f"{style} (last {values[-1]:.4f})")
+        panel.axhline(GPT2_HELLASWAG, color="tab:red", linestyle="--", label=f"GPT-2 124M, completion ({GPT2_HELLASWAG})")
         panel.axhline(GPT3_HELLASWAG, color="tab:green", linestyle="--", label=f"GPT-3 124M ({GPT3_HELLASWAG})")
-        panel.set(xlabel="step", ylabel="HellaSwag acc_norm", title="HellaSwag val, completion style")
+        panel.set(xlabel="step", ylabel="HellaSwag acc_norm", title="HellaSwag val")
         panel.grid(alpha=0.3)
         panel.legend()
     temporary = f"{out}.{os.getpid()}.tmp"
