@@ -289,13 +289,18 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken, text, tmp_path):
 
 
 def test_two_ranks_train_like_one_process(text, tmp_path):
-    """No dropout, for which each rank draws its own numbers."""
-    flags = ("--data", text, "--dropout", "0", "--max-steps", "6")
+    """Losses, and both HellaSwag scores; no dropout, for which each rank draws its own numbers."""
+    endings = ["is king.", "will come to this house.", "is not", "and my lord"]
+    with open(tmp_path / "hellaswag.jsonl", "w", encoding="utf-8") as f:
+        for label in (0, 1, 2, 3, 1):
+            example = {"ctx": f"the queen {label}", "activity_label": "Reigning", "label": label, "endings": endings}
+            f.write(json.dumps(example) + "\n")
+    flags = ("--data", text, "--dropout", "0", "--max-steps", "6", "--hellaswag", "hellaswag.jsonl", "--hella-every", "3")
     for name, ranks in (("one", 1), ("two", 2)):
         process = train(tmp_path, *flags, "--exp-name", name, ranks=ranks)
         assert process.returncode == 0, process.stderr
-    one, two = (log_of(tmp_path / "log" / name, "train", "val") for name in ("one", "two"))
-    assert len(one) == len(two) == 9
+    one, two = (log_of(tmp_path / "log" / name, "train", "val", "hella", "hella_lm_eval") for name in ("one", "two"))
+    assert len(one) == len(two) == 6 + 3 + 2 * 3
     for a, b in zip(one, two):
         assert a.split()[:2] == b.split()[:2] and float(a.split()[2]) == pytest.approx(float(b.split()[2]), abs=1e-4)
 
