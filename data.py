@@ -266,8 +266,9 @@ class DataLoaderLite:
         """The next x, y, each (B, T) int64 on the device."""
         if self._prefetched is None:
             self._prefetched, self._stop = queue.Queue(maxsize=4), threading.Event()
-            threading.Thread(target=self._read_ahead, args=(self._prefetched, self.position, self._stop),
-                             daemon=True, name="DataLoaderLite").start()
+            self._thread = threading.Thread(target=self._read_ahead, args=(self._prefetched, self.position, self._stop),
+                                            daemon=True, name="DataLoaderLite")
+            self._thread.start()
         position, item = self._prefetched.get()
         if isinstance(item, Exception):
             self.close()  # the thread has ended: a further next_batch must try again, not wait for ever
@@ -277,9 +278,13 @@ class DataLoaderLite:
         return to_batch(item, self.device)
 
     def close(self):
-        """Stops the reading thread; the next next_batch starts one anew from position."""
+        """Stops the reading thread; the next next_batch starts one anew from position.
+
+        Call it before the process ends: a thread that Python finds inside NumPy at its exit can abort the process.
+        """
         if self._prefetched is not None:
             self._stop.set()
+            self._thread.join()
             self._prefetched = None
 
     def state_dict(self):

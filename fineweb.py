@@ -407,7 +407,9 @@ def download_prepared(repo, out, revision, max_tokens):
         if max_tokens and tokens >= max_tokens:
             break
         path = os.path.join(out, name)
-        if not os.path.exists(path) or os.path.getsize(path) != sizes[name]:
+        if os.path.exists(path) and os.path.getsize(path) != sizes[name]:
+            os.remove(path)  # the library below would take a file that it wrote less than a second ago for whole
+        if not os.path.exists(path):
             patiently(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=info.sha, local_dir=out))
         shard = open_shard(path)
         documents = int(np.count_nonzero(np.fromfile(path, dtype="<u2", offset=shard.offset) == EOT))

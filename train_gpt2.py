@@ -316,7 +316,6 @@ def training_loop(run):
         report(run.log, step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
         if int(loader.epoch) > epoch:
             report(run.log, step, epoch=int(loader.epoch))  # every window was seen; the next epoch has its own order
-    loader.close()
     if ranks.master_process:
         picture = plot_run(run.run_dir, baselines=FINEWEB_DIR in config.data)
         print0(f"finished; curves: {picture}, samples: python sample.py {run.run_dir}")
@@ -329,7 +328,10 @@ def main():
     try:
         run = set_up(*make_config(given), ranks)
         if run:
-            training_loop(run)
+            try:
+                training_loop(run)
+            finally:
+                run.loader.close()
     finally:
         teardown()
 

@@ -150,7 +150,7 @@ def test_documents_tokenized_together_equal_tiktoken_one_by_one(texts):
 @given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
 def test_a_text_file_read_in_blocks_equals_the_whole(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb, "BLOCK_BYTES", 7)
+        patch.setattr(sources, "BLOCK_BYTES", 7)
         import io
         parts = [(read()[0][0], begins) for read, begins in sources.txt_pieces(io.BytesIO(text.encode()))]
     tokens = np.concatenate([fineweb.encode([part], begins) for part, begins in parts])

@@ -164,7 +164,7 @@ def test_run_main_lets_a_bug_keep_its_traceback_and_a_good_end_be_0():
 
 
 def test_a_wrong_flag_is_one_line(capsys):
-    parser = runtime.Parser(prog="x.py", allow_abbrev=False)
+    parser = runtime.ArgumentParser(prog="x.py", allow_abbrev=False)
     parser.add_argument("--steps", type=int, choices=(1, 2))
     for arguments, words in ((["--step", "1"], "unrecognized arguments: --step 1"), (["--steps", "3"], "invalid choice: 3"),
                              (["--steps"], "expected one argument")):
