@@ -176,13 +176,18 @@ def lecture_hellaswag(model, examples, device, dtype):
 
 
 def bench_hellaswag(args):
-    """Rows of scoring the first --limit examples with random weights, completion style: the lecture's way as it stands,
+    """Rows of scoring --limit examples with random weights, completion style: the lecture's way as it stands,
     with freed memory kept as our scripts run, and ours. flips: predictions unlike those of float32."""
     device = runtime.choose_device(args.device)
     dtype = runtime.choose_dtype(args.dtype, device)
     runtime.seed_all(1337)
     model = GPT(config_for(args.size, vocab_size=50304)).to(device).eval()
-    task = hellaswag.prepare(args.data or hellaswag.path_of("val"), args.limit)
+    with tempfile.TemporaryDirectory() as folder:  # spread over the file: its first part has shorter texts than its second
+        examples = list(hellaswag.iterate_examples(args.data or hellaswag.path_of("val")))
+        with open(os.path.join(folder, "sample.jsonl"), "w", encoding="utf-8") as f:
+            for i in range(min(args.limit, len(examples))):
+                f.write(json.dumps(examples[i * len(examples) // min(args.limit, len(examples))]) + "\n")
+        task = hellaswag.prepare(f.name)
     encoded, lengths = task.encoded["completion"], task.lengths["completion"]
     ranks = runtime.Ranks(0, 0, 1, device, False)
     lecture_hellaswag(model, task.examples[:2], device, dtype)
