@@ -147,7 +147,8 @@ def choose_preset(given):
         return given["preset"], given.get("data", INPUT_TXT if given["preset"] == "shakespeare" else FINEWEB_DIR), "as asked"
     if "data" in given:
         shards = holds_shards(given["data"])
-        return ("gpt2-124M" if shards else "shakespeare"), given["data"], f"--data holds {'shards' if shards else 'text'}"
+        why = f"--data {'holds' if shards else 'is no folder of'} shards"
+        return ("gpt2-124M" if shards else "shakespeare"), given["data"], why
     if holds_shards(FINEWEB_DIR):
         return "gpt2-124M", FINEWEB_DIR, f"{FINEWEB_DIR}/ holds shards"
     return "shakespeare", INPUT_TXT, f"{FINEWEB_DIR}/ holds no shards (python fineweb.py makes them)"

@@ -120,7 +120,8 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
                 shard[:n] = rest
     if split == "val":
         raise ValueError(f"nothing is left to train on: all {val_total:,} tokens are in the val split, which ends with a"
-                         f" document; give a smaller --val-tokens (now {val_tokens:,}), or more documents")
+                         f" document; remove the shards and give a smaller --val-tokens (now {val_tokens:,}) or more"
+                         " documents. A single text is not split here: train_gpt2.py --data FILE takes it as it is")
     if n > 0:
         yield split, shard[:n], split
 
@@ -437,7 +438,7 @@ def parse_args(argv=None):
     add("--shard-size", type=int, default=10**8, help="tokens a shard (default 100M)")
     add("--max-tokens", type=int, default=0, help="stop there (default: all there is)")
     add("--val-tokens", type=int, help="tokens of the val split, which ends with a document (default one"
-        " shard, of little text a tenth)")
+        " shard, or a tenth as estimated from the size if that is less)")
     add("--workers", type=int, default=0, help="threads that tokenize (default: one for each core)")
     add("--format", choices=("npy", "bin"), default="npy", help="of the shards: NumPy's or llm.c's (default npy)")
     add("--skip-bad-files", action="store_true", help="leave out files that are damaged, instead of stopping")

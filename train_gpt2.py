@@ -219,7 +219,8 @@ def make_plan(config, num_tokens, ranks, dtype):
            f" = {max_steps * config.total_batch_size / epoch_tokens:.2f} epochs\n"
            f"a step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {ranks.world_size} process(es),"
            f" {ranks.device_type}, {dtype}\n"
-           f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "") + "\n"
+           f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "")
+           + (": THIS WILL NOT FIT" if memory and needed > memory else "") + "\n"
            f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
     if peak := peak_flops(ranks.device, dtype):
         print0(f"time: about {total / (0.5 * peak * ranks.world_size) / 3600:.1f} hours at half the peak of"
