@@ -18,7 +18,7 @@ import re
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -102,10 +102,15 @@ def saved_steps(run_dir):
     return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
+def contents_of(raw_model, val_loss):
+    """What the model file holds but "step"; the tensors are the model's own."""
+    return {"model": raw_model.state_dict(), "config": asdict(raw_model.config), "val_loss": val_loss}
+
+
 def save(run_dir, step, model_contents, state):
     """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete.
 
-    model_contents: {"model", "config", "val_loss"}; state: as in the head of this file. "step" is put into both.
+    model_contents: from contents_of; state: as in the head of this file. "step" is put into both.
     Raises OSError, before anything is written, when the disk has too little room.
     """
     needed = num_bytes((model_contents, state)) * 1.01 + 2**20  # and what the format adds
@@ -144,8 +149,9 @@ def lock_run(run_dir):
     The lock is the kernel's, on log.txt: it ends with the process however that ends. A folder of which nothing came is
     removed again.
     """
+    log_dir, path = os.path.dirname(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
+    first_run = not os.path.exists(log_dir)
     os.makedirs(run_dir, exist_ok=True)
-    path = os.path.join(run_dir, "log.txt")
     with open(path, "ab") as f:
         try:
             import fcntl  # not on Windows
@@ -159,7 +165,7 @@ def lock_run(run_dir):
             yield
         finally:
             if os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
-                shutil.rmtree(run_dir)
+                shutil.rmtree(log_dir if first_run else run_dir)
 
 
 # -----------------------------------------------------------------------------

@@ -175,9 +175,9 @@ def save(run, step, val_loss, evaluated):
     state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "scaler": run.scaler.state_dict(),
              "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "evaluated": evaluated,
              "skipped": run.skipped, "train_config": asdict(run.config)}
-    model_contents = {"model": run.raw_model.state_dict(), "config": asdict(run.raw_model.config), "val_loss": val_loss}
     run.writer.wait()  # for the checkpoint before this one: its copy is freed before the next is made
-    run.writer.start(write_checkpoint, run.run_dir, step, *checkpoint.snapshot((model_contents, state)))
+    run.writer.start(write_checkpoint, run.run_dir, step,
+                     *checkpoint.snapshot((checkpoint.contents_of(run.raw_model, val_loss), state)))
 
 
 def write_checkpoint(run_dir, step, model_contents, state):

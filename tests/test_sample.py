@@ -163,7 +163,7 @@ def run_sample(capsys, monkeypatch, *arguments):
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "keep_freed_memory", lambda: None)  # it is for the whole process: not for pytest's
-    checkpoint.save(str(tmp_path), make_model(), 7, 3.25, {})
+    checkpoint.save(str(tmp_path), 7, checkpoint.contents_of(make_model(), 3.25), {})
     return tmp_path
 
 
