@@ -167,8 +167,12 @@ def shape_of_weights(given):
     """The model's fields that come with --init-from's weights, as a dict; ValueError if flags ask for other ones."""
     if not given.get("init_from"):
         return {}
-    shape = asdict(checkpoint.load_model(given["init_from"])[0].config)
+    shape = asdict(checkpoint.read_model(given["init_from"])[0])
     shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
+    if given.get("block_size", shape["block_size"]) > shape["block_size"]:
+        raise ValueError(f"--block-size {given['block_size']} is over the {shape['block_size']} positions that --init-from's"
+                         " weights know; give that many or fewer")
+    shape["block_size"] = given.get("block_size", shape["block_size"])
     if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
         raise ValueError(f"--init-from brings its own {', '.join(f'{n}={shape[n]}' for n in wrong)}: leave these flags out")
     return shape

@@ -281,7 +281,7 @@ def make_plan(config, num_tokens, ranks, dtype):
 def build_model(config, saved, device):
     """The GPT to train, on its device: as saved, or with init_from's weights, or fresh from the seed."""
     if not saved and config.init_from:
-        return checkpoint.load_model(config.init_from, device)[0].train()
+        return checkpoint.load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
     model = GPT(GPTConfig(**saved[0]["config"]) if saved else config.gpt_config())
     if saved:
         checkpoint.load_weights(model, saved[0]["model"], "the checkpoint")

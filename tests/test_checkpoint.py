@@ -353,7 +353,7 @@ def test_load_model_says_what_it_takes_when_there_is_nothing(tmp_path):
     with pytest.raises(ValueError, match="state_00010.pt is no model checkpoint"):
         checkpoint.load_model(str(tmp_path / "state_00010.pt"))
     torch.save({"model": {}, "model_args": CONFIG, "config": {"out_dir": "out"}}, tmp_path / "ckpt.pt")  # nanoGPT's
-    with pytest.raises(ValueError, match="ckpt.pt is not a GPTConfig's"):
+    with pytest.raises(ValueError, match="weights of .*ckpt.pt are of another shape"):
         checkpoint.load_model(str(tmp_path / "ckpt.pt"))
 
 
