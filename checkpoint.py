@@ -91,10 +91,13 @@ def saved_steps(run_dir):
     return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
-def save(run_dir, raw_model, step, val_loss, state):
-    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete."""
+def save(run_dir, raw_model, step, val_loss, state, weights=None):
+    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete.
+
+    weights: raw_model's state dict, where it is sharded and cannot say it alone.
+    """
     model_path, state_path = paths(run_dir, step)
-    weights = {name: tensor.detach().cpu() for name, tensor in raw_model.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in (weights or raw_model.state_dict()).items()}
     save_file({**state, "step": step}, state_path)
     save_file({"model": weights, "config": asdict(raw_model.config), "step": step, "val_loss": val_loss}, model_path)
 

@@ -18,17 +18,17 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import data
 import hellaswag
+import parallel
 from config import FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args
 from model import GPT, GPTConfig
 from plots import plot_run
-from runtime import (Ranks, all_gather, all_reduce_sum, autocast, choose_dtype, compile_for_training,
-                     device_name, free_memory, get_rng_state, keep_freed_memory, peak_flops, print0, rank0_first, run_main,
-                     seed_all, set_rng_state, setup, synchronize, teardown, write_run_description)
+from runtime import (Ranks, all_gather, all_reduce_sum, autocast, choose_dtype, device_name, free_memory, get_rng_state,
+                     keep_freed_memory, peak_flops, print0, rank0_first, run_main, seed_all, set_rng_state, setup,
+                     synchronize, teardown, write_run_description)
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -59,7 +59,8 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()
         if ranks.ddp:
-            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward
+            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward. FSDP does not:
+            # it sums them each time, for until then every rank would have to hold them whole
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
         with autocast(ranks.device, dtype):
             _, loss = model(x, y)
@@ -70,7 +71,7 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
     loss_accum = all_reduce_sum(loss_accum, ranks) / ranks.world_size
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    norm = parallel.clip_grad_norm(raw_model, grad_clip)
     loss, norm = loss_accum.item(), norm.item()  # the one point of a step where the CPU waits for the GPU
     # in float16 a norm that overflows is the scaler's to handle: it skips the step and lowers the scale
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -145,18 +146,18 @@ def report(log, step, quiet=False, **facts):
 def save(run, step, val_loss):
     """Writes the checkpoint of step (all ranks call it, rank 0 writes) and removes the oldest ones."""
     rng = all_gather(get_rng_state(run.ranks.device), run.ranks)
+    weights, optimizer_states = parallel.full_state(run.raw_model, run.optimizers, run.ranks)
     if run.ranks.master_process:
-        state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "scaler": run.scaler.state_dict(),
+        state = {"optimizers": optimizer_states, "scaler": run.scaler.state_dict(),
                  "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "train_config": asdict(run.config)}
-        checkpoint.save(run.run_dir, run.raw_model, step, val_loss, state)
+        checkpoint.save(run.run_dir, run.raw_model, step, val_loss, state, weights)
         checkpoint.prune(run.run_dir, run.config.keep_last)
         print0(f"saved {checkpoint.paths(run.run_dir, step)[0]}")
 
 
 def restore(state, optimizers, scaler, loader, ranks):
     """Puts back all that save wrote but the weights. With another number of ranks, only the generators start afresh."""
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    parallel.load_full_optimizer_state(optimizers, state["optimizers"])
     scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"])
     if len(state["rng"]) == ranks.world_size:
@@ -258,13 +259,11 @@ def set_up(config, saved, ranks):
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
                                  ranks.device)
     seed_all(config.seed)                       # the same weights on every rank
-    raw_model = build_model(config, saved, ranks.device)
-    optimizers = raw_model.configure_optimizers(config.lr, config.weight_decay, (config.beta1, config.beta2),
-                                                config.optimizer, config.embd_lr_ratio)
+    # what is to be sharded need not fit on one device
+    raw_model = build_model(config, saved, "cpu" if config.parallel == "fsdp" and ranks.ddp else ranks.device)
+    model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
+    optimizers = parallel.make_optimizers(raw_model, config, ranks)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
-    model = compile_for_training(raw_model, config.compile, max_steps - first_step, B, T, dtype, ranks.device)
-    if ranks.ddp:
-        model = DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
     seed_all(config.seed + 1 + ranks.rank)      # from here on only dropout draws, differently on each rank
     if saved:
         restore(saved[1], optimizers, scaler, loader, ranks)
@@ -291,12 +290,13 @@ def training_loop(run):
     for step in range(run.first_step, run.max_steps + 1):  # step = number of updates made
         val_loss = None
         if due(step, config.val_every, run):
-            val_loss = evaluate_loss(raw_model, run.val_stream, loader.B, loader.T, config.val_tokens, run.dtype, ranks)
+            val_loss = evaluate_loss(parallel.whole(raw_model), run.val_stream, loader.B, loader.T, config.val_tokens,
+                                     run.dtype, ranks)
             report(run.log, step, val=val_loss)
         if run.score_hellaswag and due(step, config.hella_every, run):
-            report(run.log, step, **run.score_hellaswag(raw_model, run.dtype))
+            report(run.log, step, **run.score_hellaswag(parallel.whole(raw_model), run.dtype))
         if due(step, config.sample_every, run):
-            print_samples(raw_model, config.prompt, run.dtype, ranks)
+            print_samples(parallel.whole(raw_model), config.prompt, run.dtype, ranks)
         if due(step, config.save_every, run) and step > 0:
             save(run, step, val_loss)
         if step == run.max_steps:
