@@ -17,8 +17,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
+from checkpoint import snapshot
 from model import GPT
 from runtime import all_gather, barrier, compile_for_training, print0
 
@@ -31,7 +32,7 @@ def recomputed(forward, device_type):
         # autocast keeps the weights that it casts until it is left, for the next use: here there is none, and they are large
         with torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
                             cache_enabled=False):
-            return checkpoint(forward, *args, use_reentrant=False)
+            return recompute(forward, *args, use_reentrant=False)
     return checkpointed
 
 
@@ -135,31 +136,28 @@ def gather_zero(optimizer, ranks):
 
 
 def full_state(raw_model, optimizers, ranks):
-    """(raw_model's state dict, [state dict of each optimizer]) as one unsharded process has them.
+    """(raw_model's state dict, [state dict of each optimizer]) as one unsharded process has them, copied to the CPU.
 
-    All ranks must call it; rank 0 alone has all of the values then, of what was sharded on the CPU, gathered tensor by
-    tensor, so that no device ever holds the whole.
+    All ranks must call it, and rank 0 alone gets the values. What is sharded is gathered tensor by tensor, so that no
+    device ever holds the whole.
     """
-    def collect(tensor):
-        if not isinstance(tensor, DTensor):
-            return tensor.detach()
-        tensor = full(tensor)
-        return tensor.cpu() if ranks.master_process else None
+    def collect(value):
+        if isinstance(value, dict):
+            return {name: collect(v) for name, v in value.items()}
+        if not isinstance(value, DTensor):
+            return snapshot(value) if ranks.master_process else None
+        tensor = full(value)
+        return tensor.to("cpu", copy=True) if ranks.master_process else None
 
-    tensors = {p: collect(p) for p in raw_model.parameters()}  # tied weights are gathered once
-    weights = {name: tensors[p] for name, p in raw_model.state_dict(keep_vars=True).items()}
+    params = {name: p.detach() for name, p in raw_model.named_parameters()}
+    weights = collect(params)  # the tied lm_head is not named twice
+    weights = {name: weights.get(name, weights["transformer.wte.weight"]) for name in raw_model.state_dict()}
     states = []
     for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            groups = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
-            numbers = iter(range(len(params_of(optimizer))))
-            for group, mine in zip(groups, optimizer.param_groups):
-                group["params"] = [next(numbers) for _ in mine["params"]]
-            states.append({"state": gather_zero(optimizer, ranks), "param_groups": groups})
-        else:
-            state = optimizer.state_dict()
-            state["state"] = {i: {name: collect(v) for name, v in s.items()} for i, s in state["state"].items()}
-            states.append(state)
+        # ZeRO's own state_dict would go through every device, all of it at once
+        state = torch.optim.Optimizer.state_dict(optimizer)
+        gathered = gather_zero(optimizer, ranks) if isinstance(optimizer, ZeroRedundancyOptimizer) else collect(state["state"])
+        states.append({"state": gathered, "param_groups": state["param_groups"]})
     return weights, states
 
 
