@@ -63,6 +63,9 @@ class TrainConfig:
     dtype: str = flag("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile the training step; auto: on CUDA, and on a CPU with a C++ compiler for 100 steps"
                         " or more", choices=("auto", "on", "off"))
+    parallel: str = flag("ddp", "what the processes of torchrun share out: ddp nothing, zero the optimizer's state, fsdp the"
+                         " weights and gradients too", choices=("ddp", "zero", "fsdp"))
+    activation_checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward, and compute the rest again")
     # every so many steps, and at the end; 0 is never
     val_every: int = flag(250, "steps between validations")
     val_tokens: int = flag(10485760, "tokens of one validation, from the beginning of the val split")
@@ -92,6 +95,9 @@ class TrainConfig:
         if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
+        if self.optimizer == "muon" and self.parallel != "ddp":
+            raise ValueError(f"--parallel {self.parallel} cannot share out muon, which needs whole matrices; give"
+                             " --optimizer adamw or --parallel ddp")
         least = dict(batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0, val_every=0,
                      val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, save_minutes=0, keep_last=1,
                      skip_nonfinite=0, timeout=0.01)
