@@ -17,12 +17,14 @@ import torch
 import runtime
 from bench_data import bench_tokenize
 from bench_hellaswag import bench_hellaswag
+from bench_ladder import bench_ladder
 from bench_limits import bench_limits
 from bench_train import bench_train
 from model import SIZES
 
 # function of the flags -> rows, dicts with the same keys; the first names the row
-FIGURES = {"limits": bench_limits, "train": bench_train, "hellaswag": bench_hellaswag, "tokenize": bench_tokenize}
+FIGURES = {"limits": bench_limits, "train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag,
+           "tokenize": bench_tokenize}
 
 
 def print_table(rows):
@@ -46,6 +48,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=0, help="B, sequences (default 4 on a CPU, 16 on a GPU)")
     parser.add_argument("--sequence-length", type=int, default=0, help="T, tokens (default 512 on a CPU, 1024 on a GPU)")
     parser.add_argument("--steps", type=int, default=6, help="train: steps to time (default 6)")
+    parser.add_argument("--ranks", type=int, default=0, help="ladder: processes of DDP (default: one a GPU)")
+    parser.add_argument("--picture", metavar="FILE", help="ladder: draw it there, .png")
     parser.add_argument("--data", help="hellaswag: examples, .jsonl(.gz); tokenize: a folder of parquet files")
     parser.add_argument("--limit", type=int, default=60, help="hellaswag: examples to score (default 60)")
     parser.add_argument("--repeats", type=int, default=3, help="tokenize: rounds, of which the median counts (default 3)")

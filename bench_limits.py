@@ -39,6 +39,13 @@ def median_seconds(function, repeats, device, warmup=2):
     return statistics.median(times)
 
 
+def forward_backward_seconds(function, shapes, dtype, device, repeats=5):
+    """Median seconds of function(*tensors) and its gradients, for random tensors of these shapes in dtype (a name)."""
+    inputs = [torch.randn(shape, device=device).to(runtime.DTYPES[dtype]).requires_grad_() for shape in shapes]
+    grad = torch.randn_like(function(*inputs))
+    return median_seconds(lambda: torch.autograd.grad(function(*inputs), inputs, grad), repeats, device)
+
+
 def peak_rss():
     """Largest resident memory this process ever had, bytes; None where the platform does not tell."""
     try:
@@ -62,9 +69,10 @@ def shape_for(args, device):
 # -----------------------------------------------------------------------------
 # limits
 
-def matmul_peak(dtype, device):
+def matmul_peak(dtype, device, tf32=False):
     """Best FLOP/s of a plain matrix product (M, K) x (K, N) in dtype (a name), over shapes that GPT-2 has."""
     runtime.keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     best = 0.0
     for M, K, N in ((2048, 768, 3072), (2048, 3072, 768), (4096, 4096, 4096)):
         a, b = (torch.randn(shape, device=device).to(runtime.DTYPES[dtype]) for shape in ((M, K), (K, N)))
@@ -84,7 +92,11 @@ def bench_limits(args):
     """Rows of what this machine can do at most: matrix products in each dtype, copying memory."""
     device = runtime.choose_device(args.device)
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        rows.append({"limits": f"matmul, {dtype}", "GFLOP/s": in_fresh_process(matmul_peak, dtype, device) / 1e9, "GB/s": None})
+    kinds = {"float32": ("float32", False), "bfloat16": ("bfloat16", False)}
+    if device.startswith("cuda"):
+        kinds["TF32"] = ("float32", True)
+    for name, (dtype, tf32) in kinds.items():
+        peak = in_fresh_process(matmul_peak, dtype, device, tf32)
+        rows.append({"limits": f"matmul, {name}", "GFLOP/s": peak / 1e9, "GB/s": None})
     rows.append({"limits": "copy of 256 MB", "GFLOP/s": None, "GB/s": in_fresh_process(memory_bandwidth, device) / 1e9})
     return rows
