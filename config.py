@@ -52,6 +52,9 @@ class TrainConfig:
     lr: float = flag(6e-4, "peak learning rate")
     min_lr_ratio: float = flag(0.1, "learning rate at the end, as a share of the peak")
     embd_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a share of the others'")
+    schedule: str = flag("cosine", "of the learning rate after its warm-up: half a cosine down, or constant with a straight"
+                         " decay at the end", choices=("cosine", "wsd"))
+    wsd_decay: float = flag(0.2, "schedule wsd: share of all steps, the last ones, that the decay takes")
     warmup_steps: int = flag(715, "steps of linear warm-up; 375M tokens at 0.5M a step")
     weight_decay: float = flag(0.1, "on matrices and embeddings")
     beta1: float = flag(0.9, "AdamW's momentum")
@@ -104,6 +107,8 @@ class TrainConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {minimum} or more")
+        if not 0 < self.wsd_decay <= 1:
+            raise ValueError(f"--wsd-decay {self.wsd_decay}: a share of the steps, over 0 and at most 1")
 
     def gpt_config(self):
         """The GPTConfig of the model to train."""

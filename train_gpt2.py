@@ -38,15 +38,22 @@ from sample import generate_text
 # -----------------------------------------------------------------------------
 # the pieces of the loop
 
-def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr."""
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd_decay=0.2):
+    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr.
+
+    Schedule "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at max_lr and falls in a straight line to min_lr over the
+    last wsd_decay of max_steps.
+    """
     # 1) linear warm-up; + 1, for a first step at 0 would teach nothing
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     # 2) past max_steps it stays at the minimum
     if step >= max_steps:
         return min_lr
-    # 3) in between, half a cosine
+    # 3) in between, constant and then a line
+    if schedule == "wsd":
+        return min_lr + min(1.0, (max_steps - step) / (wsd_decay * max_steps)) * (max_lr - min_lr)
+    # 4) or half a cosine
     decay_ratio = (step - warmup_steps) / (max_steps - warmup_steps)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (max_lr - min_lr)
 
@@ -352,7 +359,8 @@ def train_and_log(run, step):
     """One step of training and the line about it."""
     config, ranks, loader = run.config, run.ranks, run.loader
     epoch = int(loader.epoch)
-    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps)
+    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps, config.schedule,
+                config.wsd_decay)
     synchronize(ranks.device)
     t0 = time.perf_counter()
     try:

@@ -74,6 +74,29 @@ def test_get_lr_is_warmup_then_cosine_down_to_the_minimum():
     assert all(a >= b for a, b in zip(lr[9:], lr[10:]))
 
 
+def test_get_lr_of_wsd_is_warmup_then_constant_then_a_straight_line_to_the_minimum():
+    lr = [get_lr(step, 1.0, 0.1, 10, 110, "wsd", 0.5) for step in range(112)]
+    assert lr[:10] == [get_lr(step, 1.0, 0.1, 10, 110) for step in range(10)]   # the same warm-up
+    assert lr[10:56] == [1.0] * 46                      # 55 steps of decay are left
+    assert [a - b for a, b in zip(lr[55:110], lr[56:111])] == pytest.approx([0.9 / 55] * 55)
+    assert lr[110] == lr[111] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_follows_the_schedule_it_is_given(text, tmp_path):
+    flags = ["--schedule", "wsd", "--wsd-decay", "0.5", "--warmup-steps", "2", "--val-every", "0", "--save-every", "0"]
+    process = train(tmp_path, "--data", text, "--lr", "0.01", "--min-lr-ratio", "0.2", *flags)
+    assert process.returncode == 0, process.stderr
+    logged = [float(line.split()[2]) for line in log_of(tmp_path / "log" / "shakespeare", "lr")]
+    assert logged == [get_lr(step, 0.01, 0.002, 2, 8, "wsd", 0.5) for step in range(8)]
+
+
+def test_a_share_of_decay_outside_its_bounds_is_refused():
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="--wsd-decay"):
+            TrainConfig(wsd_decay=share)
+
+
 @pytest.mark.parametrize("preset, parameters", [("gpt2-124M", 124_475_904), ("gpt2-350M", 354_871_296),
                                                 ("gpt2-774M", 774_090_240), ("gpt2-1558M", 1_557_686_400)])
 def test_presets_are_the_lectures_models_with_a_padded_vocabulary(preset, parameters):
