@@ -6,15 +6,19 @@ A run folder log/<exp-name>/ holds pairs of files. A step counts as saved when b
     model_00250.pt   {"model": state dict of raw_model (float32, CPU), "config": GPTConfig as a dict, "step": int,
                       "val_loss": float or None}: enough to sample and evaluate
     state_00250.pt   {"step": int, "optimizers": [state dict, ...], "scaler": state dict, "loader": state dict,
-                      "rng": [state of each rank], "log_bytes": size of log.txt, "train_config": dict}: enough to go on
+                      "rng": [state of each rank], "log_bytes": size of log.txt, "evaluated": whether the evaluations
+                      due at this step are in the log, "skipped": steps skipped, "train_config": dict}: enough to go on
 
     model, info = load_model("log/shakespeare")     # or a model_*.pt, "gpt2", a Hugging Face folder
 """
+import contextlib
 import os
 import pickle
 import re
+import shutil
 import zipfile
-from dataclasses import asdict, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import torch
 
@@ -80,6 +84,13 @@ def paths(run_dir, step):
     return tuple(os.path.join(run_dir, f"{kind}_{step:05d}.pt") for kind in ("model", "state"))
 
 
+def step_of(path):
+    """The step of a model_*.pt or state_*.pt file; ValueError for another name."""
+    if m := re.fullmatch(r"(model|state)_(\d+)\.pt", os.path.basename(path)):
+        return int(m[2])
+    raise ValueError(f"{path} is not named as a run's checkpoint is: model_00250.pt, with state_00250.pt beside it")
+
+
 def steps_of(run_dir, kind):
     """Set of the steps for which there is a file of a kind, "model" or "state"."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
@@ -91,21 +102,149 @@ def saved_steps(run_dir):
     return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
-def save(run_dir, raw_model, step, val_loss, state):
-    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete."""
+def save(run_dir, step, model_contents, state):
+    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete.
+
+    model_contents: {"model", "config", "val_loss"}; state: as in the head of this file. "step" is put into both.
+    Raises OSError, before anything is written, when the disk has too little room.
+    """
+    needed = num_bytes((model_contents, state)) * 1.01 + 2**20  # and what the format adds
+    if (free := shutil.disk_usage(run_dir).free) < needed:
+        raise OSError(f"cannot write the checkpoint of step {step} into {run_dir}: it takes {needed / 1e9:.3f} GB,"
+                      f" {free / 1e9:.3f} GB are free; make room and start again, what was saved before is whole")
     model_path, state_path = paths(run_dir, step)
-    weights = {name: tensor.detach().cpu() for name, tensor in raw_model.state_dict().items()}
     save_file({**state, "step": step}, state_path)
-    save_file({"model": weights, "config": asdict(raw_model.config), "step": step, "val_loss": val_loss}, model_path)
+    save_file({**model_contents, "step": step}, model_path)
 
 
-def prune(run_dir, keep_last):
-    """Removes all but the newest keep_last saved steps, and what a killed process left of older ones."""
-    kept = saved_steps(run_dir)[-keep_last:]
+def prune(run_dir, keep_last, best=None):
+    """Removes all but the newest keep_last saved steps and step best, and what a killed process left of older ones."""
+    steps = saved_steps(run_dir)
+    kept = {*steps[-keep_last:], best}
     for name in sorted(os.listdir(run_dir)):  # a model before its state: what is left must not look like a loss
         m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.tmp)?", name)
-        if m and kept and int(m[2]) not in kept and int(m[2]) < kept[-1]:
+        if m and steps and int(m[2]) not in kept and int(m[2]) < steps[-1]:
             os.remove(os.path.join(run_dir, name))
+
+
+def set_aside(run_dir, step):
+    """Renames the files of all steps past step to *.aside, and returns their old names: a run that goes on from step
+    must not take them for its own newest ones."""
+    newer = [path for s in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state")) if s > step
+             for path in paths(run_dir, s) if os.path.exists(path)]
+    for path in newer:
+        os.replace(path, f"{path}.aside")
+    return newer
+
+
+@contextlib.contextmanager
+def lock_run(run_dir):
+    """Holds the run folder, made if need be, for this process; ValueError when a living process holds it already.
+
+    The lock is the kernel's, on log.txt: it ends with the process however that ends. A folder of which nothing came is
+    removed again.
+    """
+    os.makedirs(run_dir, exist_ok=True)
+    path = os.path.join(run_dir, "log.txt")
+    with open(path, "ab") as f:
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(f"{run_dir} is being trained by another process; wait for it or stop it, or choose another"
+                             " --exp-name") from e
+        except (ImportError, OSError) as e:  # some network file systems have no locks
+            print(f"{run_dir} cannot be locked ({e}): take care to start no second run in it", flush=True)
+        try:
+            yield
+        finally:
+            if os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
+                shutil.rmtree(run_dir)
+
+
+# -----------------------------------------------------------------------------
+# saving while training goes on
+
+def snapshot(value):
+    """value with every tensor in it copied to the CPU's memory, so that training may change the original meanwhile.
+
+    Tensors that share their memory (the tied wte and lm_head) share it in the copy.
+    """
+    copies = {}
+
+    def copy(v):
+        if isinstance(v, torch.Tensor):
+            key = (v.data_ptr(), v.shape, v.stride(), v.dtype) if v.numel() else id(v)
+            if key not in copies:
+                copies[key] = v.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(v, dict):
+            return {k: copy(item) for k, item in v.items()}
+        return type(v)(copy(item) for item in v) if isinstance(v, (list, tuple)) else v
+    return copy(value)
+
+
+def num_bytes(value):
+    """Bytes of the tensors in a nested value, shared memory counted once."""
+    sizes, todo = {}, [value]
+    while todo:
+        v = todo.pop()
+        if isinstance(v, torch.Tensor):
+            sizes[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        elif isinstance(v, (dict, list, tuple)):
+            todo += v.values() if isinstance(v, dict) else v
+    return sum(sizes.values())
+
+
+class Writer:
+    """A thread that writes while training goes on, one thing at a time; its errors are raised by the next call."""
+
+    def __init__(self):
+        self.executor, self.pending = ThreadPoolExecutor(1), None
+
+    def start(self, function, *args):
+        """Begins function(*args), after what is still being written."""
+        self.wait()
+        self.pending = self.executor.submit(function, *args)
+
+    def check(self):
+        """Raises the error that the thread met, if any."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self):
+        """Waits until all is written; raises what went wrong."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+# -----------------------------------------------------------------------------
+# going on
+
+def check_weights(model, weights, source):
+    """Raises ValueError, in one line, for weights that are not those of such a model, naming what does not fit."""
+    ours = model.state_dict()
+    wrong = sorted(ours.keys() ^ weights.keys())
+    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
+              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(f"the weights of {source} are of another shape than this model: {', '.join(wrong[:3])}"
+                         f" ({len(wrong)} tensors in all)")
+
+
+def load_pair(run_dir, step):
+    """(model contents, state contents) of a step; ValueError or FileNotFoundError when they are no whole pair of it."""
+    model, state = (load_file(path) for path in paths(run_dir, step))
+    model_path, state_path = paths(run_dir, step)
+    wanted = {"optimizers", "scaler", "loader", "rng", "log_bytes", "train_config"}
+    for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, wanted)):
+        if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
+            raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
+    with torch.device("meta"):
+        empty = GPT(GPTConfig(**model["config"]))
+    check_weights(empty, model["model"], model_path)
+    return model, state
 
 
 def load_latest(run_dir):
@@ -118,9 +257,8 @@ def load_latest(run_dir):
     # a state without its model is what a kill between the two leaves: no loss, unless the model was there once
     for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
-            model, state = (load_file(path) for path in paths(run_dir, step))
-            return model, state, messages
-        except (ValueError, OSError) as e:
+            return *load_pair(run_dir, step), messages
+        except (ValueError, OSError, TypeError) as e:
             messages.append(f"passing over step {step}: {e}")
     if steps_of(run_dir, "model"):
         raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
@@ -132,14 +270,8 @@ def load_latest(run_dir):
 # a model from anywhere
 
 def load_weights(model, weights, source):
-    """load_state_dict with an error that names what does not fit, in one line."""
-    ours = model.state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
-    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
-              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
-    if wrong:
-        raise ValueError(f"the weights of {source} are of another shape than this model: {', '.join(wrong[:3])}"
-                         f" ({len(wrong)} tensors in all)")
+    """load_state_dict with check_weights' errors."""
+    check_weights(model, weights, source)
     model.load_state_dict(weights)
 
 

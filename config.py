@@ -71,8 +71,16 @@ class TrainConfig:
     sample_every: int = flag(250, "steps between samples")
     prompt: str = flag("Hello, I'm a language model,", "what samples begin with")
     save_every: int = flag(1000, "steps between checkpoints")
+    save_minutes: float = flag(30.0, "minutes between checkpoints, where save_every steps take longer; 0 is never")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
-    resume: str = flag("auto", "go on with a run that has checkpoints, or never", choices=("auto", "never"))
+    keep_best: bool = flag(False, "keep the checkpoint with the lowest val loss too")
+    # when things go wrong
+    resume: str = flag("auto", "auto: go on with a run that has checkpoints; never: refuse to; or a run folder, or the"
+                       " model_*.pt in one, to go on from")
+    force: bool = flag(False, "go on although the data or the batch are not those the run was trained with")
+    skip_nonfinite: int = flag(0, "steps with a loss or gradient that is not finite to leave out before giving up")
+    timeout: float = flag(10.0, "minutes that a rank waits for the others")
+    deterministic: bool = flag(False, "the same bits in every run on a GPU too, at some cost in speed")
     dry_run: bool = flag(False, "print the whole plan and exit")
 
     def __post_init__(self):
@@ -85,7 +93,8 @@ class TrainConfig:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
         least = dict(batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0, val_every=0,
-                     val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, keep_last=1)
+                     val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, save_minutes=0, keep_last=1,
+                     skip_nonfinite=0, timeout=0.01)
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {minimum} or more")
@@ -165,25 +174,60 @@ def shape_of_weights(given):
     return shape
 
 
+def run_folder(given):
+    """log/<exp-name> of the flags: of --resume, where that names a folder or a file in one, else of the preset."""
+    resume = given.get("resume", "auto")
+    if resume not in ("auto", "never"):
+        if "exp_name" in given or "log_dir" in given:
+            raise ValueError(f"--resume {resume} says which run it is: leave --exp-name and --log-dir out")
+        if not os.path.exists(resume):
+            raise FileNotFoundError(f"--resume {resume}: not there; give auto, never, a run folder, or a model_*.pt in one")
+        return os.path.normpath(resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
+    return os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", choose_preset(given)[0]))
+
+
+def load_run(given):
+    """(model contents, state contents, messages) of the checkpoint to go on from, or None for a new run."""
+    run_dir, resume = run_folder(given), given.get("resume", "auto")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "auto"  # torchrun started the ranks anew: what the run has saved since counts
+    if resume == "never" and checkpoint.steps_of(run_dir, "model"):
+        raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
+    if resume in ("auto", "never") or os.path.isdir(resume):
+        saved = checkpoint.load_latest(run_dir)
+        if not saved and resume not in ("auto", "never"):
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+        return saved
+    step = checkpoint.step_of(resume)
+    return *checkpoint.load_pair(run_dir, step), []
+
+
+# What a run cannot change on its way, and what it can with --force alone, for it would not be the same run any more.
+FIXED = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "optimizer"]
+HARMFUL = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
+
+
 def make_config(given):
     """(TrainConfig, checkpoint to go on from or None) of the flags: over the saved run's, or else the preset's, values."""
     preset, source, why = choose_preset(given)
-    run_dir = os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", preset))
-    saved = checkpoint.load_latest(run_dir)
-    if saved and given.get("resume") == "never":
-        raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
+    saved = load_run(given)
     if not saved:
         print0(f"preset {preset}, data {source}: {why}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
-    base = saved[1]["train_config"]
-    config = TrainConfig(**{**base, "dry_run": False, **given})
-    print0("\n".join([*saved[2], f"going on with {run_dir} from step {saved[1]['step']}, with its own settings"]))
-    for f in fields(TrainConfig):
-        if base[f.name] != getattr(config, f.name):
-            print0(f"  changed: {f.name} was {base[f.name]!r}, is {getattr(config, f.name)!r}")
-    fixed = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "total_batch_size", "optimizer"]
-    if changed := [name for name in fixed if base[name] != getattr(config, name)]:
-        raise ValueError(f"{', '.join(changed)} cannot change in the middle of a run; choose another --exp-name")
+    # what the run was, with today's defaults for flags that it did not know; how it was started is not part of it
+    base = TrainConfig(**{**saved[1]["train_config"], "dry_run": False, "force": False, "resume": "auto"})
+    log_dir, exp_name = os.path.split(run_folder(given))  # the folder may have been moved
+    config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})
+    print0("\n".join([*saved[2], f"going on with {run_folder(given)} from step {saved[1]['step']}, with its own settings"]))
+    changed = [name for name in given if getattr(base, name) != getattr(config, name)]
+    for name in changed:
+        if name not in ("dry_run", "force", "resume", "exp_name", "log_dir"):
+            print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
+    if wrong := [name for name in changed if name in FIXED]:
+        raise ValueError(f"{', '.join(wrong)} cannot change in the middle of a run; choose another --exp-name")
+    if (wrong := [name for name in changed if name in HARMFUL]) and not config.force:
+        raise ValueError(f"with another {', '.join(wrong)} this would not be the same run; --force goes on all the same,"
+                         " another --exp-name begins anew")
     return config, saved
 
 

@@ -145,6 +145,13 @@ class TokenStream:
     def __len__(self):
         return int(self.starts[-1])
 
+    def fingerprint(self):
+        """Hash of the shards' sizes and of the first tokens of each: other data hardly has the same."""
+        digest = hashlib.sha256(json.dumps(self.starts.tolist()).encode())
+        for shard, start in zip(self.shards, self.starts.tolist()):
+            digest.update(self.read(start, min(1024, shard.tokens)).tobytes() if shard.tokens else b"")
+        return digest.hexdigest()[:16]
+
     def read(self, start, length):
         """Tokens [start, start+length) as a uint16 array; ValueError names the shard of an id >= vocab_size."""
         pieces = []
@@ -228,6 +235,7 @@ class DataLoaderLite:
         if self.num_windows < 1:
             raise ValueError(f"{len(stream):,} tokens are too few for one sequence of {T}; give more text or a smaller T")
         self.position = 0
+        self.fingerprint = stream.fingerprint()
         self._prefetched = None  # the reading thread's queue, started by the first next_batch
 
     @property
@@ -290,15 +298,17 @@ class DataLoaderLite:
     def state_dict(self):
         """The place in the data, the same on every rank, and what it is a place in."""
         return {"position": self.position, "num_windows": self.num_windows, "T": self.T,
-                "shuffle": self.shuffle, "seed": self.seed}
+                "shuffle": self.shuffle, "seed": self.seed, "fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state):
-        """Goes to a place that state_dict gave, at any B and number of ranks; ValueError if it is in other data."""
+    def load_state_dict(self, state, force=False):
+        """Goes to a place that state_dict gave, at any B and number of ranks; ValueError if it is in other data, unless
+        force says to go on there all the same."""
         mine = self.state_dict()
-        different = [f"{name} {state[name]} there, {mine[name]} here" for name in mine
+        different = [f"{name} {state[name]} there, {mine[name]} here" for name in state
                      if name != "position" and state[name] != mine[name]]
-        if different:
-            raise ValueError(f"the checkpoint was trained on other data or in another order: {'; '.join(different)}")
+        if different and not force:
+            raise ValueError(f"the checkpoint was trained on other data or in another order: {'; '.join(different)};"
+                             " --force goes on all the same")
         self.close()
         self.position = state["position"]
 
@@ -306,11 +316,15 @@ class DataLoaderLite:
 def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, device="cpu"):
     """Yields this rank's x, y of the stream's first max_tokens tokens, in order, every window on exactly one rank.
 
-    The windows are the same for any B and number of ranks; the last batch of a rank may have fewer than B rows.
+    The windows are the same for any B and number of ranks; the last batch of a rank may have fewer than B rows. All
+    ranks yield equally often: one that has no window left yields x, y of no rows.
     """
     num_windows = min(max_tokens, len(stream) - 1) // T
     mine = range(num_windows * process_rank // num_processes, num_windows * (process_rank + 1) // num_processes)
-    for start in range(mine.start, mine.stop, B):
+    for start in range(mine.start, mine.start + -(-num_windows // num_processes), B):
+        if start >= mine.stop:
+            yield tuple(torch.empty((0, T), dtype=torch.long, device=device) for _ in range(2))
+            return
         rows = range(start, min(start + B, mine.stop))
         yield to_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device)
 

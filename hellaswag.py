@@ -267,13 +267,17 @@ def figures(sums, lengths, labels):
     return result
 
 
-def evaluate(model, hellaswag, dtype, ranks, batch_tokens=None, hidden=None, bar=False):
-    """({style: figures}, {style: sums (n, 4)}, {style: number of examples cut}), the same on every rank."""
+def evaluate(model, hellaswag, dtype, ranks, batch_tokens=None, hidden=None, bar=False, watch=None):
+    """({style: figures}, {style: sums (n, 4)}, {style: number of examples cut}), the same on every rank.
+
+    bar shows the progress; without it watch is called after each batch, as score calls it.
+    """
     results, sums, num_cut = {}, {}, {}
     for style in STYLES:
         lengths, labels = hellaswag.lengths[style], hellaswag.labels
-        with progress(style, lengths, labels, bar) as watch:
-            sums[style], num_cut[style] = score(model, hellaswag.encoded[style], dtype, ranks, batch_tokens, hidden, watch)
+        with progress(style, lengths, labels, bar) as shown:
+            sums[style], num_cut[style] = score(model, hellaswag.encoded[style], dtype, ranks, batch_tokens, hidden,
+                                                shown or watch)
         results[style] = figures(sums[style], lengths, labels)
     return results, sums, num_cut
 
@@ -295,7 +299,9 @@ def progress(style, lengths, labels, shown):
 
 
 def for_training(source, ranks):
-    """function(raw_model, dtype) -> {"hella": completion acc_norm, "hella_lm_eval": lm-eval acc_norm}, or None if off.
+    """function(raw_model, dtype, check) -> {"hella": completion acc_norm, "hella_lm_eval": lm-eval's}, or None if off.
+
+    check() is called after each batch, equally often on all ranks; what it raises ends the scoring.
 
     source: a .jsonl(.gz) file, "auto" (the downloaded validation set; its absence is said once) or "off".
     """
@@ -308,8 +314,8 @@ def for_training(source, ranks):
             return None
     hellaswag = prepare(source)
 
-    def score_hellaswag(raw_model, dtype):
-        results, _, _ = evaluate(raw_model, hellaswag, dtype, ranks)
+    def score_hellaswag(raw_model, dtype, check):
+        results, _, _ = evaluate(raw_model, hellaswag, dtype, ranks, watch=lambda *_: check())
         return {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
     return score_hellaswag
 

@@ -14,8 +14,11 @@ import os
 import platform
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -150,6 +153,13 @@ def barrier(ranks):
         dist.barrier()
 
 
+def agree(flag, ranks):
+    """Whether flag is true on any rank: the same answer on all of them, so that all take the same way."""
+    if not ranks.ddp:
+        return bool(flag)
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=ranks.device), ranks).item())
+
+
 @contextlib.contextmanager
 def rank0_first(ranks):
     """Runs the body on rank 0, then on the others: what rank 0 writes to disk, they find."""
@@ -158,6 +168,63 @@ def rank0_first(ranks):
     yield
     if ranks.master_process:
         barrier(ranks)
+
+
+class Stop(Exception):
+    """Raised on all ranks at the same point once any of them was told to stop; .status is what to exit with."""
+
+    def __init__(self, signal_name, status):
+        super().__init__(signal_name)
+        self.status = status
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and Ctrl-C, noted instead of obeyed, so that the step can be finished and saved.
+
+    A second Ctrl-C ends the process at once, in the middle of whatever it does, a collective that hangs included. Use:
+    with StopSignals(ranks) as stop: ... stop.check() ... where all ranks are at the same point.
+    """
+    # name: exit status. 75 is EX_TEMPFAIL of sysexits.h, "try again later": for a batch system's requeue
+    STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130}
+
+    def __init__(self, ranks):
+        self.ranks, self.received = ranks, None
+        self.names = {getattr(signal, name): name for name in self.STATUS if hasattr(signal, name)}  # Windows has no USR1
+
+    def __enter__(self):
+        # Python runs its signal handlers between two operations of the main thread, which may be a long wait. The kernel's
+        # note of a signal arrives in this socket at once, and a thread reads it.
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in self.names}
+        threading.Thread(target=self._listen, daemon=True, name="StopSignals").start()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.old_fd)
+        self.writer.close()  # ends the thread
+
+    def _listen(self):
+        first = 0.0
+        while number := self.reader.recv(1):
+            name = self.names.get(number[0])
+            # torchrun passes on a Ctrl-C that the terminal has sent here too: within half a second it is the same one
+            if name == self.received == "SIGINT" and time.monotonic() - first > 0.5:
+                os._exit(130)
+            if name and not self.received:
+                self.received, first = name, time.monotonic()
+                print0(f"{name}: finishing the step, then saving" + "; again to stop at once" * (name == "SIGINT"))
+        self.reader.close()
+
+    def check(self):
+        """Raises Stop on all ranks when any of them has received a signal; all ranks must call it equally often."""
+        received = self.received
+        if agree(received, self.ranks):
+            name = max(all_gather(received or "", self.ranks))  # seldom two kinds at once: any order will do
+            raise Stop(name, self.STATUS[name])
 
 
 def synchronize(device):
@@ -203,6 +270,17 @@ def get_rng_state(device):
     if device.startswith("cuda"):
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def be_deterministic():
+    """Makes every operation of torch give the same bits each time, at some cost in speed; call it before CUDA is used.
+
+    An operation that has no such way raises. On the CPU runs with equally many threads are bit-equal without it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each new tensor
+    torch.backends.cudnn.benchmark = False
 
 
 def set_rng_state(state, device):

@@ -7,15 +7,18 @@ Trains GPT-2: the recipe of GPT-2 and GPT-3, on one CPU, one GPU or many.
     python train_gpt2.py --preset gpt2-1558M --dry-run                # the plan: memory, steps, FLOPs, hours
 
 Writes into log/<exp-name>/: log.txt (`step stream value` a line), config.json, model_*.pt and state_*.pt (see
-checkpoint.py), loss.png. Started again, it goes on from the newest checkpoint.
+checkpoint.py), loss.png. Started again, it goes on from the newest checkpoint. SIGTERM, SIGUSR1 and Ctrl-C finish the
+step, save, and end with status 0, 75 and 130; a second Ctrl-C ends at once.
 
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, tables 2.1 and appendix B) for the
 learning rates and the schedule, and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
 """
+import contextlib
 import math
 import os
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -23,12 +26,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import checkpoint
 import data
 import hellaswag
-from config import FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args
+from config import (FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args,
+                    run_folder)
 from model import GPT, GPTConfig
-from plots import plot_run
-from runtime import (Ranks, all_gather, all_reduce_sum, autocast, choose_dtype, compile_for_training,
-                     device_name, free_memory, get_rng_state, keep_freed_memory, peak_flops, print0, rank0_first, run_main,
-                     seed_all, set_rng_state, setup, synchronize, teardown, write_run_description)
+from plots import plot_run, read_log
+from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum, autocast, barrier, be_deterministic,
+                     choose_dtype, compile_for_training, device_name, free_memory, get_rng_state, keep_freed_memory,
+                     peak_flops, print0, rank0_first, run_main, seed_all, set_rng_state, setup, synchronize, teardown,
+                     write_run_description)
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -47,10 +52,14 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (max_lr - min_lr)
 
 
+class NotFinite(ValueError):
+    """A loss or gradient norm that is not finite; the weights are as they were before the step."""
+
+
 def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_steps, grad_clip, dtype, ranks):
     """One optimizer step over total_batch_size tokens; (loss, gradient norm) before it, means over all ranks.
 
-    Raises ValueError, with the weights as they were, when the loss or the norm is not finite.
+    Raises NotFinite, with the weights as they were, when the loss or the norm is not finite.
     """
     first_window = loader.position
     for optimizer in optimizers:
@@ -67,16 +76,20 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
         loss = loss / grad_accum_steps
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
+    own_loss = loss_accum.clone()  # this rank's, to say where one that is not finite came from
     loss_accum = all_reduce_sum(loss_accum, ranks) / ranks.world_size
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     loss, norm = loss_accum.item(), norm.item()  # the one point of a step where the CPU waits for the GPU
-    # in float16 a norm that overflows is the scaler's to handle: it skips the step and lowers the scale
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise ValueError(f"loss {loss}, gradient norm {norm} in the step that read windows {first_window} to"
-                         f" {loader.position - 1} of the data's order; the weights were not updated. Go on from the last"
-                         " checkpoint with a lower --lr, or --dtype float32")
+    # in float16 a norm that overflows is the scaler's to handle: it skips the step and halves the scale, within reason
+    overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+        scaler.update()
+        where = [rank for rank, value in enumerate(all_gather(own_loss.item(), ranks)) if not math.isfinite(value)]
+        raise NotFinite(f"loss {loss}{f' (rank {where})' if where else ''}, gradient norm {norm} in the step that read"
+                        f" windows {first_window} to {loader.position - 1} of the data's order; the weights were not"
+                        " updated")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -86,17 +99,22 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
 
 
 @torch.no_grad()
-def evaluate_loss(raw_model, stream, B, T, val_tokens, dtype, ranks):
-    """Mean cross entropy over the first val_tokens tokens of the val split; each rank takes a part of them."""
+def evaluate_loss(raw_model, stream, B, T, val_tokens, dtype, ranks, check=lambda: None):
+    """Mean cross entropy over the first val_tokens tokens of the val split; each rank takes a part of them.
+
+    check() is called before each batch, equally often on all ranks; what it raises ends the evaluation.
+    """
     raw_model.eval()
     total, count = 0.0, 0
     # logits are the largest thing in an evaluation: at most 4096 tokens of them at a time
     B = max(1, min(B, 4096 // T))
     for x, y in data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size, ranks.device):
-        with autocast(ranks.device, dtype):
-            _, loss = raw_model(x, y)
-        total += loss.item() * y.numel()
-        count += y.numel()
+        check()
+        if len(x) > 0:  # not on a rank that has no window left
+            with autocast(ranks.device, dtype):
+                _, loss = raw_model(x, y)
+            total += loss.item() * y.numel()
+            count += y.numel()
     raw_model.train()
     sums = torch.tensor([total, count], dtype=torch.float32 if ranks.device == "mps" else torch.float64, device=ranks.device)
     total, count = all_reduce_sum(sums, ranks).tolist()
@@ -118,6 +136,8 @@ class Log:
 
     def __init__(self, path, keep_bytes):
         with open(path, "ab") as f:
+            if f.tell() < keep_bytes:
+                print0(f"{path} has lost its end: {f.tell():,} bytes are left of {keep_bytes:,}")
             f.truncate(min(keep_bytes, f.tell()))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # by the line: what was logged is on its way to disk
 
@@ -126,7 +146,8 @@ class Log:
         self.file.write(f"{step} {stream} {value}\n")
 
     def size(self):
-        """Bytes so far."""
+        """Bytes so far, all of them on the disk."""
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
 
@@ -142,25 +163,45 @@ def report(log, step, quiet=False, **facts):
 # -----------------------------------------------------------------------------
 # saving and going on
 
-def save(run, step, val_loss):
-    """Writes the checkpoint of step (all ranks call it, rank 0 writes) and removes the oldest ones."""
+def save(run, step, val_loss, evaluated):
+    """Copies what the checkpoint of step holds (all ranks call it); rank 0 writes it while training goes on.
+
+    evaluated: whether what is due at this step is in the log; else the run does it when it goes on.
+    """
     rng = all_gather(get_rng_state(run.ranks.device), run.ranks)
-    if run.ranks.master_process:
-        state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "scaler": run.scaler.state_dict(),
-                 "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "train_config": asdict(run.config)}
-        checkpoint.save(run.run_dir, run.raw_model, step, val_loss, state)
-        checkpoint.prune(run.run_dir, run.config.keep_last)
-        print0(f"saved {checkpoint.paths(run.run_dir, step)[0]}")
+    run.saved_at = time.monotonic()
+    if not run.ranks.master_process:
+        return
+    state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "scaler": run.scaler.state_dict(),
+             "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "evaluated": evaluated,
+             "skipped": run.skipped, "train_config": asdict(run.config)}
+    model_contents = {"model": run.raw_model.state_dict(), "config": asdict(run.raw_model.config), "val_loss": val_loss}
+    run.writer.wait()  # for the checkpoint before this one: its copy is freed before the next is made
+    run.writer.start(write_checkpoint, run.run_dir, step, *checkpoint.snapshot((model_contents, state)))
 
 
-def restore(state, optimizers, scaler, loader, ranks):
+def write_checkpoint(run_dir, step, model_contents, state):
+    """The writer thread's part of save: the files, then the removal of those that need not be kept."""
+    checkpoint.save(run_dir, step, model_contents, state)
+    best, config = None, state["train_config"]
+    if config["keep_best"]:
+        losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        best = min((s for s in checkpoint.saved_steps(run_dir) if s in losses), key=losses.get, default=None)
+    checkpoint.prune(run_dir, config["keep_last"], best)
+    print0(f"saved {checkpoint.paths(run_dir, step)[0]}")
+
+
+def restore(state, optimizers, scaler, loader, ranks, force):
     """Puts back all that save wrote but the weights. With another number of ranks, only the generators start afresh."""
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
-    loader.load_state_dict(state["loader"])
+    if state["scaler"]:  # empty where the run was not in float16
+        scaler.load_state_dict(state["scaler"])
+    loader.load_state_dict(state["loader"], force)
     if len(state["rng"]) == ranks.world_size:
         set_rng_state(state["rng"][ranks.rank], ranks.device)
+    else:
+        print0(f"  changed: {ranks.world_size} processes, were {len(state['rng'])}; the data's order is the same")
 
 
 # -----------------------------------------------------------------------------
@@ -182,8 +223,17 @@ class Run:
     grad_accum_steps: int
     first_step: int
     max_steps: int
+    skipped: int                # steps left out for a loss that was not finite
     run_dir: str
     log: object                 # Log on rank 0, else None
+    evaluated: bool = False     # whether what is due at first_step was done before the run was stopped there
+    writer: checkpoint.Writer = field(default_factory=checkpoint.Writer)
+    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was made
+
+    def close(self):
+        """Ends the threads, the writer's when all is on disk; raises what went wrong in it."""
+        self.loader.close()
+        self.writer.wait()
 
 
 def open_data(config, ranks):
@@ -242,6 +292,8 @@ def set_up(config, saved, ranks):
     """The Run of a config, from its beginning or from what was saved; None if there is nothing to train."""
     dtype = choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on GPUs that have it
+    if config.deterministic:
+        be_deterministic()
     if config.dry_run and config.data == FINEWEB_DIR and not os.path.exists(FINEWEB_DIR):
         print0(f"{FINEWEB_DIR}/ is not there yet: this is the plan for FineWeb-Edu's sample of 10B tokens")
         make_plan(config, FINEWEB_TOKENS, ranks, dtype)
@@ -249,12 +301,22 @@ def set_up(config, saved, ranks):
     train_stream, val_stream = open_data(config, ranks)
     B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), ranks, dtype)
     run_dir, first_step = os.path.join(config.log_dir, config.exp_name), saved[1]["step"] if saved else 0
-    if first_step >= max_steps:
+    evaluated = bool(saved) and saved[1].get("evaluated", True)
+    finished = evaluated and first_step >= max_steps
+    if finished:
         print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py {run_dir},"
                " train on with --max-steps, or begin anew with --exp-name")
-    if config.dry_run or first_step >= max_steps:
+    if config.dry_run or finished:
         return None
-    T = config.sequence_length
+    run = build_run(config, saved, ranks, dtype, train_stream, val_stream, B, grad_accum_steps, max_steps)
+    run.evaluated = evaluated
+    return run
+
+
+def build_run(config, saved, ranks, dtype, train_stream, val_stream, B, grad_accum_steps, max_steps):
+    """The Run itself: loader, weights, optimizers, the compiled and wrapped model, the log; as saved, or fresh."""
+    T, run_dir = config.sequence_length, os.path.join(config.log_dir, config.exp_name)
+    first_step, skipped = (saved[1]["step"], saved[1].get("skipped", 0)) if saved else (0, 0)
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
                                  ranks.device)
     seed_all(config.seed)                       # the same weights on every rank
@@ -263,78 +325,113 @@ def set_up(config, saved, ranks):
                                                 config.optimizer, config.embd_lr_ratio)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     model = compile_for_training(raw_model, config.compile, max_steps - first_step, B, T, dtype, ranks.device)
+    barrier(ranks)                              # however long each took to compile, here they meet
     if ranks.ddp:
         model = DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
     seed_all(config.seed + 1 + ranks.rank)      # from here on only dropout draws, differently on each rank
     if saved:
-        restore(saved[1], optimizers, scaler, loader, ranks)
+        restore(saved[1], optimizers, scaler, loader, ranks, config.force)
     score_hellaswag = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
-    log = None
-    if ranks.master_process:
-        os.makedirs(run_dir, exist_ok=True)
-        write_run_description(os.path.join(run_dir, "config.json"), asdict(config), ranks, dtype)
-        log = Log(os.path.join(run_dir, "log.txt"), keep_bytes=saved[1]["log_bytes"] if saved else 0)
+    log = open_log(run_dir, config, saved, ranks, dtype) if ranks.master_process else None
     return Run(config, ranks, dtype, raw_model, model, optimizers, scaler, loader, val_stream, score_hellaswag,
-               grad_accum_steps, first_step, max_steps, run_dir, log)
+               grad_accum_steps, first_step, max_steps, skipped, run_dir, log)
+
+
+def open_log(run_dir, config, saved, ranks, dtype):
+    """The Log of a run folder, cut back to what was saved; config.json beside it; newer checkpoints out of the way."""
+    if newer := checkpoint.set_aside(run_dir, saved[1]["step"] if saved else -1):
+        print0(f"set aside, as *.aside: {', '.join(newer)}")
+    write_run_description(os.path.join(run_dir, "config.json"), asdict(config), ranks, dtype)
+    return Log(os.path.join(run_dir, "log.txt"), keep_bytes=saved[1]["log_bytes"] if saved else 0)
 
 
 def due(step, every, run):
     """Whether it is time for what happens every so many steps, and at the end; not at the step a run was resumed from,
-    where it happened before that was saved."""
-    return every and (step % every == 0 or step == run.max_steps) and not step == run.first_step > 0
+    if it happened before that was saved."""
+    return every and (step % every == 0 or step == run.max_steps) and not (step == run.first_step and run.evaluated)
 
 
-def training_loop(run):
-    """Every so many steps validate, score, sample, save; then one step of training; then one line about it."""
-    config, ranks, loader, raw_model = run.config, run.ranks, run.loader, run.raw_model
-    peak = peak_flops(ranks.device, run.dtype)
-    for step in range(run.first_step, run.max_steps + 1):  # step = number of updates made
-        val_loss = None
-        if due(step, config.val_every, run):
-            val_loss = evaluate_loss(raw_model, run.val_stream, loader.B, loader.T, config.val_tokens, run.dtype, ranks)
-            report(run.log, step, val=val_loss)
-        if run.score_hellaswag and due(step, config.hella_every, run):
-            report(run.log, step, **run.score_hellaswag(raw_model, run.dtype))
-        if due(step, config.sample_every, run):
-            print_samples(raw_model, config.prompt, run.dtype, ranks)
-        if due(step, config.save_every, run) and step > 0:
-            save(run, step, val_loss)
-        if step == run.max_steps:
-            break
-
-        epoch = int(loader.epoch)
-        lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps)
-        synchronize(ranks.device)
-        t0 = time.perf_counter()
-        loss, norm = train_step(run.model, raw_model, run.optimizers, run.scaler, loader, lr, run.grad_accum_steps,
+def train_and_log(run, step):
+    """One step of training and the line about it."""
+    config, ranks, loader = run.config, run.ranks, run.loader
+    epoch = int(loader.epoch)
+    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps)
+    synchronize(ranks.device)
+    t0 = time.perf_counter()
+    try:
+        loss, norm = train_step(run.model, run.raw_model, run.optimizers, run.scaler, loader, lr, run.grad_accum_steps,
                                 config.grad_clip, run.dtype, ranks)
-        synchronize(ranks.device)
-        dt = time.perf_counter() - t0  # seconds, of training alone
-        tok_per_sec = config.total_batch_size / dt
-        mfu = raw_model.flops_per_token(loader.T) * tok_per_sec / (peak * ranks.world_size) if peak else None
-        print0(f"step {step:5d}/{run.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | dt {dt * 1000:.2f}ms"
-               f" | tok/sec {tok_per_sec:,.0f}" + (f" | MFU {mfu:.1%}" if mfu else ""))
-        report(run.log, step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
-        if int(loader.epoch) > epoch:
-            report(run.log, step, epoch=int(loader.epoch))  # every window was seen; the next epoch has its own order
+    except NotFinite as e:
+        if run.skipped >= config.skip_nonfinite:
+            raise NotFinite(f"step {step}: {e}. Go on from the last checkpoint with a lower --lr, --dtype float32,"
+                            " or --skip-nonfinite N to leave out such steps") from e
+        run.skipped += 1
+        print0(f"step {step}: {e}: left out, {run.skipped} of {config.skip_nonfinite}")
+        report(run.log, step, quiet=True, skipped=run.skipped)
+        return
+    synchronize(ranks.device)
+    dt = time.perf_counter() - t0  # seconds, of training alone
+    tok_per_sec = config.total_batch_size / dt
+    peak = peak_flops(ranks.device, run.dtype)
+    mfu = run.raw_model.flops_per_token(loader.T) * tok_per_sec / (peak * ranks.world_size) if peak else None
+    print0(f"step {step:5d}/{run.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | dt {dt * 1000:.2f}ms"
+           f" | tok/sec {tok_per_sec:,.0f}" + (f" | MFU {mfu:.1%}" if mfu else ""))
+    report(run.log, step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
+    if int(loader.epoch) > epoch:
+        report(run.log, step, epoch=int(loader.epoch))  # every window was seen; the next epoch has its own order
+
+
+def training_loop(run, stop):
+    """Every so many steps validate, score, sample, save; then one step of training. The status to exit with."""
+    config, ranks, raw_model = run.config, run.ranks, run.raw_model
+    for step in range(run.first_step, run.max_steps + 1):  # step = number of updates made
+        val_loss, evaluated, stopped = None, True, None
+        try:
+            stop.check()
+            if due(step, config.val_every, run):
+                val_loss = evaluate_loss(raw_model, run.val_stream, run.loader.B, run.loader.T, config.val_tokens, run.dtype,
+                                         ranks, stop.check)
+                report(run.log, step, val=val_loss)
+            if run.score_hellaswag and due(step, config.hella_every, run):
+                report(run.log, step, **run.score_hellaswag(raw_model, run.dtype, stop.check))
+            if due(step, config.sample_every, run):
+                print_samples(raw_model, config.prompt, run.dtype, ranks)
+        except Stop as e:
+            evaluated, stopped = False, e
+        run.writer.check()
+        minutes = (time.monotonic() - run.saved_at) / 60
+        if step > 0 and (due(step, config.save_every, run) or stopped and step > run.first_step
+                         or config.save_minutes and agree(minutes >= config.save_minutes and ranks.master_process, ranks)):
+            save(run, step, val_loss, evaluated)
+        if stopped:
+            run.writer.wait()
+            print0(f"stopped at step {step} by {stopped}; the same command goes on from there")
+            return stopped.status
+        if step < run.max_steps:
+            train_and_log(run, step)
+    run.writer.wait()
     if ranks.master_process:
         picture = plot_run(run.run_dir, baselines=FINEWEB_DIR in config.data)
         print0(f"finished; curves: {picture}, samples: python sample.py {run.run_dir}")
+    return 0
 
 
 def main():
     given = parse_args()
     keep_freed_memory()
-    ranks = setup(given.get("device", "auto"))
+    ranks = setup(given.get("device", "auto"), given.get("timeout", TrainConfig.timeout))
+    status = 0
     try:
-        run = set_up(*make_config(given), ranks)
-        if run:
-            try:
-                training_loop(run)
-            finally:
-                run.loader.close()
+        with contextlib.ExitStack() as stack:
+            if ranks.master_process and not given.get("dry_run"):
+                stack.enter_context(checkpoint.lock_run(run_folder(given)))
+            run = set_up(*make_config(given), ranks)
+            if run:
+                stack.callback(run.close)
+                status = training_loop(run, stack.enter_context(StopSignals(ranks)))
     finally:
         teardown()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
