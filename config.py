@@ -15,6 +15,7 @@ import checkpoint
 import data
 from model import GPTConfig, SIZES
 from runtime import ArgumentParser, print0
+from tracker import TRACKERS
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # about what it has for training: a plan can be made before they are there
@@ -79,6 +80,7 @@ class TrainConfig:
     save_every: int = flag(1000, "steps between checkpoints")
     save_minutes: float = flag(30.0, "minutes between checkpoints, where save_every steps take longer; 0 is never")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    tracker: str = flag("none", "send the streams of log.txt to TensorBoard or Weights & Biases too", choices=TRACKERS)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest val loss too")
     # when things go wrong
     resume: str = flag("auto", "auto: go on with a run that has checkpoints; never: refuse to; or a run folder, or the"

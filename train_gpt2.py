@@ -34,6 +34,7 @@ from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum
                      device_name, free_memory, get_rng_state, keep_freed_memory, peak_flops, print0, rank0_first, run_main,
                      seed_all, set_rng_state, setup, synchronize, teardown, write_run_description)
 from sample import generate_text
+from tracker import check_tracker, open_tracker
 
 # -----------------------------------------------------------------------------
 # the pieces of the loop
@@ -141,7 +142,8 @@ def print_samples(raw_model, prompt, dtype, ranks, num_samples=4, max_new_tokens
 class Log:
     """log.txt, one `step stream value` a line; on resume what lies past keep_bytes is cut off, to be written again."""
 
-    def __init__(self, path, keep_bytes):
+    def __init__(self, path, keep_bytes, track=None):
+        self.track = track  # tracker.open_tracker's function, or None
         with open(path, "ab") as f:
             if f.tell() < keep_bytes:
                 print0(f"{path} has lost its end: {f.tell():,} bytes are left of {keep_bytes:,}")
@@ -165,6 +167,8 @@ def report(log, step, quiet=False, **facts):
             log.write(step, stream, value)
         if not quiet:
             print0(f"step {step:5d} | {stream} {value:.4f}")
+    if log is not None and log.track:
+        log.track(step, facts)
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +301,7 @@ def build_model(config, saved, device):
 
 def set_up(config, saved, ranks):
     """The Run of a config, from its beginning or from what was saved; None if there is nothing to train."""
+    check_tracker(config.tracker)
     dtype = choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on GPUs that have it
     if config.deterministic:
@@ -346,7 +351,8 @@ def open_log(run_dir, config, saved, ranks, dtype):
     if newer := checkpoint.set_aside(run_dir, saved[1]["step"] if saved else -1):
         print0(f"set aside, as *.aside: {', '.join(newer)}")
     write_run_description(os.path.join(run_dir, "config.json"), asdict(config), ranks, dtype)
-    return Log(os.path.join(run_dir, "log.txt"), keep_bytes=saved[1]["log_bytes"] if saved else 0)
+    keep_bytes, first_step = (saved[1]["log_bytes"], saved[1]["step"]) if saved else (0, 0)
+    return Log(os.path.join(run_dir, "log.txt"), keep_bytes, open_tracker(config.tracker, run_dir, asdict(config), first_step))
 
 
 def due(step, every, run):
