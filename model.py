@@ -94,6 +94,21 @@ def config_for(size, **changes):
 # -----------------------------------------------------------------------------
 # the network
 
+def cached_attention(q, k, v, attn_mask, cache, pos):
+    """Attention (B, nh, T, hs) of one layer's q, k, v, (B, nh, T, hs) each, whose cache is (2, B, nh, max_T, hs).
+
+    Row b's token at position t has its key and value at cache[:, b, :, t], whatever the other rows' lengths are.
+    """
+    B, _, T, _ = q.size()
+    rows, columns = torch.arange(B, device=q.device)[:, None], pos.expand(B, T)
+    for kept, new in zip(cache, (k, v)):
+        kept[rows, :, columns] = new.transpose(1, 2).to(kept.dtype)     # (B, T, nh, hs)
+    if attn_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    k, v = cache[:, :, :, :attn_mask.size(-1)]                          # (B, nh, S, hs)
+    return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask).to(q.dtype)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -105,15 +120,18 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x, attn_mask=None, cache=None, pos=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        # flash attention: softmax(q k^T / sqrt(hs)) v without ever storing the (T, T) matrix
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if cache is None:
+            # flash attention: softmax(q k^T / sqrt(hs)) v without ever storing the (T, T) matrix
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        else:
+            y = cached_attention(q, k, v, attn_mask, cache, pos)
         y = y.transpose(1, 2).contiguous().view(B, T, C)                # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -141,9 +159,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x, attn_mask=None, cache=None, pos=None):
         # pre-norm: the residual stream itself is never normalised, so gradients reach the embeddings unchanged
-        x = x + self.attn(self.ln_1(x), attn_mask)
+        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -197,17 +215,31 @@ class GPT(nn.Module):
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
                                                             freeze=False)
 
-    def hidden(self, idx, pos, attn_mask=None):
+    def hidden(self, idx, pos, attn_mask=None, cache=None):
         """What the lm_head reads: (B, T, C) for tokens idx (B, T) at positions pos, (T) or (B, T), both int64.
 
         attn_mask (B, 1, T, T) bool, True where a token (dim 2) may look at another (dim 3), takes the causal mask's
         place: several texts can share a row, or texts a beginning. T may then exceed block_size, positions may not.
+
+        cache, from make_cache, is given idx's keys and values. Without a mask it is written only: a prompt begins. With
+        one, then (B, 1, T, S), idx looks at what the cache holds for positions 0 to S-1, idx's own among them.
         """
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, attn_mask)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, attn_mask, None if cache is None else cache[i], pos)
         return self.transformer.ln_f(x)
+
+    def make_cache(self, B, max_T):
+        """Room for the keys and values of B rows of at most max_T tokens, (n_layer, 2, B, nh, max_T, hs)."""
+        wte, config = self.transformer.wte.weight, self.config
+        device_type = wte.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else wte.dtype
+        if device_type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # for a single query, torch's bf16 attention on a CPU takes three times as long as its float32 one
+            dtype = torch.float32
+        shape = config.n_layer, 2, B, config.n_head, max_T, config.n_embd // config.n_head
+        return torch.zeros(shape, dtype=dtype, device=wte.device)
 
     def forward(self, idx, targets=None):
         """Logits for idx (B, T) int64, and the mean cross entropy when targets (B, T) int64 are given.
