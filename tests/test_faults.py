@@ -24,7 +24,7 @@ import torch
 
 import checkpoint
 import data
-from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
+from test_train_gpt2 import ROOT, TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
 
 STEPS = 24
 FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # some 50 ms a step
@@ -244,6 +244,34 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
     survived("rank killed on one of two nodes")
+
+
+@pytest.mark.slow
+def test_the_slurm_script_passes_the_signal_on_and_requeues(text, tmp_path):  # noqa: F811
+    """train.sbatch with stand-ins for srun and scontrol, on one node with one rank: USR1, saved, requeued, gone on with."""
+    os.mkdir(tmp_path / "bin")
+    scontrol = 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi'
+    for name, script in (("srun", 'exec "$@"'), ("scontrol", scontrol)):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        os.chmod(tmp_path / "bin" / name, 0o755)
+    for path in (*glob.glob(f"{ROOT}/*.py"), f"{ROOT}/train.sbatch", f"{ROOT}/gpt2.tiktoken"):
+        shutil.copy(path, tmp_path)
+    os.symlink(os.path.dirname(os.path.dirname(sys.executable)), tmp_path / ".venv")
+    port = str(random.Random(os.getpid() + 1).randrange(20000, 40000))
+    environ = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1", "MASTER_PORT": port,
+               "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1", "OMP_NUM_THREADS": "1"}
+    run = ["bash", "train.sbatch", *TINY, "--data", text, "--max-steps", "100000", "--save-every", "0"]
+    process = subprocess.Popen(run, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(process, r"step +5/")
+    os.kill(process.pid, signal.SIGUSR1)
+    out = process.communicate(timeout=90)[0]
+    assert process.returncode == 0 and "by SIGUSR1" in out, out
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    stopped = checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1]
+    run[run.index("100000")] = str(stopped + 2)
+    process = subprocess.run(run, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0 and f"from step {stopped}" in process.stdout, process.stdout + process.stderr
+    survived("SIGUSR1 through train.sbatch")
 
 
 @pytest.mark.slow
