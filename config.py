@@ -15,6 +15,7 @@ import checkpoint
 import data
 from model import GPTConfig, SIZES
 from runtime import ArgumentParser, print0
+from tracker import TRACKERS
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # about what it has for training: a plan can be made before they are there
@@ -66,6 +67,9 @@ class TrainConfig:
     dtype: str = flag("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile the training step; auto: on CUDA, and on a CPU with a C++ compiler for 100 steps"
                         " or more", choices=("auto", "on", "off"))
+    parallel: str = flag("ddp", "what the processes of torchrun share out: ddp nothing, zero the optimizer's state, fsdp the"
+                         " weights and gradients too", choices=("ddp", "zero", "fsdp"))
+    activation_checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward, and compute the rest again")
     # every so many steps, and at the end; 0 is never
     val_every: int = flag(250, "steps between validations")
     val_tokens: int = flag(10485760, "tokens of one validation, from the beginning of the val split")
@@ -76,6 +80,7 @@ class TrainConfig:
     save_every: int = flag(1000, "steps between checkpoints")
     save_minutes: float = flag(30.0, "minutes between checkpoints, where save_every steps take longer; 0 is never")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    tracker: str = flag("none", "send the streams of log.txt to TensorBoard or Weights & Biases too", choices=TRACKERS)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest val loss too")
     # when things go wrong
     resume: str = flag("auto", "auto: go on with a run that has checkpoints; never: refuse to; or a run folder, or the"
@@ -95,6 +100,9 @@ class TrainConfig:
         if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
+        if self.optimizer == "muon" and self.parallel != "ddp":
+            raise ValueError(f"--parallel {self.parallel} cannot share out muon, which needs whole matrices; give"
+                             " --optimizer adamw or --parallel ddp")
         least = dict(batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0, val_every=0,
                      val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, save_minutes=0, keep_last=1,
                      skip_nonfinite=0, timeout=0.01)
@@ -172,8 +180,12 @@ def shape_of_weights(given):
     """The model's fields that come with --init-from's weights, as a dict; ValueError if flags ask for other ones."""
     if not given.get("init_from"):
         return {}
-    shape = asdict(checkpoint.load_model(given["init_from"])[0].config)
+    shape = asdict(checkpoint.read_model(given["init_from"])[0])
     shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
+    if given.get("block_size", shape["block_size"]) > shape["block_size"]:
+        raise ValueError(f"--block-size {given['block_size']} is over the {shape['block_size']} positions that --init-from's"
+                         " weights know; give that many or fewer")
+    shape["block_size"] = given.get("block_size", shape["block_size"])
     if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
         raise ValueError(f"--init-from brings its own {', '.join(f'{n}={shape[n]}' for n in wrong)}: leave these flags out")
     return shape

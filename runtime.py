@@ -157,7 +157,7 @@ def agree(flag, ranks):
     """Whether flag is true on any rank: the same answer on all of them, so that all take the same way."""
     if not ranks.ddp:
         return bool(flag)
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=ranks.device), ranks).item())
+    return bool(all_reduce_sum(torch.tensor(float(bool(flag)), device=ranks.device), ranks).item())
 
 
 @contextlib.contextmanager
