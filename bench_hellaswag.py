@@ -14,6 +14,7 @@ import hellaswag
 import runtime
 import scoring
 from bench_limits import median_seconds
+from config import INPUT_TXT
 from model import GPT, config_for
 
 @torch.no_grad()
@@ -34,15 +35,29 @@ def lecture_hellaswag(model, examples, device, dtype):
     return len(examples) / (time.perf_counter() - start), predicted
 
 
+def examples_of_input_txt(count=60):
+    """Examples of HellaSwag's form and lengths from input.txt: a context of 40 words, four endings of 20."""
+    with open(INPUT_TXT, encoding="utf-8") as f:
+        words = f.read().split()
+    examples = []
+    for start in range(0, 120 * count, 120):
+        ctx_a, ctx_b = " ".join(words[start:start + 25]), " ".join(words[start + 25:start + 40])
+        endings = [" ".join(words[start + i:start + i + 20]) for i in range(40, 120, 20)]
+        examples.append({"ind": start, "activity_label": "Play", "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}",
+                         "endings": endings, "label": 0})
+    return examples
+
+
 def bench_hellaswag(args):
-    """Rows of scoring --limit examples with random weights, completion style: the lecture's way as it stands,
-    with freed memory kept as our scripts run, and ours. flips: predictions unlike those of float32."""
+    """Rows of scoring --limit examples of --data (default: made of input.txt) with random weights, completion style: the
+    lecture's way as it stands, with freed memory kept as our scripts run, and ours. flips: predictions unlike those of
+    float32."""
     device = runtime.choose_device(args.device)
     dtype = runtime.choose_dtype(args.dtype, device)
     runtime.seed_all(1337)
     model = GPT(config_for(args.size, vocab_size=50304)).to(device).eval()
     with tempfile.TemporaryDirectory() as folder:  # spread over the file: its first part has shorter texts than its second
-        examples = list(hellaswag.iterate_examples(args.data or hellaswag.path_of("val")))
+        examples = list(hellaswag.iterate_examples(args.data)) if args.data else examples_of_input_txt()
         with open(os.path.join(folder, "sample.jsonl"), "w", encoding="utf-8") as f:
             for i in range(min(args.limit, len(examples))):
                 f.write(json.dumps(examples[i * len(examples) // min(args.limit, len(examples))]) + "\n")

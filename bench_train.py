@@ -80,7 +80,7 @@ class OneBatch:
 
 
 def build_step(step, size, B, T, ranks):
-    """(function that makes one training step and returns its loss, raw_model) of a Step."""
+    """(function that makes one training step and returns its loss, raw_model, its optimizers) of a Step."""
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high" if step.tf32 else "highest")
     if step.ours:
@@ -105,7 +105,7 @@ def build_step(step, size, B, T, ranks):
 
     def run():
         return train_step(model, raw_model, optimizers, scaler, batch, 6e-4, step.grad_accum_steps, 1.0, step.dtype, ranks)[0]
-    return run, raw_model
+    return run, raw_model, optimizers
 
 
 def time_rank(step, size, B, T, device, repeats, warmup, rank, port):
@@ -115,7 +115,7 @@ def time_rank(step, size, B, T, device, repeats, warmup, rank, port):
                           MASTER_PORT=str(port))
     ranks = runtime.setup(device)
     try:
-        run, raw_model = build_step(step, size, B, T, ranks)
+        run, raw_model, _ = build_step(step, size, B, T, ranks)
         losses = []
         seconds = median_seconds(lambda: losses.append(run()), repeats, ranks.device, warmup)
     finally:
