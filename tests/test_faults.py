@@ -248,10 +248,11 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
 
 @pytest.mark.slow
 def test_the_slurm_script_passes_the_signal_on_and_requeues(text, tmp_path):  # noqa: F811
-    """train.sbatch with stand-ins for srun and scontrol, on one node with one rank: USR1, saved, requeued, gone on with."""
+    """train.sbatch with stand-ins for srun, scancel and scontrol, one rank: USR1, saved, requeued, gone on with."""
     os.mkdir(tmp_path / "bin")
     scontrol = 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi'
-    for name, script in (("srun", 'exec "$@"'), ("scontrol", scontrol)):
+    for name, script in (("srun", 'echo $$ > srun.pid; exec "$@"'), ("scontrol", scontrol),
+                         ("scancel", '[ "$2" = 7.0 ] && kill "-${1#--signal=}" "$(cat srun.pid)"')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         os.chmod(tmp_path / "bin" / name, 0o755)
     for path in (*glob.glob(f"{ROOT}/*.py"), f"{ROOT}/train.sbatch", f"{ROOT}/gpt2.tiktoken"):
@@ -265,7 +266,7 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(text, tmp_path):  # 
     wait_for(process, r"step +5/")
     os.kill(process.pid, signal.SIGUSR1)
     out = process.communicate(timeout=90)[0]
-    assert process.returncode == 0 and "by SIGUSR1" in out, out
+    assert process.returncode == 0 and "by SIGTERM" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     stopped = checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1]
     run[run.index("100000")] = str(stopped + 2)
