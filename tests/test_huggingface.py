@@ -255,10 +255,17 @@ def test_push_uploads_the_folder_as_it_is(exported, hub, tmp_path):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_push_without_a_token_or_a_hub_is_one_line(exported, tmp_path):
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run("export", exported[1], tmp_path / "hf", "--push", "me/mine", HF_TOKEN="", **home)
+NOWHERE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def test_push_without_a_token_is_one_line_before_anything_is_written(exported, tmp_path):
+    done = run("export", exported[1], tmp_path / "hf", "--push", "me/mine", HF_TOKEN="", HF_HOME=str(tmp_path), **NOWHERE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "hf auth login" in done.stderr
     assert not (tmp_path / "hf").exists()
-    done = run("export", exported[1], tmp_path / "hf", "--push", "me/mine", HF_TOKEN="hf_x", **home)
+
+
+@pytest.mark.slow  # huggingface_hub tries for a while
+def test_push_without_a_hub_says_so_and_leaves_the_folder(exported, tmp_path):
+    done = run("export", exported[1], tmp_path / "hf", "--push", "me/mine", HF_TOKEN="hf_x", HF_HOME=str(tmp_path), **NOWHERE)
     assert done.returncode == 2 and "error: could not push to me/mine" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "hf" / "model.safetensors").exists()
