@@ -15,6 +15,7 @@ import checkpoint
 import data
 from model import GPTConfig, SIZES
 from runtime import ArgumentParser, print0
+from tracker import TRACKERS
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # about what it has for training: a plan can be made before they are there
@@ -52,6 +53,9 @@ class TrainConfig:
     lr: float = flag(6e-4, "peak learning rate")
     min_lr_ratio: float = flag(0.1, "learning rate at the end, as a share of the peak")
     embd_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a share of the others'")
+    schedule: str = flag("cosine", "of the learning rate after its warm-up: half a cosine down, or constant with a straight"
+                         " decay at the end", choices=("cosine", "wsd"))
+    wsd_decay: float = flag(0.2, "schedule wsd: share of all steps, the last ones, that the decay takes")
     warmup_steps: int = flag(715, "steps of linear warm-up; 375M tokens at 0.5M a step")
     weight_decay: float = flag(0.1, "on matrices and embeddings")
     beta1: float = flag(0.9, "AdamW's momentum")
@@ -76,6 +80,7 @@ class TrainConfig:
     save_every: int = flag(1000, "steps between checkpoints")
     save_minutes: float = flag(30.0, "minutes between checkpoints, where save_every steps take longer; 0 is never")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    tracker: str = flag("none", "send the streams of log.txt to TensorBoard or Weights & Biases too", choices=TRACKERS)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest val loss too")
     # when things go wrong
     resume: str = flag("auto", "auto: go on with a run that has checkpoints; never: refuse to; or a run folder, or the"
@@ -104,6 +109,8 @@ class TrainConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {minimum} or more")
+        if not 0 < self.wsd_decay <= 1:
+            raise ValueError(f"--wsd-decay {self.wsd_decay}: a share of the steps, over 0 and at most 1")
 
     def gpt_config(self):
         """The GPTConfig of the model to train."""
@@ -173,8 +180,12 @@ def shape_of_weights(given):
     """The model's fields that come with --init-from's weights, as a dict; ValueError if flags ask for other ones."""
     if not given.get("init_from"):
         return {}
-    shape = asdict(checkpoint.load_model(given["init_from"])[0].config)
+    shape = asdict(checkpoint.read_model(given["init_from"])[0])
     shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
+    if given.get("block_size", shape["block_size"]) > shape["block_size"]:
+        raise ValueError(f"--block-size {given['block_size']} is over the {shape['block_size']} positions that --init-from's"
+                         " weights know; give that many or fewer")
+    shape["block_size"] = given.get("block_size", shape["block_size"])
     if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
         raise ValueError(f"--init-from brings its own {', '.join(f'{n}={shape[n]}' for n in wrong)}: leave these flags out")
     return shape

@@ -34,19 +34,27 @@ from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum
                      device_name, free_memory, get_rng_state, keep_freed_memory, peak_flops, print0, rank0_first, run_main,
                      seed_all, set_rng_state, setup, synchronize, teardown, write_run_description)
 from sample import generate_text
+from tracker import check_tracker, open_tracker
 
 # -----------------------------------------------------------------------------
 # the pieces of the loop
 
-def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr."""
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd_decay=0.2):
+    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr.
+
+    Schedule "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at max_lr and falls in a straight line to min_lr over the
+    last wsd_decay of max_steps.
+    """
     # 1) linear warm-up; + 1, for a first step at 0 would teach nothing
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     # 2) past max_steps it stays at the minimum
     if step >= max_steps:
         return min_lr
-    # 3) in between, half a cosine
+    # 3) in between, constant and then a line
+    if schedule == "wsd":
+        return min_lr + min(1.0, (max_steps - step) / (wsd_decay * max_steps)) * (max_lr - min_lr)
+    # 4) or half a cosine
     decay_ratio = (step - warmup_steps) / (max_steps - warmup_steps)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (max_lr - min_lr)
 
@@ -134,7 +142,8 @@ def print_samples(raw_model, prompt, dtype, ranks, num_samples=4, max_new_tokens
 class Log:
     """log.txt, one `step stream value` a line; on resume what lies past keep_bytes is cut off, to be written again."""
 
-    def __init__(self, path, keep_bytes):
+    def __init__(self, path, keep_bytes, track=None):
+        self.track = track  # tracker.open_tracker's function, or None
         with open(path, "ab") as f:
             if f.tell() < keep_bytes:
                 print0(f"{path} has lost its end: {f.tell():,} bytes are left of {keep_bytes:,}")
@@ -158,6 +167,8 @@ def report(log, step, quiet=False, **facts):
             log.write(step, stream, value)
         if not quiet:
             print0(f"step {step:5d} | {stream} {value:.4f}")
+    if log is not None and log.track:
+        log.track(step, facts)
 
 
 # -----------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def save(run, step, val_loss, evaluated):
     state = {"optimizers": optimizer_states, "scaler": run.scaler.state_dict(),
              "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "evaluated": evaluated,
              "skipped": run.skipped, "train_config": asdict(run.config)}
-    model_contents = {"model": weights, "config": asdict(run.raw_model.config), "val_loss": val_loss}
+    model_contents = {**checkpoint.contents_of(run.raw_model, val_loss), "model": weights}
     run.writer.start(write_checkpoint, run.run_dir, step, model_contents, state)
 
 
@@ -284,7 +295,7 @@ def make_plan(config, num_tokens, ranks, dtype):
 def build_model(config, saved, device):
     """The GPT to train, on its device: as saved, or with init_from's weights, or fresh from the seed."""
     if not saved and config.init_from:
-        return checkpoint.load_model(config.init_from, device)[0].train()
+        return checkpoint.load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
     model = GPT(GPTConfig(**saved[0]["config"]) if saved else config.gpt_config())
     if saved:
         checkpoint.load_weights(model, saved[0]["model"], "the checkpoint")
@@ -293,6 +304,7 @@ def build_model(config, saved, device):
 
 def set_up(config, saved, ranks):
     """The Run of a config, from its beginning or from what was saved; None if there is nothing to train."""
+    check_tracker(config.tracker)
     dtype = choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on GPUs that have it
     if config.deterministic:
@@ -342,7 +354,8 @@ def open_log(run_dir, config, saved, ranks, dtype):
     if newer := checkpoint.set_aside(run_dir, saved[1]["step"] if saved else -1):
         print0(f"set aside, as *.aside: {', '.join(newer)}")
     write_run_description(os.path.join(run_dir, "config.json"), asdict(config), ranks, dtype)
-    return Log(os.path.join(run_dir, "log.txt"), keep_bytes=saved[1]["log_bytes"] if saved else 0)
+    keep_bytes, first_step = (saved[1]["log_bytes"], saved[1]["step"]) if saved else (0, 0)
+    return Log(os.path.join(run_dir, "log.txt"), keep_bytes, open_tracker(config.tracker, run_dir, asdict(config), first_step))
 
 
 def due(step, every, run):
@@ -355,7 +368,8 @@ def train_and_log(run, step):
     """One step of training and the line about it."""
     config, ranks, loader = run.config, run.ranks, run.loader
     epoch = int(loader.epoch)
-    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps)
+    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps, config.schedule,
+                config.wsd_decay)
     synchronize(ranks.device)
     t0 = time.perf_counter()
     try:

@@ -491,7 +491,7 @@ def test_training_gets_both_scores_and_absence_is_one_line(tmp_path, monkeypatch
     assert all(r["acc"] != r["acc_norm"] for r in results.values())
     os.mkdir("hellaswag")
     os.rename(path, hellaswag.path_of("val"))
-    scores = hellaswag.for_training("auto", ALONE)(model, "float32")
+    scores = hellaswag.for_training("auto", ALONE)(model, "float32", lambda: None)
     assert scores == {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
 
 

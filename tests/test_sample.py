@@ -1,23 +1,25 @@
 """
-Sampling: token for token the lecture's loop, and the limits of its arguments; the command line on a checkpoint of nothing.
+Sampling: one token and the limits of its arguments, texts and streams of them, the command line on a checkpoint of nothing.
+What concerns the cache is in test_kv_cache.py.
 
     .venv/bin/python -m pytest tests/test_sample.py
 
 Needs nothing but requirements-dev.txt.
 """
+import io
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import checkpoint
 import sample
 from data import EOT, NUM_TOKENS, get_tokenizer
 from model import GPT, GPTConfig
-from sample import generate, generate_text, sample_next_token
+from sample import encode_prompt, generate_text, sample_next_token, stream_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -38,20 +40,6 @@ def generator(seed=42):
 
 # -----------------------------------------------------------------------------
 # one token
-
-def test_generation_is_the_lectures_token_by_token():
-    model, x = make_model(), torch.tensor([[15496, 11, 314], [1101, 257, 3303]])
-    ours = generate(model, x, 20, generator(), top_k=50)
-    sample_rng = generator()
-    with torch.no_grad():
-        while x.size(1) < 23:
-            logits = model(x[:, -16:], x[:, -16:])[0][:, -1, :]
-            probs = F.softmax(logits, dim=-1)
-            topk_probs, topk_indices = torch.topk(probs, 50, dim=-1)
-            ix = torch.multinomial(topk_probs, 1, generator=sample_rng)
-            x = torch.cat((x, torch.gather(topk_indices, -1, ix)), dim=1)
-    assert ours.tolist() == x.tolist()
-
 
 def test_draws_have_the_probabilities_of_the_softmax_at_the_temperature():
     logits, temperature = torch.tensor([1.0, 2.0, 0.5, -1.0]), 0.7
@@ -100,14 +88,6 @@ def test_the_logits_handed_in_stay_as_they_were():
 # -----------------------------------------------------------------------------
 # texts
 
-def test_a_context_longer_than_block_size_is_cut_to_its_end():
-    model = make_model()
-    long = torch.randint(NUM_TOKENS, (1, 40), generator=generator(1))
-    out = generate(model, long, 5, temperature=0)
-    assert out.shape == (1, 45) and out[:, :40].tolist() == long.tolist()
-    assert out[:, 40:].tolist() == generate(model, long[:, -16:], 5, temperature=0)[:, 16:].tolist()
-
-
 def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
     model = make_model()
     first, again, other = (generate_text(model, "Hello", 3, 10, seed) for seed in (1, 1, 2))
@@ -122,23 +102,34 @@ def test_endoftext_ends_a_text(monkeypatch):
     assert generate_text(make_model(), "Zero", 1, 4, seed=0) == ["Zero one two"]
 
 
-def test_an_empty_prompt_begins_a_document(monkeypatch):
-    word, = get_tokenizer().encode_ordinary("Once")
-    seen = []
+def test_an_empty_prompt_begins_a_document():
+    assert encode_prompt("") == [EOT] and encode_prompt("Once") == get_tokenizer().encode_ordinary("Once")
+    assert encode_prompt("<|endoftext|>") != [EOT]  # as text it is only text
+    assert generate_text(make_model(), "", 1, 4, seed=0)[0]
 
-    class Model(torch.nn.Module):
-        config = GPTConfig(n_layer=1, n_head=1, n_embd=1)
 
-        def __init__(self):
-            super().__init__()
-            self.p = torch.nn.Parameter(torch.zeros(1))
+HARD = "naïve café, 日本語のテキスト, \U0001f469\u200d\U0001f680 \U0001f1ec\U0001f1f7, ٣٤, \t\n\n   x"
 
-        def forward(self, idx):
-            seen.append(idx.tolist())
-            return F.one_hot(torch.full((1, 1), word), NUM_TOKENS).float() * 100, None
 
-    assert generate_text(Model(), "", 1, 2, seed=0) == ["OnceOnce"]
-    assert seen[0] == [[EOT]]
+def test_a_stream_holds_whole_characters_only_and_adds_up_to_the_text():
+    tokens = get_tokenizer().encode_ordinary(HARD)
+    pieces = list(stream_text(tokens))
+    assert "".join(pieces) == HARD and "\ufffd" not in "".join(pieces)
+    assert "" in pieces[:-1]  # some tokens end within a character: then it waits for the next one
+
+
+def test_bytes_that_are_no_character_come_out_as_the_tokenizer_has_them():
+    tokens = get_tokenizer().encode_ordinary("日本 😀 a")
+    for cut in (tokens[1:], tokens[:-3], tokens[::-1], tokens[2:4] + [EOT] + tokens):
+        text = get_tokenizer().decode(cut[:cut.index(EOT)] if EOT in cut else cut)
+        assert "".join(stream_text(cut)) == text
+
+
+def test_a_stream_reads_no_token_before_it_is_asked_for_and_none_past_endoftext():
+    script = iter([*get_tokenizer().encode_ordinary(" one two"), EOT, 1, 2])
+    texts = stream_text(script)
+    assert next(texts) == " one" and next(texts) == " two"
+    assert list(texts) == [""] and list(script) == [1, 2]
 
 
 def test_a_padded_model_speaks_without_an_error():
@@ -163,25 +154,88 @@ def run_sample(capsys, monkeypatch, *arguments):
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "keep_freed_memory", lambda: None)  # it is for the whole process: not for pytest's
-    checkpoint.save(str(tmp_path), make_model(), 7, 3.25, {})
+    checkpoint.save(str(tmp_path), 7, checkpoint.contents_of(make_model(), 3.25), {})
     return tmp_path
 
 
-def test_the_command_line_prints_what_was_asked_for(run_dir):
-    flags = "--num-samples 2 --max-new-tokens 5 --temperature 0 --dtype float32 --device cpu".split()
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), str(run_dir), "--prompt", "To be", *flags],
-                          cwd=run_dir, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    header, *samples = done.stdout.split("--- sample ")
-    assert "step 7, val loss 3.25" in header and len(samples) == 2
-    text = generate_text(make_model(), "To be", 1, 5, 0, temperature=0)[0]
-    assert all(sample.split("\n", 1)[1].rstrip("\n") == text.rstrip("\n") for sample in samples)
+PLAIN = "--dtype float32 --device cpu --temperature 0".split()
+
+
+def start(run_dir, *arguments):
+    """`python sample.py run_dir arguments` as a process of its own, greedy, its three streams piped as bytes."""
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), str(run_dir), *PLAIN, *map(str, arguments)],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=run_dir)
+
+
+def greedy_text(prompt, max_new_tokens):
+    return generate_text(make_model(), prompt, 1, max_new_tokens, 0, temperature=0)[0]
+
+
+def test_the_command_line_prints_what_was_asked_for(run_dir, capsys, monkeypatch):
+    status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "To be", "--num-samples", 2,
+                                        "--max-new-tokens", 20)
+    assert status == 0 and stderr == f"{run_dir / 'model_00007.pt'}: step 7, val loss 3.25\n"  # stdout is text alone
+    before, *samples = stdout.split("--- sample ")
+    assert before == "" and len(samples) == 2
+    assert all(text.split("\n", 1)[1] == greedy_text("To be", 20) + "\n" for text in samples)
+
+
+def test_a_stream_prints_the_same_text(run_dir, capsys, monkeypatch):
+    flags = [*PLAIN, "--prompt", "To be", "--num-samples", 2, "--max-new-tokens", 20]
+    assert run_sample(capsys, monkeypatch, run_dir, *flags) == run_sample(capsys, monkeypatch, run_dir, *flags, "--stream")
+
+
+def test_a_prompt_from_a_pipe_and_from_a_file_is_that_of_the_flag(run_dir, capsys, monkeypatch):
+    flags = ["--num-samples", 1, "--max-new-tokens", 5]
+    process = start(run_dir, "-", *flags)
+    piped, stderr = process.communicate("Wörld\n".encode(), timeout=120)
+    assert process.returncode == 0, stderr
+    assert piped.decode().split("\n", 1)[1] == greedy_text("Wörld", 5) + "\n"
+    (run_dir / "prompt.txt").write_bytes("Wörld\r\n".encode())
+    _, filed, _ = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt-file", run_dir / "prompt.txt", *flags)
+    assert filed == piped.decode()
+    (run_dir / "prompt.txt").write_bytes(b"W\xf6rld")
+    status, _, stderr = run_sample(capsys, monkeypatch, run_dir, "--prompt-file", run_dir / "prompt.txt")
+    assert status == 2 and "prompt.txt is not UTF-8 at byte 2" in stderr and stderr.count("\n") == 1
+
+
+def test_the_interactive_prompt_answers_each_line_and_goes_on_after_a_bad_one(run_dir, capsys, monkeypatch):
+    long = "Or not " * 20
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n\xff\n" + long.encode() + b"\n\n"), "utf-8"))
+    status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--interactive", "--max-new-tokens", 5)
+    answers = [greedy_text(prompt, 5).removeprefix(prompt) for prompt in ("To be", long, "")]
+    assert status == 0 and stdout == f"> {answers[0]}\n> > {answers[1]}\n> {answers[2]}\n> \n"
+    assert "error: the prompt is not UTF-8 at character 1" in stderr
+    assert "the prompt has 41 tokens; the model reads the last 16" in stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_prompt_that_follows(run_dir):
+    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9)
+    try:
+        process.stdin.write(b"To be\n")
+        process.stdin.flush()
+        assert process.stdout.read(2) == b"> " and len(process.stdout.read(20)) == 20  # in the middle of its answer
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(b"", timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and stdout.endswith(b"\n> \n") and b"Traceback" not in stderr
+
+
+def test_a_prompt_over_the_context_is_said_to_be_cut(run_dir, capsys, monkeypatch):
+    status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "word " * 30, "--num-samples", 1)
+    assert status == 0 and "the prompt has 31 tokens; the model reads the last 16" in stderr
+    assert stdout.split("\n", 1)[1].startswith("word " * 30)  # printed whole
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--num-samples", "0"], "--num-samples 0: it must be 1 or more"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
     (["--temperature", "-1"], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--top-k", "-1"], "--top-k -1"),
+    (["--top-k", "-1"], "--top-k -1"), (["--top-p", "0"], "--top-p 0.0: it must be more than 0 and at most 1"),
+    (["--top-p", "1.5"], "--top-p 1.5"), (["--top-p", "nan"], "--top-p nan"),
+    (["--prompt", "a\udcff"], "not UTF-8 at character 2"), (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    (["--prompt", "a", "--prompt-file", "b"], "give one of"), (["-", "--interactive"], "give one of"), (["x"], "only -"),
     (["--top-k", "many"], "invalid int value: 'many'"), (["--tokens", "5"], "unrecognized arguments: --tokens 5"),
     (["--max-new", "5"], "unrecognized arguments: --max-new 5"), (["--device", "tpu"], "'tpu' is not here"),
     (["--dtype", "int8"], "unknown dtype 'int8'"),
