@@ -9,7 +9,7 @@ B) for learning rates, batch and schedule, and the lecture "Let's reproduce GPT-
 """
 import os
 from argparse import SUPPRESS
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import checkpoint
 import data
@@ -251,16 +251,48 @@ def make_config(given):
 # -----------------------------------------------------------------------------
 # what fits
 
-def estimate_memory(gpt_config, num_params, B, T, dtype):
-    """Bytes that training takes at micro-batch B, to choose B by: weights, gradients, AdamW's two moments, activations.
+def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
+    """Bytes that each process of a training takes at micro-batch B; on a CPU within 15% of what was measured.
 
-    A block keeps about 34 bytes a token and channel in 16 bits with flash attention (Korthikanti et al. 2022, without
-    their T x T terms); the loss holds the logits, their gradient and a float32 working copy.
+    What stands from step to step (weights 4 bytes a parameter, gradients 4, AdamW's moments 8: 16 in all, whole or in
+    parts), what one forward and backward add, and what torch loads. Counted for the eager mode, in bytes:
+
+    - a block's activations a token and channel: 36 in 16 bits, 68 in float32 (its input, which LayerNorm keeps, 4; two
+      LayerNorms, q, k, v, attention, the second residual, the MLP before and after GELU); a recomputed one keeps 4
+    - the loss a logit: the logits, log-softmax and two gradients, float32 all but the first; torch.compile fuses some
+    - the tied embedding's gradient: the lm_head's share waits, whole, for wte's
     """
-    wide = 2 if dtype == "float32" else 1
-    weights = num_params * (16 + (2 if wide == 1 else 0))
-    activations = B * T * (gpt_config.n_layer * gpt_config.n_embd * 34 * wide + gpt_config.vocab_size * (4 * wide + 4))
-    return weights + activations
+    wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
+    parallel, again = config.parallel if W > 1 else "ddp", config.activation_checkpointing
+    compiled = parallel != "fsdp" and (config.compile == "on" or config.compile == "auto" and not on_cpu)
+    V, C, L, tokens = config.vocab_size, config.n_embd, config.n_layer, B * T
+    block = 12 * C * C + 13 * C
+    root = num_params - L * block  # wte, wpe, ln_f
+
+    kept = L * C * 4 + C * (36 if wide == 1 else 68) if again else L * C * (36 if wide == 1 else 68)
+    loss = V * (4 * wide + 4 if compiled else 2 * wide + 12)
+    casts = 0 if wide == 2 else 2 * (V * C + block if again else num_params)  # what autocast made of the weights
+    step = tokens * (kept + loss) + casts + 8 * V * C
+    if parallel == "fsdp":
+        standing = 16 * num_params / W
+        step += 12 * root + 16 * block  # gathered weights, their gradients, and the buffer that is summed over the ranks
+        step = max(step, 6 * num_params + min(tokens, max(T, 4096)) * V * (2 * wide + 8))  # an evaluation has all weights
+    else:
+        standing = 8 * num_params + 8 * (max(num_params / W, V * C) if parallel == "zero" else num_params)
+    return standing + step + 250e6  # what torch loads for a first step, measured
+
+
+def memory_table(config, num_params, B, dtype, world_size, on_cpu):
+    """What every way to share out needs at micro-batch B, GB a process, as lines of text: the dry run prints them."""
+    numbers = sorted({1, 2, 4, 8, world_size})
+    lines = [f"memory a process at B={B}, GB; processes:" + "".join(f"{W:7d}" for W in numbers)]
+    for parallel in ("ddp", "zero", "fsdp"):
+        for again in (False, True):
+            way = replace(config, parallel=parallel, activation_checkpointing=again, optimizer="adamw")
+            needs = [estimate_memory(way, num_params, B, dtype, W, on_cpu) for W in numbers]
+            name = f"  --parallel {parallel}" + " --activation-checkpointing" * again
+            lines.append(f"{name:42s}" + "".join(f"{n / 1e9:7.1f}" for n in needs))
+    return "\n".join(lines)
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
@@ -281,5 +313,5 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
         return config.batch_size
     worth = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
     fit = [B for B in worth
-           if memory is None or estimate_memory(config.gpt_config(), num_params, B, T, dtype) < 0.85 * memory]
+           if memory is None or estimate_memory(config, num_params, B, dtype, world_size, on_cpu) < 0.85 * memory]
     return max(fit, default=1)

@@ -26,8 +26,8 @@ import checkpoint
 import data
 import hellaswag
 import parallel
-from config import (FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args,
-                    run_folder)
+from config import (FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config,
+                    memory_table, parse_args, run_folder)
 from model import GPT, GPTConfig
 from plots import plot_run, read_log
 from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum, autocast, be_deterministic, choose_dtype,
@@ -274,7 +274,8 @@ def make_plan(config, num_tokens, ranks, dtype):
                          f" {config.total_batch_size:,}: more --epochs, --max-steps, or a smaller --total-batch-size")
     flops = model.flops_per_token(T)
     total = flops * max_steps * config.total_batch_size
-    needed = estimate_memory(model.config, model.num_params(), B, T, dtype)
+    plan = (config, model.num_params(), B, dtype, ranks.world_size, ranks.device == "cpu")
+    needed = estimate_memory(*plan)
     print0(f"model: {model.num_params():,} parameters, {model.config}\n"
            f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {config.total_batch_size:,} tokens"
            f" = {max_steps * config.total_batch_size / epoch_tokens:.2f} epochs\n"
@@ -283,6 +284,8 @@ def make_plan(config, num_tokens, ranks, dtype):
            f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "")
            + (": THIS WILL NOT FIT" if memory and needed > memory else "") + "\n"
            f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
+    if config.dry_run:
+        print0(memory_table(*plan))
     if peak := peak_flops(ranks.device, dtype):
         print0(f"time: about {total / (0.5 * peak * ranks.world_size) / 3600:.1f} hours at half the peak of"
                f" {ranks.world_size} x {device_name(ranks.device)}")
