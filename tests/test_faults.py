@@ -24,7 +24,7 @@ import torch
 
 import checkpoint
 import data
-from test_train_gpt2 import ROOT, TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
+from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
 
 STEPS = 24
 FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # some 50 ms a step
@@ -109,6 +109,7 @@ def test_a_second_run_in_a_live_folder_is_refused_and_a_dead_one_keeps_no_lock(t
     survived("second run refused in a live folder")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
     """Within a step of 65,536 micro-steps, which takes minutes."""
     process = start(tmp_path, "--data", text, "--max-steps", "100000", "--total-batch-size", str(16 * 2**17))
@@ -247,35 +248,6 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
 
 
 @pytest.mark.slow
-def test_the_slurm_script_passes_the_signal_on_and_requeues(text, tmp_path):  # noqa: F811
-    """train.sbatch with stand-ins for srun, scancel and scontrol, one rank: USR1, saved, requeued, gone on with."""
-    os.mkdir(tmp_path / "bin")
-    scontrol = 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi'
-    for name, script in (("srun", 'echo $$ > srun.pid; exec "$@"'), ("scontrol", scontrol),
-                         ("scancel", '[ "$2" = 7.0 ] && kill "-${1#--signal=}" "$(cat srun.pid)"')):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
-        os.chmod(tmp_path / "bin" / name, 0o755)
-    for path in (*glob.glob(f"{ROOT}/*.py"), f"{ROOT}/train.sbatch", f"{ROOT}/gpt2.tiktoken"):
-        shutil.copy(path, tmp_path)
-    os.symlink(os.path.dirname(os.path.dirname(sys.executable)), tmp_path / ".venv")
-    port = str(random.Random(os.getpid() + 1).randrange(20000, 40000))
-    environ = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1", "MASTER_PORT": port,
-               "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1", "OMP_NUM_THREADS": "1"}
-    run = ["bash", "train.sbatch", *TINY, "--data", text, "--max-steps", "100000", "--save-every", "0"]
-    process = subprocess.Popen(run, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(process, r"step +5/")
-    os.kill(process.pid, signal.SIGUSR1)
-    out = process.communicate(timeout=90)[0]
-    assert process.returncode == 0 and "by SIGTERM" in out, out
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    stopped = checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1]
-    run[run.index("100000")] = str(stopped + 2)
-    process = subprocess.run(run, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0 and f"from step {stopped}" in process.stdout, process.stdout + process.stderr
-    survived("SIGUSR1 through train.sbatch")
-
-
-@pytest.mark.slow
 def test_the_number_of_ranks_may_change_between_lives(text, tmp_path):  # noqa: F811
     """1 -> 2 -> 1 ranks: the same windows in the same order, and losses as on one rank all along."""
     flags = ["--data", text, *FLAGS, "--dropout", "0"]
@@ -384,6 +356,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_and_keeps_it_aside(unbroken, te
     assert_as_unbroken(run_dir, unbroken)
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint_sets_the_newer_aside(unbroken, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "moved" / "elsewhere"
     shutil.copytree(unbroken, run_dir)
@@ -420,6 +393,7 @@ def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, u
     assert before == {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_and_forced(unbroken, tmp_path):
     """A text of the same length in tokens, so that the count of windows does not tell it."""
     run_dir = tmp_path / "log" / "shakespeare"

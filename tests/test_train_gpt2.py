@@ -451,6 +451,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text):
         assert part in process.stdout
 
 
+@pytest.mark.slow
 def test_deterministic_runs_train(text, tmp_path):
     """Every operation of a step, dropout and evaluation included, has a deterministic form: else torch would raise."""
     for name in ("a", "b"):
@@ -472,6 +473,7 @@ def test_the_best_checkpoint_is_kept_when_asked(text, tmp_path):
     assert torch.load(run_dir / f"model_{best:05d}.pt")["val_loss"] == pytest.approx(losses[best])
 
 
+@pytest.mark.slow
 def test_minutes_between_checkpoints_count_too(text, tmp_path):
     process = train(tmp_path, "--data", text, "--save-every", "0", "--save-minutes", "0.0001", "--keep-last", "9")
     assert process.returncode == 0, process.stderr
