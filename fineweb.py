@@ -31,6 +31,7 @@ import os
 import queue
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -483,4 +484,8 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        run_main(main)
+    except SystemExit as end:  # Python's own end is an abort if one of the daemon threads is inside Arrow's C++ just then
+        sys.stdout.flush()
+        os._exit(end.code or 0)

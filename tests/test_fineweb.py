@@ -386,6 +386,33 @@ def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
 
 
+ALWAYS_IN_ARROW = """
+import pyarrow.parquet as pq, runpy, sources, sys
+def read_for_ever(open_file, *_):
+    print("reading", file=sys.stderr, flush=True)
+    while True:
+        with open_file() as f:
+            for _ in pq.ParquetFile(f, pre_buffer=False).iter_batches(10, use_threads=False):
+                pass
+sources.read_row_group = read_for_ever
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_is_no_abort_while_threads_read_in_arrow(tmp_path):
+    write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
+    args = [os.path.join(ROOT, "fineweb.py"), "--input", tmp_path / "a.parquet", "--workers", 8, "--out", tmp_path / "out"]
+    for _ in range(2):  # each was an abort in two of three tries
+        process = subprocess.Popen([sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {ALWAYS_IN_ARROW}",
+                                    *map(str, args)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        while "reading" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "interrupted" in error, error
+
+
 @pytest.mark.slow
 def test_twenty_sigkills_at_random_times_change_no_byte_and_rewrite_no_shard(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
