@@ -144,9 +144,10 @@ def prune(run_dir, keep_last, best=None):
 
 
 def set_aside(run_dir, step):
-    """Renames the files of all steps past step to *.aside, and returns their old names: a run that goes on from step
-    must not take them for its own newest ones."""
-    newer = [path for s in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state")) if s > step
+    """Renames the files of all models past step, and their states, to *.aside, and returns their old names: a run that
+    goes on from step must not take them for its own newest ones. A state alone, which a kill in a save leaves, stays:
+    nothing takes it for a checkpoint, and the run writes over it or prunes it."""
+    newer = [path for s in sorted(steps_of(run_dir, "model")) if s > step
              for path in paths(run_dir, s) if os.path.exists(path)]
     for path in newer:
         os.replace(path, f"{path}.aside")

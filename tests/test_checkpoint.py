@@ -111,13 +111,17 @@ def test_prune_keeps_the_best_too(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [2, 4]
 
 
-def test_newer_steps_are_set_aside_whole_or_half(tmp_path):
-    for step in (1, 2, 3):
+def test_newer_models_are_set_aside_and_what_a_kill_left_of_a_save_is_pruned(tmp_path):
+    for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00003.pt")
+    os.remove(tmp_path / "state_00004.pt")
     moved = checkpoint.set_aside(str(tmp_path), 1)
-    assert [os.path.basename(path) for path in moved] == ["model_00002.pt", "state_00002.pt", "state_00003.pt"]
-    assert checkpoint.load_latest(str(tmp_path))[0]["step"] == 1 and len(os.listdir(tmp_path)) == 5
+    assert [os.path.basename(path) for path in moved] == ["model_00002.pt", "state_00002.pt", "model_00004.pt"]
+    assert checkpoint.load_latest(str(tmp_path))[0]["step"] == 1 and (tmp_path / "state_00003.pt").exists()
+    save_step(tmp_path, 5)
+    checkpoint.prune(str(tmp_path), 2)
+    assert checkpoint.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
 
 
 # -----------------------------------------------------------------------------
