@@ -6,9 +6,9 @@ The reference is the same checkpoint written in line, with training waiting for 
 import os
 import tempfile
 import time
-from dataclasses import asdict
 
 import checkpoint
+import parallel
 import runtime
 from bench_limits import in_fresh_process, median_seconds, shape_for
 from bench_train import Step, build_step
@@ -22,16 +22,20 @@ def time_checkpoint(size, B, T, dtype, device, repeats):
     ranks = runtime.Ranks(0, 0, 1, device, False)
     run, raw_model, optimizers = build_step(Step(dtype), size, B, T, ranks)
     seconds = median_seconds(run, repeats, device)
-    state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": {}, "loader": {}, "rng": [],
-             "log_bytes": 0, "train_config": {}}
-    contents = {"model": raw_model.state_dict(), "config": asdict(raw_model.config), "val_loss": None}
+
+    def copied():
+        """(model contents, state contents): copies, as train_gpt2.save makes them."""
+        weights, states = parallel.full_state(raw_model, optimizers, ranks)
+        rest = {"scaler": {}, "loader": {}, "rng": [], "log_bytes": 0, "train_config": {}}
+        return {**checkpoint.contents_of(raw_model, None), "model": weights}, {"optimizers": states, **rest}
+
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        checkpoint.save(folder, 1, contents, state)
+        checkpoint.save(folder, 1, *copied())
         in_line = time.perf_counter() - start
         writer = checkpoint.Writer()
         start, steps = time.perf_counter(), 0
-        writer.start(checkpoint.save, folder, 2, *checkpoint.snapshot((contents, state)))
+        writer.start(checkpoint.save, folder, 2, *copied())
         copy = time.perf_counter() - start
         while steps == 0 or not writer.pending.done():
             run()
@@ -43,8 +47,7 @@ def time_checkpoint(size, B, T, dtype, device, repeats):
         start = time.perf_counter()
         model, saved, _ = checkpoint.load_latest(folder)
         checkpoint.load_weights(raw_model, model["model"], "the checkpoint")
-        for optimizer, old in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(old)
+        parallel.load_full_optimizer_state(optimizers, saved["optimizers"])
         runtime.synchronize(device)
         restore = time.perf_counter() - start
     return {"step": seconds, "in line": in_line, "copy": copy, "stall": stall, "restore": restore, "bytes": size_of}

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
+import parallel
 import runtime
 from bench_limits import (forward_backward_seconds, in_fresh_process, matmul_peak, median_seconds, peak_memory,
                           shape_for)
+from config import TrainConfig
 from model import GPT, CausalSelfAttention, config_for
 from train_gpt2 import train_step
 
@@ -51,7 +52,7 @@ def written_out_attention(q, k, v):
 class WrittenOutAttention(CausalSelfAttention):
     """CausalSelfAttention with written_out_attention."""
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x, *no_mask_or_cache):
         B, T, C = x.size()
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for t in self.c_attn(x).split(C, dim=2))             # 3 x (B, nh, T, hs)
@@ -97,10 +98,8 @@ def build_step(step, size, B, T, ranks):
         groups = [{name: group[name] for name in kept} for group in optimizers[0].param_groups]
         optimizers = [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8)]
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=step.dtype == "float16")
-    mode = "on" if step.compile else "off"
-    model = runtime.compile_for_training(raw_model, mode, 1, B, T, step.dtype, ranks.device)
-    if ranks.ddp:
-        model = DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
+    config = TrainConfig(block_size=T, total_batch_size=T, compile="on" if step.compile else "off")
+    model = parallel.wrap(raw_model, config, 1, B, step.dtype, ranks)
     batch = OneBatch(B, T, ranks.device)
 
     def run():
