@@ -9,7 +9,11 @@ A run folder log/<exp-name>/ holds pairs of files. A step counts as saved when b
                       "rng": [state of each rank], "log_bytes": size of log.txt, "evaluated": whether the evaluations
                       due at this step are in the log, "skipped": steps skipped, "train_config": dict}: enough to go on
 
-    model, info = load_model("log/shakespeare")     # or a model_*.pt, "gpt2", a Hugging Face folder
+    model, info = load_model("log/shakespeare")     # or a file of ours or of formats.py, "gpt2", a Hugging Face folder
+
+    python checkpoint.py info FILE                   # what it is
+    python checkpoint.py export RUN_OR_FILE OUT_DIR  # a Hugging Face folder; --dtype bfloat16, --push USER/NAME
+    python checkpoint.py convert IN OUT              # OUT: model.pt (ours), model.bin (llm.c), or a Hugging Face folder
 """
 import contextlib
 import os
@@ -18,24 +22,28 @@ import re
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, replace
 
 import torch
 
-from model import GPT, GPTConfig, PRETRAINED
+import formats
+import huggingface
+from data import NUM_TOKENS
+from model import GPT, GPTConfig, PRETRAINED, our_names, read_hf
+from runtime import ArgumentParser, run_main
 
 # -----------------------------------------------------------------------------
 # one file
 
-def save_file(contents, path):
-    """torch.save under a temporary name, flushed to the disk, then renamed: path is never half a file.
+def save_file(contents, path, write=torch.save):
+    """write(contents, open file) under a temporary name, flushed to the disk, then renamed: path is never half a file.
 
     Raises OSError (a full disk, say) with nothing left behind and an older path untouched.
     """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
-            torch.save(contents, f)
+            write(contents, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -61,11 +69,14 @@ def check_zip(path):
                 raise zipfile.BadZipFile(f"wrong checksum or header of {damaged}")
 
 
-def load_file(path):
-    """The contents of a checkpoint file, on the CPU; ValueError for one that is cut short, damaged, or holds code."""
+def load_file(path, mmap=False):
+    """The contents of a checkpoint file, on the CPU; ValueError for one that is cut short, damaged, or holds code.
+
+    mmap leaves tensors in the file until they are looked at.
+    """
     try:
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
             ValueError, OSError) as e:
         if isinstance(e, OSError) and e.filename:  # not there, or not ours to read: it says so itself
@@ -102,10 +113,15 @@ def saved_steps(run_dir):
     return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
+def contents_of(raw_model, val_loss):
+    """What the model file holds but "step"; the tensors are the model's own."""
+    return {"model": raw_model.state_dict(), "config": asdict(raw_model.config), "val_loss": val_loss}
+
+
 def save(run_dir, step, model_contents, state):
     """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete.
 
-    model_contents: {"model", "config", "val_loss"}; state: as in the head of this file. "step" is put into both.
+    model_contents: from contents_of; state: as in the head of this file. "step" is put into both.
     Raises OSError, before anything is written, when the disk has too little room.
     """
     needed = num_bytes((model_contents, state)) * 1.01 + 2**20  # and what the format adds
@@ -144,8 +160,9 @@ def lock_run(run_dir):
     The lock is the kernel's, on log.txt: it ends with the process however that ends. A folder of which nothing came is
     removed again.
     """
+    log_dir, path = os.path.dirname(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
+    first_run = not os.path.exists(log_dir)
     os.makedirs(run_dir, exist_ok=True)
-    path = os.path.join(run_dir, "log.txt")
     with open(path, "ab") as f:
         try:
             import fcntl  # not on Windows
@@ -159,7 +176,7 @@ def lock_run(run_dir):
             yield
         finally:
             if os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
-                shutil.rmtree(run_dir)
+                shutil.rmtree(log_dir if first_run else run_dir)
 
 
 # -----------------------------------------------------------------------------
@@ -275,28 +292,127 @@ def load_weights(model, weights, source):
     model.load_state_dict(weights)
 
 
-def load_model(source, device="cpu"):
-    """(GPT on device, in eval mode; {"step", "val_loss"} where known) from a run folder, a model_*.pt file, a name
-    such as "gpt2-xl", or a Hugging Face folder."""
-    if source in PRETRAINED or os.path.isfile(os.path.join(source, "model.safetensors")):
-        return GPT.from_pretrained(source).to(device).eval(), {}
-    path = source
+def is_hf(source):
+    """Whether a source is one of OpenAI's names, or a Hugging Face folder."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return source in PRETRAINED or any(os.path.isfile(os.path.join(source, name)) for name in names)
+
+
+def model_file(source):
+    """Path of the file that a run folder's newest model is in, or source itself if it is a file."""
     if os.path.isdir(source):
         steps = steps_of(source, "model")
         if not steps:
             raise FileNotFoundError(f"{source} holds no checkpoint, neither a run's model_*.pt nor Hugging Face's"
                                     " model.safetensors; train first, or name another folder")
-        path, _ = paths(source, max(steps))
-    elif not os.path.exists(source):
-        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file,"
-                                f" a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
-    contents = load_file(path)
-    if not isinstance(contents, dict) or not {"model", "config"} <= contents.keys():
-        raise ValueError(f'{path} is no model checkpoint: it lacks "model" and "config"; a run\'s are called model_*.pt')
-    names = {f.name for f in fields(GPTConfig)}
-    if not isinstance(contents["config"], dict) or not contents["config"].keys() <= names:
-        raise ValueError(f"the config in {path} is not a GPTConfig's; its fields are {', '.join(sorted(names))}")
-    model = GPT(GPTConfig(**contents["config"]))
-    load_weights(model, contents["model"], path)
-    info = {"path": path, "step": contents.get("step"), "val_loss": contents.get("val_loss")}
-    return model.to(device).eval(), info
+        return paths(source, max(steps))[0]
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file, nanoGPT's"
+                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
+    if source.endswith(".safetensors"):
+        raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
+    return source
+
+
+def read_model(source):
+    """(GPTConfig, weights under our names, facts) from a run folder, a file of ours, build-nanogpt's, nanoGPT's or
+    llm.c's, a name such as "gpt2-xl", or a Hugging Face folder.
+
+    The weights are as stored, mostly memory-mapped. facts: "kind", "path", "step", "val_loss", None where unknown.
+    """
+    if is_hf(source):
+        config, weights = read_hf(source)
+        return config, our_names(weights), {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
+    path = model_file(source)
+    if formats.is_llmc(path):
+        return formats.read_llmc(path)
+    with formats.allow_pickled_config():
+        contents = load_file(path, mmap=True)
+    return formats.read_pt(contents, path)
+
+
+def load_model(source, device="cpu", block_size=None, dropout=None):
+    """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} where none is known) of what read_model takes.
+
+    block_size keeps the first positions alone; dropout takes the place of the checkpoint's.
+    """
+    config, weights, facts = read_model(source)
+    model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
+    load_weights(model, weights, source)
+    if block_size is not None:
+        model.crop_block_size(block_size)
+    known = facts["step"] is not None or facts["val_loss"] is not None
+    return model.to(device).eval(), {name: facts[name] for name in ("path", "step", "val_loss")} if known else {}
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+def describe(source):
+    """What a checkpoint is, as the lines that `info` prints."""
+    config, weights, facts = read_model(source)
+    with torch.device("meta"):
+        check_weights(GPT(config), weights, source)
+    tensors = [tensor for name, tensor in weights.items() if name != "lm_head.weight"]  # which is wte
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+    padding = config.vocab_size - NUM_TOKENS
+    vocab = "GPT-2's" if padding == 0 else f"GPT-2's {NUM_TOKENS}, padded" if 0 < padding < 1024 else "not GPT-2's"
+    lines = {"kind": f"a checkpoint of {facts['kind']}",
+             "model": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size},"
+                      f" {'with' if config.bias else 'without'} biases",
+             "parameters": f"{count:,}, {dtypes}, {size / 1e6:,.1f} MB", "vocabulary": f"{config.vocab_size} ({vocab})",
+             "step": facts["step"], "val loss": facts["val_loss"]}
+    return "\n".join([facts["path"], *(f"  {name:<11} {value}" for name, value in lines.items() if value is not None)])
+
+
+def convert(source, out, dtype, overwrite, folder):
+    """Writes source's model to out, whole or not at all; a Hugging Face folder if asked for, or if out has no known suffix."""
+    suffix = "" if folder else os.path.splitext(out)[1]
+    if suffix == ".safetensors":
+        raise ValueError(f"{out}: give a folder, which also gets config.json and the tokenizer; or a .pt or .bin file")
+    if os.path.isdir(out) and steps_of(out, "model"):
+        raise ValueError(f"{out} is a run folder, whose config.json would be lost; name another one")
+    if (os.path.isfile(out) or os.path.isdir(out) and os.listdir(out)) and not overwrite:
+        raise ValueError(f"{out} is there already; --overwrite replaces it")
+    model, info = load_model(source)
+    if suffix == ".pt":
+        contents = {"model": model.state_dict(), "config": asdict(model.config), "step": info.get("step"),
+                    "val_loss": info.get("val_loss")}
+        if dtype != "float32":
+            raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
+        save_file(contents, out)
+    elif suffix == ".bin":
+        save_file(model, out, lambda model, f: formats.write_llmc(model, f, dtype))
+    else:
+        huggingface.write_folder(model, out, dtype, info)
+    print(f"wrote {out}: {model.num_params():,} parameters, {dtype}")
+
+
+def main():
+    parser = ArgumentParser(description="What a checkpoint is, and what else it can be.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
+    takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
+    info = commands.add_parser("info", help="print what a checkpoint is", allow_abbrev=False)
+    info.add_argument("source", help=takes)
+    export = commands.add_parser("export", help="write a Hugging Face folder", allow_abbrev=False)
+    converter = commands.add_parser("convert", help="write another format", allow_abbrev=False)
+    for command, out in ((export, "folder to make"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
+        command.add_argument("source", help=takes)
+        command.add_argument("out", help=out)
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default float32)")
+        command.add_argument("--overwrite", action="store_true", help="replace what is at out")
+    export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    args = parser.parse_args()
+    if args.command == "info":
+        print(describe(args.source))
+        return
+    if args.command == "export" and args.push:
+        huggingface.check_token()
+    convert(args.source, args.out, args.dtype, args.overwrite, args.command == "export")
+    if args.command == "export" and args.push:
+        print(f"pushed to {huggingface.push(args.out, args.push)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

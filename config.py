@@ -9,12 +9,13 @@ B) for learning rates, batch and schedule, and the lecture "Let's reproduce GPT-
 """
 import os
 from argparse import SUPPRESS
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import checkpoint
 import data
 from model import GPTConfig, SIZES
 from runtime import ArgumentParser, print0
+from tracker import TRACKERS
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # about what it has for training: a plan can be made before they are there
@@ -52,6 +53,9 @@ class TrainConfig:
     lr: float = flag(6e-4, "peak learning rate")
     min_lr_ratio: float = flag(0.1, "learning rate at the end, as a share of the peak")
     embd_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a share of the others'")
+    schedule: str = flag("cosine", "of the learning rate after its warm-up: half a cosine down, or constant with a straight"
+                         " decay at the end", choices=("cosine", "wsd"))
+    wsd_decay: float = flag(0.2, "schedule wsd: share of all steps, the last ones, that the decay takes")
     warmup_steps: int = flag(715, "steps of linear warm-up; 375M tokens at 0.5M a step")
     weight_decay: float = flag(0.1, "on matrices and embeddings")
     beta1: float = flag(0.9, "AdamW's momentum")
@@ -63,6 +67,9 @@ class TrainConfig:
     dtype: str = flag("auto", "of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile the training step; auto: on CUDA, and on a CPU with a C++ compiler for 100 steps"
                         " or more", choices=("auto", "on", "off"))
+    parallel: str = flag("ddp", "what the processes of torchrun share out: ddp nothing, zero the optimizer's state, fsdp the"
+                         " weights and gradients too", choices=("ddp", "zero", "fsdp"))
+    activation_checkpointing: bool = flag(False, "keep only the blocks' inputs for the backward, and compute the rest again")
     # every so many steps, and at the end; 0 is never
     val_every: int = flag(250, "steps between validations")
     val_tokens: int = flag(10485760, "tokens of one validation, from the beginning of the val split")
@@ -73,6 +80,7 @@ class TrainConfig:
     save_every: int = flag(1000, "steps between checkpoints")
     save_minutes: float = flag(30.0, "minutes between checkpoints, where save_every steps take longer; 0 is never")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    tracker: str = flag("none", "send the streams of log.txt to TensorBoard or Weights & Biases too", choices=TRACKERS)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest val loss too")
     # when things go wrong
     resume: str = flag("auto", "auto: go on with a run that has checkpoints; never: refuse to; or a run folder, or the"
@@ -92,12 +100,17 @@ class TrainConfig:
         if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
+        if self.optimizer == "muon" and self.parallel != "ddp":
+            raise ValueError(f"--parallel {self.parallel} cannot share out muon, which needs whole matrices; give"
+                             " --optimizer adamw or --parallel ddp")
         least = dict(batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0, val_every=0,
                      val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, save_minutes=0, keep_last=1,
                      skip_nonfinite=0, timeout=0.01)
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {minimum} or more")
+        if not 0 < self.wsd_decay <= 1:
+            raise ValueError(f"--wsd-decay {self.wsd_decay}: a share of the steps, over 0 and at most 1")
 
     def gpt_config(self):
         """The GPTConfig of the model to train."""
@@ -167,8 +180,12 @@ def shape_of_weights(given):
     """The model's fields that come with --init-from's weights, as a dict; ValueError if flags ask for other ones."""
     if not given.get("init_from"):
         return {}
-    shape = asdict(checkpoint.load_model(given["init_from"])[0].config)
+    shape = asdict(checkpoint.read_model(given["init_from"])[0])
     shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
+    if given.get("block_size", shape["block_size"]) > shape["block_size"]:
+        raise ValueError(f"--block-size {given['block_size']} is over the {shape['block_size']} positions that --init-from's"
+                         " weights know; give that many or fewer")
+    shape["block_size"] = given.get("block_size", shape["block_size"])
     if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
         raise ValueError(f"--init-from brings its own {', '.join(f'{n}={shape[n]}' for n in wrong)}: leave these flags out")
     return shape
@@ -234,16 +251,48 @@ def make_config(given):
 # -----------------------------------------------------------------------------
 # what fits
 
-def estimate_memory(gpt_config, num_params, B, T, dtype):
-    """Bytes that training takes at micro-batch B, to choose B by: weights, gradients, AdamW's two moments, activations.
+def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
+    """Bytes that each process of a training takes at micro-batch B; on a CPU within 15% of what was measured.
 
-    A block keeps about 34 bytes a token and channel in 16 bits with flash attention (Korthikanti et al. 2022, without
-    their T x T terms); the loss holds the logits, their gradient and a float32 working copy.
+    What stands from step to step (weights 4 bytes a parameter, gradients 4, AdamW's moments 8: 16 in all, whole or in
+    parts), what one forward and backward add, and what torch loads. Counted for the eager mode, in bytes:
+
+    - a block's activations a token and channel: 36 in 16 bits, 68 in float32 (its input, which LayerNorm keeps, 4; two
+      LayerNorms, q, k, v, attention, the second residual, the MLP before and after GELU); a recomputed one keeps 4
+    - the loss a logit: the logits, log-softmax and two gradients, float32 all but the first; torch.compile fuses some
+    - the tied embedding's gradient: the lm_head's share waits, whole, for wte's
     """
-    wide = 2 if dtype == "float32" else 1
-    weights = num_params * (16 + (2 if wide == 1 else 0))
-    activations = B * T * (gpt_config.n_layer * gpt_config.n_embd * 34 * wide + gpt_config.vocab_size * (4 * wide + 4))
-    return weights + activations
+    wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
+    parallel, again = config.parallel if W > 1 else "ddp", config.activation_checkpointing
+    compiled = parallel != "fsdp" and (config.compile == "on" or config.compile == "auto" and not on_cpu)
+    V, C, L, tokens = config.vocab_size, config.n_embd, config.n_layer, B * T
+    block = 12 * C * C + 13 * C
+    root = num_params - L * block  # wte, wpe, ln_f
+
+    kept = L * C * 4 + C * (36 if wide == 1 else 68) if again else L * C * (36 if wide == 1 else 68)
+    loss = V * (4 * wide + 4 if compiled else 2 * wide + 12)
+    casts = 0 if wide == 2 else 2 * (V * C + block if again else num_params)  # what autocast made of the weights
+    step = tokens * (kept + loss) + casts + 8 * V * C
+    if parallel == "fsdp":
+        standing = 16 * num_params / W
+        step += 12 * root + 16 * block  # gathered weights, their gradients, and the buffer that is summed over the ranks
+        step = max(step, 6 * num_params + min(tokens, max(T, 4096)) * V * (2 * wide + 8))  # an evaluation has all weights
+    else:
+        standing = 8 * num_params + 8 * (max(num_params / W, V * C) if parallel == "zero" else num_params)
+    return standing + step + 250e6  # what torch loads for a first step, measured
+
+
+def memory_table(config, num_params, B, dtype, world_size, on_cpu):
+    """What every way to share out needs at micro-batch B, GB a process, as lines of text: the dry run prints them."""
+    numbers = sorted({1, 2, 4, 8, world_size})
+    lines = [f"memory a process at B={B}, GB; processes:" + "".join(f"{W:7d}" for W in numbers)]
+    for parallel in ("ddp", "zero", "fsdp"):
+        for again in (False, True):
+            way = replace(config, parallel=parallel, activation_checkpointing=again, optimizer="adamw")
+            needs = [estimate_memory(way, num_params, B, dtype, W, on_cpu) for W in numbers]
+            name = f"  --parallel {parallel}" + " --activation-checkpointing" * again
+            lines.append(f"{name:42s}" + "".join(f"{n / 1e9:7.1f}" for n in needs))
+    return "\n".join(lines)
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
@@ -264,5 +313,5 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
         return config.batch_size
     worth = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
     fit = [B for B in worth
-           if memory is None or estimate_memory(config.gpt_config(), num_params, B, T, dtype) < 0.85 * memory]
+           if memory is None or estimate_memory(config, num_params, B, dtype, world_size, on_cpu) < 0.85 * memory]
     return max(fit, default=1)

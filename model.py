@@ -16,7 +16,7 @@ hs head size (C / nh), V vocabulary (vocab_size).
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -197,6 +197,24 @@ class GPT(nn.Module):
             for c_proj in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    @classmethod
+    def empty(cls, config):
+        """A GPT to load weights into: its memory holds anything, since drawing weights would take longer than loading."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        model.transformer.wte.weight = model.lm_head.weight  # to_empty has made two of the tied one
+        return model
+
+    def crop_block_size(self, block_size):
+        """Keeps the first block_size positions alone; ValueError for more than there are."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size {block_size} is over the {self.config.block_size} positions that these weights"
+                             " know; give that many or fewer")
+        self.config = replace(self.config, block_size=block_size)
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
+                                                            freeze=False)
+
     def hidden(self, idx, pos, attn_mask=None, cache=None):
         """What the lm_head reads: (B, T, C) for tokens idx (B, T) at positions pos, (T) or (B, T), both int64.
 
@@ -267,12 +285,8 @@ class GPT(nn.Module):
         A vocabulary smaller than ours (50257 against a padded 50304) leaves the rows past it at zero.
         Raises ValueError naming the tensors that are missing, not GPT-2's, or of another shape.
         """
-        theirs = {name.removeprefix("transformer."): tensor for name, tensor in hf_state_dict.items()}
-        # .attn.bias and .attn.masked_bias are causal masks that old files hold as buffers; the lm_head is wte
-        lm_head = theirs.pop("lm_head.weight", None)
-        if lm_head is not None and "wte.weight" in theirs and not torch.equal(lm_head, theirs["wte.weight"]):
-            raise ValueError("lm_head.weight and wte.weight differ; GPT-2 has one matrix for both, so this is not one")
-        theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+        theirs = {name.removeprefix("transformer."): tensor for name, tensor in our_names(hf_state_dict).items()}
+        theirs.pop("lm_head.weight", None)
         ours = {name.removeprefix("transformer."): p for name, p in self.named_parameters()}
         if not self.config.bias:  # Hugging Face's GPT-2 always has biases; a model without may leave out zeros alone
             theirs = {name: t for name, t in theirs.items() if not name.endswith(".bias") or t.count_nonzero() > 0}
@@ -281,8 +295,6 @@ class GPT(nn.Module):
             raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side only"
                              f" ({len(wrong)} tensors in all); is n_layer={self.config.n_layer} theirs too?")
         for name, tensor in theirs.items():
-            # openai's checkpoints keep c_* as "Conv1D", (in, out); a Linear has (out, in)
-            tensor = tensor.t() if is_conv1d(name) else tensor
             rows = tensor.shape[0] if name == "wte.weight" else ours[name].shape[0]
             if tensor.shape != ours[name][:rows].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has {tuple(ours[name].shape)}")
@@ -290,19 +302,21 @@ class GPT(nn.Module):
                 ours[name][:rows].copy_(tensor)
                 ours[name][rows:].zero_()
 
-    def hf_state_dict(self, vocab_size=50257):
+    def hf_state_dict(self, vocab_size=50257, dtype=None):
         """This model's weights as a GPT2LMHeadModel names and lays them out; padded vocabulary rows are cut off.
+
+        dtype: torch.bfloat16, say; default the weights' own.
 
         Tensors share memory with the model where their layout allows. The tied lm_head is left to Hugging Face.
         """
         state_dict = {}
         for name, p in self.named_parameters():
-            tensor = p.detach()
+            tensor = p.detach().to(dtype or p.dtype)
             state_dict[name] = tensor.t().contiguous() if is_conv1d(name) else tensor
         if not self.config.bias:  # Hugging Face's GPT-2 always has biases
             for name, p in self.named_parameters():
                 if not name.startswith(("transformer.wte", "transformer.wpe")):
-                    state_dict[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0])
+                    state_dict[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0], dtype=dtype)
         wte = "transformer.wte.weight"
         state_dict[wte] = state_dict[wte][:vocab_size]
         return state_dict
@@ -314,19 +328,8 @@ class GPT(nn.Module):
         A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository leaves them.
         Raises FileNotFoundError when neither the folder nor the Hub has the two files, ValueError for a damaged one.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        config_path, weights_path = (hub_file(name_or_folder, name) for name in ("config.json", "model.safetensors"))
-        try:
-            with open(config_path, encoding="utf-8") as f:
-                config = GPTConfig.from_hf(json.load(f))
-        except (json.JSONDecodeError, KeyError) as e:
-            raise ValueError(f"{config_path} is not a GPT-2's config.json ({e!r}); download it again") from e
-        try:
-            weights = load_file(weights_path)
-        except SafetensorError as e:
-            raise ValueError(f"{weights_path} is cut short or damaged ({e}); download it again") from e
-        model = cls(config)
+        config, weights = read_hf(name_or_folder)
+        model = cls.empty(config)
         model.load_hf_state_dict(weights)
         return model
 
@@ -369,6 +372,52 @@ def is_conv1d(name):
     return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
 
 
+def our_names(hf_state_dict):
+    """A GPT2LMHeadModel's or GPT2Model's state dict under this file's names and layouts; the tensors are views.
+
+    Raises ValueError for an lm_head of its own.
+    """
+    weights = {}
+    for name, tensor in hf_state_dict.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        # .attn.bias and .attn.masked_bias are causal masks that old files hold as buffers
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            # openai's checkpoints keep c_* as "Conv1D", (in, out); a Linear has (out, in)
+            weights[name] = tensor.t() if is_conv1d(name) else tensor
+    wte, lm_head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
+    if wte is not None and lm_head is not None and not torch.equal(wte, lm_head):
+        raise ValueError("lm_head.weight and wte.weight differ; GPT-2 has one matrix for both, so this is not one")
+    if wte is not None:
+        weights["lm_head.weight"] = wte
+    return weights
+
+
+def read_hf(name_or_folder):
+    """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes; it says what is raised."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    config_path, names = hub_file(name_or_folder, "config.json"), ["model.safetensors"]
+    index = os.path.join(name_or_folder, "model.safetensors.index.json")
+    try:
+        with open(config_path, encoding="utf-8") as f:
+            config = GPTConfig.from_hf(json.load(f))
+        if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
+            with open(index, encoding="utf-8") as f:  # transformers cuts what is larger than a few GB into several files
+                names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if str(e).startswith("not a GPT-2"):
+            raise
+        raise ValueError(f"{config_path} is not a GPT-2's config.json ({e!r}); download it again") from e
+    weights = {}
+    for name in names:
+        path = hub_file(name_or_folder, name)
+        try:
+            weights |= load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f"{path} is cut short or damaged ({e}); download it again") from e
+    return config, weights
+
+
 def hub_file(name_or_folder, filename):
     """Path of one file of a local folder, or of a Hub repository after downloading it to huggingface_hub's cache."""
     if os.path.isdir(name_or_folder):
@@ -377,11 +426,18 @@ def hub_file(name_or_folder, filename):
             raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder holds config.json"
                                     " and model.safetensors")
         return path
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     repo = f"openai-community/{name_or_folder}" if name_or_folder in PRETRAINED else name_or_folder
+    unreachable = None
+    try:  # asks once: hf_hub_download asks for 24 seconds before it says that there is no internet
+        get_hf_file_metadata(hf_hub_url(repo, filename))
+    except (OSError, ValueError):
+        pass  # the Hub has answered, or we were told to stay offline: hf_hub_download knows what to do
+    except Exception as e:  # its HTTP library's own: no connection. What is in the cache will do
+        unreachable = e
     try:
-        return hf_hub_download(repo, filename)
+        return hf_hub_download(repo, filename, local_files_only=unreachable is not None)
     except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
-        why = str(e).strip().splitlines()[0]
+        why = str(unreachable or e).strip().splitlines()[0]
         raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}: {why}. Without internet,"
                                 " name a local folder that holds config.json and model.safetensors") from e

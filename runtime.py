@@ -157,7 +157,7 @@ def agree(flag, ranks):
     """Whether flag is true on any rank: the same answer on all of them, so that all take the same way."""
     if not ranks.ddp:
         return bool(flag)
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=ranks.device), ranks).item())
+    return bool(all_reduce_sum(torch.tensor(float(bool(flag)), device=ranks.device), ranks).item())
 
 
 @contextlib.contextmanager
@@ -335,13 +335,18 @@ def device_name(device):
     return device
 
 
-def write_run_description(path, config, ranks, dtype):
-    """config.json of a run: its config, and what it ran on, with which versions and which command; replaced whole."""
+def describe_machine(device):
+    """{"commit", "device", "torch", "python"}: what a figure was measured with."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
-    description = {"config": config, "command": sys.argv, "commit": git.stdout.strip() or None,
-                   "device": device_name(ranks.device), "world_size": ranks.world_size, "dtype": dtype,
-                   "torch": torch.__version__, "python": platform.python_version()}
+    return {"commit": git.stdout.strip() or None, "device": device_name(device), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def write_run_description(path, config, ranks, dtype):
+    """config.json of a run: its config, and what it ran on, with which versions and which command; replaced whole."""
+    description = {"config": config, "command": sys.argv, "world_size": ranks.world_size, "dtype": dtype,
+                   **describe_machine(ranks.device)}
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         json.dump(description, f, indent=2)
     os.replace(f"{path}.tmp", path)

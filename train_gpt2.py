@@ -21,33 +21,40 @@ import time
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import data
 import hellaswag
-from config import (FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config, parse_args,
-                    run_folder)
+import parallel
+from config import (FINEWEB_DIR, FINEWEB_TOKENS, TrainConfig, choose_batch_size, estimate_memory, make_config,
+                    memory_table, parse_args, run_folder)
 from model import GPT, GPTConfig
 from plots import plot_run, read_log
-from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum, autocast, barrier, be_deterministic,
-                     choose_dtype, compile_for_training, device_name, free_memory, get_rng_state, keep_freed_memory,
-                     peak_flops, print0, rank0_first, run_main, seed_all, set_rng_state, setup, synchronize, teardown,
-                     write_run_description)
+from runtime import (Ranks, Stop, StopSignals, agree, all_gather, all_reduce_sum, autocast, be_deterministic, choose_dtype,
+                     device_name, free_memory, get_rng_state, keep_freed_memory, peak_flops, print0, rank0_first, run_main,
+                     seed_all, set_rng_state, setup, synchronize, teardown, write_run_description)
 from sample import generate_text
+from tracker import check_tracker, open_tracker
 
 # -----------------------------------------------------------------------------
 # the pieces of the loop
 
-def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
-    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr."""
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd_decay=0.2):
+    """Learning rate of a step: linear warm-up, then a cosine from max_lr down to min_lr.
+
+    Schedule "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at max_lr and falls in a straight line to min_lr over the
+    last wsd_decay of max_steps.
+    """
     # 1) linear warm-up; + 1, for a first step at 0 would teach nothing
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     # 2) past max_steps it stays at the minimum
     if step >= max_steps:
         return min_lr
-    # 3) in between, half a cosine
+    # 3) in between, constant and then a line
+    if schedule == "wsd":
+        return min_lr + min(1.0, (max_steps - step) / (wsd_decay * max_steps)) * (max_lr - min_lr)
+    # 4) or half a cosine
     decay_ratio = (step - warmup_steps) / (max_steps - warmup_steps)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (max_lr - min_lr)
 
@@ -68,7 +75,8 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()
         if ranks.ddp:
-            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward
+            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward. FSDP does not:
+            # it sums them each time, for until then every rank would have to hold them whole
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
         with autocast(ranks.device, dtype):
             _, loss = model(x, y)
@@ -80,7 +88,7 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
     loss_accum = all_reduce_sum(loss_accum, ranks) / ranks.world_size
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    norm = parallel.clip_grad_norm(raw_model, grad_clip)
     loss, norm = loss_accum.item(), norm.item()  # the one point of a step where the CPU waits for the GPU
     # in float16 a norm that overflows is the scaler's to handle: it skips the step and halves the scale, within reason
     overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
@@ -134,7 +142,8 @@ def print_samples(raw_model, prompt, dtype, ranks, num_samples=4, max_new_tokens
 class Log:
     """log.txt, one `step stream value` a line; on resume what lies past keep_bytes is cut off, to be written again."""
 
-    def __init__(self, path, keep_bytes):
+    def __init__(self, path, keep_bytes, track=None):
+        self.track = track  # tracker.open_tracker's function, or None
         with open(path, "ab") as f:
             if f.tell() < keep_bytes:
                 print0(f"{path} has lost its end: {f.tell():,} bytes are left of {keep_bytes:,}")
@@ -158,6 +167,8 @@ def report(log, step, quiet=False, **facts):
             log.write(step, stream, value)
         if not quiet:
             print0(f"step {step:5d} | {stream} {value:.4f}")
+    if log is not None and log.track:
+        log.track(step, facts)
 
 
 # -----------------------------------------------------------------------------
@@ -170,14 +181,15 @@ def save(run, step, val_loss, evaluated):
     """
     rng = all_gather(get_rng_state(run.ranks.device), run.ranks)
     run.saved_at = time.monotonic()
+    run.writer.wait()  # for the checkpoint before this one: its copy is freed before the next is made
+    weights, optimizer_states = parallel.full_state(run.raw_model, run.optimizers, run.ranks)
     if not run.ranks.master_process:
         return
-    state = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "scaler": run.scaler.state_dict(),
+    state = {"optimizers": optimizer_states, "scaler": run.scaler.state_dict(),
              "loader": run.loader.state_dict(), "rng": rng, "log_bytes": run.log.size(), "evaluated": evaluated,
              "skipped": run.skipped, "train_config": asdict(run.config)}
-    model_contents = {"model": run.raw_model.state_dict(), "config": asdict(run.raw_model.config), "val_loss": val_loss}
-    run.writer.wait()  # for the checkpoint before this one: its copy is freed before the next is made
-    run.writer.start(write_checkpoint, run.run_dir, step, *checkpoint.snapshot((model_contents, state)))
+    model_contents = {**checkpoint.contents_of(run.raw_model, val_loss), "model": weights}
+    run.writer.start(write_checkpoint, run.run_dir, step, model_contents, state)
 
 
 def write_checkpoint(run_dir, step, model_contents, state):
@@ -193,8 +205,7 @@ def write_checkpoint(run_dir, step, model_contents, state):
 
 def restore(state, optimizers, scaler, loader, ranks, force):
     """Puts back all that save wrote but the weights. With another number of ranks, only the generators start afresh."""
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    parallel.load_full_optimizer_state(optimizers, state["optimizers"])
     if state["scaler"]:  # empty where the run was not in float16
         scaler.load_state_dict(state["scaler"])
     loader.load_state_dict(state["loader"], force)
@@ -263,7 +274,8 @@ def make_plan(config, num_tokens, ranks, dtype):
                          f" {config.total_batch_size:,}: more --epochs, --max-steps, or a smaller --total-batch-size")
     flops = model.flops_per_token(T)
     total = flops * max_steps * config.total_batch_size
-    needed = estimate_memory(model.config, model.num_params(), B, T, dtype)
+    plan = (config, model.num_params(), B, dtype, ranks.world_size, ranks.device == "cpu")
+    needed = estimate_memory(*plan)
     print0(f"model: {model.num_params():,} parameters, {model.config}\n"
            f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {config.total_batch_size:,} tokens"
            f" = {max_steps * config.total_batch_size / epoch_tokens:.2f} epochs\n"
@@ -272,6 +284,8 @@ def make_plan(config, num_tokens, ranks, dtype):
            f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "")
            + (": THIS WILL NOT FIT" if memory and needed > memory else "") + "\n"
            f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
+    if config.dry_run:
+        print0(memory_table(*plan))
     if peak := peak_flops(ranks.device, dtype):
         print0(f"time: about {total / (0.5 * peak * ranks.world_size) / 3600:.1f} hours at half the peak of"
                f" {ranks.world_size} x {device_name(ranks.device)}")
@@ -281,7 +295,7 @@ def make_plan(config, num_tokens, ranks, dtype):
 def build_model(config, saved, device):
     """The GPT to train, on its device: as saved, or with init_from's weights, or fresh from the seed."""
     if not saved and config.init_from:
-        return checkpoint.load_model(config.init_from, device)[0].train()
+        return checkpoint.load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
     model = GPT(GPTConfig(**saved[0]["config"]) if saved else config.gpt_config())
     if saved:
         checkpoint.load_weights(model, saved[0]["model"], "the checkpoint")
@@ -290,6 +304,7 @@ def build_model(config, saved, device):
 
 def set_up(config, saved, ranks):
     """The Run of a config, from its beginning or from what was saved; None if there is nothing to train."""
+    check_tracker(config.tracker)
     dtype = choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on GPUs that have it
     if config.deterministic:
@@ -320,14 +335,11 @@ def build_run(config, saved, ranks, dtype, train_stream, val_stream, B, grad_acc
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
                                  ranks.device)
     seed_all(config.seed)                       # the same weights on every rank
-    raw_model = build_model(config, saved, ranks.device)
-    optimizers = raw_model.configure_optimizers(config.lr, config.weight_decay, (config.beta1, config.beta2),
-                                                config.optimizer, config.embd_lr_ratio)
+    # what is to be sharded need not fit on one device
+    raw_model = build_model(config, saved, "cpu" if config.parallel == "fsdp" and ranks.ddp else ranks.device)
+    model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
+    optimizers = parallel.make_optimizers(raw_model, config, ranks)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
-    model = compile_for_training(raw_model, config.compile, max_steps - first_step, B, T, dtype, ranks.device)
-    barrier(ranks)                              # however long each took to compile, here they meet
-    if ranks.ddp:
-        model = DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
     seed_all(config.seed + 1 + ranks.rank)      # from here on only dropout draws, differently on each rank
     if saved:
         restore(saved[1], optimizers, scaler, loader, ranks, config.force)
@@ -342,7 +354,8 @@ def open_log(run_dir, config, saved, ranks, dtype):
     if newer := checkpoint.set_aside(run_dir, saved[1]["step"] if saved else -1):
         print0(f"set aside, as *.aside: {', '.join(newer)}")
     write_run_description(os.path.join(run_dir, "config.json"), asdict(config), ranks, dtype)
-    return Log(os.path.join(run_dir, "log.txt"), keep_bytes=saved[1]["log_bytes"] if saved else 0)
+    keep_bytes, first_step = (saved[1]["log_bytes"], saved[1]["step"]) if saved else (0, 0)
+    return Log(os.path.join(run_dir, "log.txt"), keep_bytes, open_tracker(config.tracker, run_dir, asdict(config), first_step))
 
 
 def due(step, every, run):
@@ -355,7 +368,8 @@ def train_and_log(run, step):
     """One step of training and the line about it."""
     config, ranks, loader = run.config, run.ranks, run.loader
     epoch = int(loader.epoch)
-    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps)
+    lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps, run.max_steps, config.schedule,
+                config.wsd_decay)
     synchronize(ranks.device)
     t0 = time.perf_counter()
     try:

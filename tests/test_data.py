@@ -581,3 +581,51 @@ def test_an_early_blank_line_or_a_long_last_document_does_not_swell_val():
     assert len(split_texts([text])[1][0]) < 25
     train, val = split_texts(["a\n" * 50, "b\n" * 50])
     assert (train, val) == (["a\n" * 50, "b\n" * 40], ["b\n" * 10])
+
+
+def test_512_ranks_read_each_window_of_a_step_once_and_the_steps_go_on_from_each_other():
+    """The index arithmetic of 512 processes over an epoch's end, against one process that reads all."""
+    class Stream:
+        def __len__(self):
+            return 5_000 * 16 + 1
+
+        def fingerprint(self):
+            return ""
+    ranks = [data.DataLoaderLite(Stream(), 2, 16, rank, 512, True, 7) for rank in range(512)]
+    alone = data.DataLoaderLite(Stream(), 1024, 16, 0, 1, True, 7)
+    seen = []
+    for step in range(10):
+        position = step * 1024
+        together = np.concatenate([rank.window_indices(position) for rank in ranks])
+        assert (together == alone.window_indices(position)).all()
+        seen.append(together)
+    seen = np.concatenate(seen)
+    assert sorted(seen[:5000].tolist()) == list(range(5000)) == sorted(seen[5000:10000].tolist())
+    assert seen[:5000].tolist() != seen[5000:10000].tolist()
+
+
+def test_ranks_yield_equally_many_batches_and_each_window_once():
+    tokens = np.arange(8 * 11 + 1, dtype=np.uint16)
+
+    class Stream:
+        def __len__(self):
+            return len(tokens)
+
+        def read(self, start, length):
+            return tokens[start:start + length]
+    for world, B in ((2, 3), (3, 1), (3, 2), (5, 2), (16, 1)):
+        batches = [list(data.iterate_batches(Stream(), B, 8, 10**6, rank, world)) for rank in range(world)]
+        assert len({len(b) for b in batches}) == 1
+        firsts = sorted(int(row[0]) for b in batches for x, _ in b for row in x)
+        assert firsts == [8 * i for i in range(11)], (world, B)
+
+
+def test_the_fingerprint_tells_other_data_of_the_same_length(tmp_path):
+    rng = np.random.default_rng(0)
+    prints = []
+    for name, sizes in (("a", (50, 30)), ("b", (50, 30)), ("c", (30, 50))):
+        paths = [str(tmp_path / f"{name}_train_{i:06d}.npy") for i in range(2)]
+        for path, size in zip(paths, sizes):
+            data.write_shard(path, rng.integers(0, 50257, size).astype(np.uint16))
+        prints += [data.TokenStream(paths).fingerprint()] * 2
+    assert len(set(prints)) == 3

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 import hellaswag
+import huggingface
 import scoring
-from data import EOT, NUM_TOKENS, TOKENIZER_FILE, get_tokenizer
+from data import EOT, NUM_TOKENS, get_tokenizer
 from model import GPT, GPTConfig
 from runtime import Ranks
 
@@ -287,21 +288,18 @@ def test_split_context_is_right_on_the_raw_examples():
 
 @pytest.mark.slow
 @needs_data
-def test_the_harness_itself_agrees_on_the_raw_examples():
-    """lm-evaluation-harness, its own task file and model class, on the 250 raw examples: log-probabilities to 1e-3, and
-    the same predictions and scores."""
+def test_the_harness_itself_agrees_on_the_raw_examples(tmp_path):
+    """lm-evaluation-harness, its own task file and model class, on an exported folder and the 250 raw examples:
+    log-probabilities to 1e-3, and the same predictions and scores."""
     pytest.importorskip("lm_eval")
     import yaml
     from lm_eval import evaluator, tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.hellaswag import utils
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
     path = os.path.join(REAL_DATA, "hellaswag_raw_250.jsonl")
     model, task = small_model(50304, block_size=1024), hellaswag.prepare(path)
-    tokenizer = PreTrainedTokenizerFast(eos_token="<|endoftext|>", tokenizer_object=TikTokenConverter(
-        vocab_file=TOKENIZER_FILE, pattern=get_tokenizer()._pat_str, extra_special_tokens=["<|endoftext|>"]).converted())
-    lm = HFLM(pretrained=hf_model(model), tokenizer=tokenizer, batch_size=8, device="cpu")
+    huggingface.write_folder(model, str(tmp_path / "hf"))
+    lm = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", batch_size=8, device="cpu")
     with open(os.path.join(os.path.dirname(tasks.__file__), "hellaswag", "hellaswag.yaml"), encoding="utf-8") as f:
         config = yaml.safe_load(f.read().replace("!function ", ""))
     config |= {"task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": path}},
@@ -491,7 +489,7 @@ def test_training_gets_both_scores_and_absence_is_one_line(tmp_path, monkeypatch
     assert all(r["acc"] != r["acc_norm"] for r in results.values())
     os.mkdir("hellaswag")
     os.rename(path, hellaswag.path_of("val"))
-    scores = hellaswag.for_training("auto", ALONE)(model, "float32")
+    scores = hellaswag.for_training("auto", ALONE)(model, "float32", lambda: None)
     assert scores == {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
 
 

@@ -344,7 +344,6 @@ def test_from_pretrained_when_told_to_stay_offline_is_one_line_that_says_what_to
     assert "local folder" in done.stderr
 
 
-@pytest.mark.slow  # huggingface_hub tries for 24 seconds before it gives up
 def test_from_pretrained_without_internet_names_the_url_and_what_to_do(tmp_path):
     done = run_python(DOWNLOAD, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 2

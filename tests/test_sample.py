@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -156,9 +155,7 @@ def run_sample(capsys, monkeypatch, *arguments):
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "keep_freed_memory", lambda: None)  # it is for the whole process: not for pytest's
-    model = make_model()
-    checkpoint.save_file({"model": model.state_dict(), "config": asdict(model.config), "step": 7, "val_loss": 3.25},
-                         str(tmp_path / "model_00007.pt"))
+    checkpoint.save(str(tmp_path), 7, checkpoint.contents_of(make_model(), 3.25), {})
     return tmp_path
 
 

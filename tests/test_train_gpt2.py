@@ -23,7 +23,7 @@ import config as config_module
 from config import PRESETS, TrainConfig, choose_batch_size, make_config, parse_args
 from model import GPT, GPTConfig
 from runtime import Ranks
-from train_gpt2 import GPT as reexported_GPT, evaluate_loss, get_lr, train_step
+from train_gpt2 import GPT as reexported_GPT, NotFinite, Run, evaluate_loss, get_lr, train_and_log, train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = Ranks(0, 0, 1, "cpu", False)
@@ -72,6 +72,29 @@ def test_get_lr_is_warmup_then_cosine_down_to_the_minimum():
     assert lr[60] == pytest.approx(0.55)                # half way down
     assert lr[110] == lr[111] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(lr[9:], lr[10:]))
+
+
+def test_get_lr_of_wsd_is_warmup_then_constant_then_a_straight_line_to_the_minimum():
+    lr = [get_lr(step, 1.0, 0.1, 10, 110, "wsd", 0.5) for step in range(112)]
+    assert lr[:10] == [get_lr(step, 1.0, 0.1, 10, 110) for step in range(10)]   # the same warm-up
+    assert lr[10:56] == [1.0] * 46                      # 55 steps of decay are left
+    assert [a - b for a, b in zip(lr[55:110], lr[56:111])] == pytest.approx([0.9 / 55] * 55)
+    assert lr[110] == lr[111] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_follows_the_schedule_it_is_given(text, tmp_path):
+    flags = ["--schedule", "wsd", "--wsd-decay", "0.5", "--warmup-steps", "2", "--val-every", "0", "--save-every", "0"]
+    process = train(tmp_path, "--data", text, "--lr", "0.01", "--min-lr-ratio", "0.2", *flags)
+    assert process.returncode == 0, process.stderr
+    logged = [float(line.split()[2]) for line in log_of(tmp_path / "log" / "shakespeare", "lr")]
+    assert logged == [get_lr(step, 0.01, 0.002, 2, 8, "wsd", 0.5) for step in range(8)]
+
+
+def test_a_share_of_decay_outside_its_bounds_is_refused():
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="--wsd-decay"):
+            TrainConfig(wsd_decay=share)
 
 
 @pytest.mark.parametrize("preset, parameters", [("gpt2-124M", 124_475_904), ("gpt2-350M", 354_871_296),
@@ -210,6 +233,57 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name
 
 
+def test_float16_that_overflows_skips_the_update_and_halves_the_scale_but_not_for_ever():
+    """A fake overflow: the loss is scaled past float32's largest number."""
+    model = tiny_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    optimizers = model.configure_optimizers(0.01, 0.1)
+    before = model.lm_head.weight.clone()
+    batch = torch.zeros((2, 8), dtype=torch.long), torch.ones((2, 8), dtype=torch.long)
+
+    def step():
+        return train_step(model, model, optimizers, scaler, FixedLoader([batch]), 0.01, 1, 1.0, "float32", ALONE)
+    loss, norm = step()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert scaler.get_scale() == 2.0**126 and torch.equal(model.lm_head.weight, before)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    with pytest.raises(NotFinite):
+        step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # no scale is left to lower
+    model = tiny_model()
+    optimizers = model.configure_optimizers(0.01, 0.1)
+    for p in model.parameters():
+        p.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NotFinite, match="gradient norm"):
+        step()
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_steps_that_are_not_finite_are_left_out_as_often_as_is_allowed(allowed, monkeypatch, capsys):
+    """Of six steps the second to the fourth have a loss of nan."""
+    model, poison = tiny_model(), {2, 3, 4}
+    batch = torch.zeros((2, 8), dtype=torch.long), torch.ones((2, 8), dtype=torch.long)
+
+    class Loader(FixedLoader):
+        T, epoch = 8, 0.0
+
+        def next_batch(self):
+            with torch.no_grad():
+                model.transformer.ln_f.bias[0] = float("nan") if self.position + 1 in poison else 0.0
+            return super().next_batch()
+    config = TrainConfig(block_size=8, total_batch_size=16, max_steps=6, skip_nonfinite=allowed)
+    run = Run(config, ALONE, "float32", model, model, model.configure_optimizers(0.01, 0.1),
+              torch.amp.GradScaler("cpu", enabled=False), Loader([batch] * 6), None, None, 1, 0, 6, 0, "", None)
+    train_and_log(run, 0)
+    before = model.lm_head.weight.clone()
+    for step in range(1, 1 + allowed):
+        train_and_log(run, step)
+        assert run.skipped == step and torch.equal(model.lm_head.weight, before)
+    with pytest.raises(NotFinite, match=rf"step {1 + allowed}: loss nan \(rank \[0\]\).* windows {1 + allowed} .*--skip-non"):
+        train_and_log(run, 1 + allowed)
+
+
 def test_validation_is_the_same_for_any_micro_batch(tmp_path):
     import numpy as np
 
@@ -312,19 +386,6 @@ def test_torchrun_killed_and_started_again_goes_on(text, tmp_path):
     assert [line.split()[0] for line in log_of(tmp_path / "log" / "shakespeare", "train")] == [str(step) for step in range(8)]
 
 
-def test_ctrl_c_ends_with_130_and_keeps_what_was_saved(text, tmp_path):
-    process = start(tmp_path, "--data", text, "--max-steps", "100000", "--save-every", "2")
-    for line in process.stdout:
-        if "step     5/" in line:
-            os.kill(process.pid, signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=30) == 130, rest
-    assert "Traceback" not in rest and "interrupted" in rest
-    saved = torch.load(tmp_path / "log" / "shakespeare" / "model_00004.pt")
-    assert saved["step"] == 4
-
-
 def limit_file_size():
     """For a child process: a file of more than 2 MB cannot be written, as on a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -388,6 +449,33 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text):
     assert process.returncode == 0 and os.listdir(tmp_path) == []
     for part in ("parameters", "8 steps of 128 tokens", "4 micro-steps of B=2 x T=16", "GB", "FLOP"):
         assert part in process.stdout
+
+
+def test_deterministic_runs_train(text, tmp_path):
+    """Every operation of a step, dropout and evaluation included, has a deterministic form: else torch would raise."""
+    for name in ("a", "b"):
+        process = train(tmp_path, "--data", text, "--deterministic", "--exp-name", name)
+        assert process.returncode == 0, process.stderr
+    assert log_of(tmp_path / "log" / "a", "train", "val", "norm") == log_of(tmp_path / "log" / "b", "train", "val", "norm")
+
+
+def test_the_best_checkpoint_is_kept_when_asked(text, tmp_path):
+    """A learning rate that is far too high makes a later loss worse than the first."""
+    process = train(tmp_path, "--data", text, "--keep-best", "--keep-last", "1", "--save-every", "1", "--val-every", "1",
+                    "--lr", "3", "--warmup-steps", "0")
+    assert process.returncode == 0, process.stderr
+    run_dir = tmp_path / "log" / "shakespeare"
+    losses = {int(line.split()[0]): float(line.split()[2]) for line in log_of(run_dir, "val")}
+    best = min((step for step in losses if step > 0), key=losses.get)
+    steps = sorted(int(name[6:11]) for name in os.listdir(run_dir) if name.startswith("model_"))
+    assert steps == sorted({best, 8})
+    assert torch.load(run_dir / f"model_{best:05d}.pt")["val_loss"] == pytest.approx(losses[best])
+
+
+def test_minutes_between_checkpoints_count_too(text, tmp_path):
+    process = train(tmp_path, "--data", text, "--save-every", "0", "--save-minutes", "0.0001", "--keep-last", "9")
+    assert process.returncode == 0, process.stderr
+    assert len([name for name in os.listdir(tmp_path / "log" / "shakespeare") if name.startswith("model_")]) >= 4
 
 
 @pytest.mark.slow

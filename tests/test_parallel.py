@@ -1,0 +1,293 @@
+"""
+What ranks share out: ddp, zero and fsdp compute the same and save the same, and what each needs in memory.
+
+    .venv/bin/python -m pytest tests/test_parallel.py
+
+Needs no GPU: real gloo ranks on the CPU. torchrun runs this file itself; its main() below is what the ranks do, many checks
+in one start of the processes, and their figures come back as JSON.
+"""
+import itertools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)  # for the ranks, whom pytest.ini does not reach
+
+import checkpoint  # noqa: E402
+import parallel  # noqa: E402
+from config import TrainConfig  # noqa: E402
+from model import GPT  # noqa: E402
+from runtime import Ranks, setup, teardown  # noqa: E402
+from train_gpt2 import evaluate_loss, train_step  # noqa: E402
+
+ALONE = Ranks(0, 0, 1, "cpu", False)
+MODES = ["ddp", "zero", "fsdp"]
+MOVES = [("one", "zero"), ("zero", "fsdp"), ("fsdp", "ddp")]  # all files hold the same, so each way in is tried once
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=64, total_batch_size=128, batch_size=2, device="cpu",
+            compile="off", dtype="float32")
+
+
+class SharedLoader:
+    """Micro-batches of 2 sequences out of a step's 8: this rank's, the same set for any number of ranks."""
+    B, T = 2, 16
+
+    def __init__(self, ranks, step=0):
+        self.ranks, self.position = ranks, step * 4 + ranks.rank
+
+    def next_batch(self):
+        generator = torch.Generator().manual_seed(self.position)
+        tokens = torch.randint(0, 64, (2, 17), generator=generator) % 7  # something to learn
+        self.position += self.ranks.world_size
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def start(ranks, saved=None, step=0, **changes):
+    """A training of the tiny model, from its beginning or from full_state's (weights, optimizer states)."""
+    config = TrainConfig(**{**TINY, **changes})
+    torch.manual_seed(0)
+    raw_model = GPT(config.gpt_config())
+    if saved:
+        raw_model.load_state_dict(saved[0])
+    model = parallel.wrap(raw_model, config, 20, 2, config.dtype, ranks)
+    optimizers = parallel.make_optimizers(raw_model, config, ranks)
+    if saved:
+        parallel.load_full_optimizer_state(optimizers, saved[1])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=config.dtype == "float16")
+    return SimpleNamespace(config=config, raw_model=raw_model, model=model, optimizers=optimizers, scaler=scaler, ranks=ranks,
+                           loader=SharedLoader(ranks, step))
+
+
+def train(run, steps):
+    """[[loss, norm], ...] of that many steps."""
+    return [train_step(run.model, run.raw_model, run.optimizers, run.scaler, run.loader, 0.01, 4 // run.ranks.world_size, 1.0,
+                       run.config.dtype, run.ranks) for _ in range(steps)]
+
+
+# -----------------------------------------------------------------------------
+# what the ranks do, under torchrun
+
+class UnequalStream:
+    """A val split of 5 windows: with one row a batch, rank 0 of 2 has two batches, rank 1 three."""
+
+    def __len__(self):
+        return 5 * 16 + 1
+
+    def read(self, position, length):
+        return ((torch.arange(position, position + length) ** 2) % 7).numpy()
+
+
+def check_losses(ranks, folder):
+    """20 steps in each way, saved after 10, continued for 5 in another; and an evaluation."""
+    figures = {}
+    for mode, again in itertools.product(MODES, (False, True)):
+        run = start(ranks, parallel=mode, activation_checkpointing=again)
+        name = f"{mode}{'+ac' * again}"
+        figures[name] = train(run, 10)
+        saved = parallel.full_state(run.raw_model, run.optimizers, ranks)
+        if not again:
+            if ranks.master_process:
+                checkpoint.save_file(saved, os.path.join(folder, f"{mode}.pt"))
+            figures[name] += train(run, 10)
+            figures[f"val {mode}"] = evaluate_loss(parallel.whole(run.raw_model), UnequalStream(), 1, 16, 80, "float32", ranks)
+            figures[f"bytes {mode}"] = local_bytes(run)
+    for before, after in MOVES:
+        saved = checkpoint.load_file(os.path.join(folder, f"{before}.pt"))
+        figures[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)
+    return figures
+
+
+def check_float16(ranks, _):
+    """Steps in float16 with an overflow on one rank alone: all must leave that step out, and lower the scale."""
+    figures = {}
+    for mode in MODES:
+        run = start(ranks, parallel=mode, dtype="float16")
+        losses = train(run, 2)
+        forward, infinite = run.model.forward, []
+
+        def overflow(x, y, forward=forward, infinite=infinite):
+            logits, loss = forward(x, y)
+            infinite.append(1)
+            return logits, loss * (1e30 if ranks.rank == 1 and len(infinite) == 1 else 1)
+        run.model.forward = overflow
+        before = [parallel.full(p).clone() for p in run.raw_model.parameters()]
+        losses += train(run, 1)
+        same = all(torch.equal(a, parallel.full(b)) for a, b in zip(before, run.raw_model.parameters()))
+        run.model.forward = forward
+        figures[mode] = {"losses": losses + train(run, 2), "left out": same, "scale": run.scaler.get_scale()}
+    return figures
+
+
+def local_bytes(run):
+    """[bytes of parameters, bytes of optimizer state] that this rank holds."""
+    def size(tensors):
+        return sum(getattr(t, "to_local", lambda t=t: t)().numel() * 4 for t in tensors if t.dim() > 0)
+    states = [getattr(o, "optim", o).state for o in run.optimizers]
+    return [size(run.raw_model.parameters()), size(t for state in states for s in state.values() for t in s.values())]
+
+
+def main():
+    ranks = setup("cpu")
+    try:
+        figures = globals()[sys.argv[1]](ranks, sys.argv[2])
+        if ranks.master_process:
+            with open(os.path.join(sys.argv[2], "figures.json"), "w") as f:
+                json.dump(figures, f)
+    finally:
+        teardown()
+
+
+def torchrun(*command, ranks=2, timeout=240, cwd=None):
+    """Runs a script in gloo ranks; the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=timeout, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ranks_do(check, folder):
+    """The figures of one of the functions above, in two ranks."""
+    process = torchrun(os.path.abspath(__file__), check, str(folder))
+    assert process.returncode == 0, process.stderr[-3000:]
+    with open(os.path.join(folder, "figures.json")) as f:
+        return json.load(f)
+
+
+# -----------------------------------------------------------------------------
+# the same losses, the same checkpoints
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """(figures of check_losses, [loss, norm] of 20 steps of one process, folder with the checkpoints)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = start(ALONE)
+    losses = train(alone, 10)
+    checkpoint.save_file(parallel.full_state(alone.raw_model, alone.optimizers, ALONE), str(folder / "one.pt"))
+    losses += train(alone, 10)
+    return ranks_do("check_losses", folder), losses, folder
+
+
+def near(figures, expected, within=1e-5):
+    return torch.allclose(torch.tensor(figures), torch.tensor(expected), rtol=0, atol=within)
+
+
+def test_every_way_trains_like_one_process(two_ranks):
+    figures, alone, _ = two_ranks
+    for mode in MODES:
+        assert len(figures[mode]) == 20 and near(figures[mode], alone), mode
+    assert figures["ddp"][-1][0] < figures["ddp"][0][0] - 1  # something was learnt, so that the updates counted
+    for mode in MODES:
+        assert near(figures[f"{mode}+ac"], figures[mode][:10], 1e-6), mode
+
+
+def test_a_checkpoint_moves_between_all_ways(two_ranks):
+    figures, alone, folder = two_ranks
+    for before, after in MOVES:
+        assert near(figures[f"{before} to {after}"], alone[10:15]), (before, after)
+    for before in MODES:
+        saved = checkpoint.load_file(str(folder / f"{before}.pt"))
+        assert near(train(start(ALONE, saved, 10), 5), alone[10:15]), before
+
+
+def assert_same(value, expected, where=""):
+    """The same names, types and shapes, at every depth; tensors of nearly the same values."""
+    assert type(value) is type(expected), where
+    if isinstance(value, torch.Tensor):
+        assert value.dtype == expected.dtype and value.shape == expected.shape, where
+        assert torch.allclose(value, expected, rtol=1e-3, atol=1e-5), where
+    elif isinstance(value, dict):
+        assert value.keys() == expected.keys(), where
+        for key in value:
+            assert_same(value[key], expected[key], f"{where}/{key}")
+    elif isinstance(value, (list, tuple)):
+        assert len(value) == len(expected), where
+        for i, (a, b) in enumerate(zip(value, expected)):
+            assert_same(a, b, f"{where}/{i}")
+    else:
+        assert value == expected, where
+
+
+def test_every_way_writes_the_file_of_one_process(two_ranks):
+    *_, folder = two_ranks
+    one = checkpoint.load_file(str(folder / "one.pt"))
+    for mode in MODES:
+        assert_same(checkpoint.load_file(str(folder / f"{mode}.pt")), one, mode)
+
+
+def test_what_is_shared_out_is_held_once(two_ranks):
+    figures, *_ = two_ranks
+    weights, moments = figures["bytes ddp"]
+    assert moments == 2 * weights and figures["bytes zero"][0] == weights
+    assert figures["bytes zero"][1] == pytest.approx(moments / 2, rel=0.1)
+    assert figures["bytes fsdp"] == pytest.approx([weights / 2, moments / 2], rel=0.01)
+
+
+def test_an_evaluation_needs_no_equal_number_of_batches(two_ranks):
+    figures, *_ = two_ranks
+    assert figures["val zero"] == pytest.approx(figures["val ddp"], abs=1e-5)
+    assert figures["val fsdp"] == pytest.approx(figures["val ddp"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_float16_overflow_on_one_rank_is_left_out_by_all(tmp_path):
+    figures = ranks_do("check_float16", tmp_path)
+    for mode in MODES:
+        assert figures[mode]["left out"] and figures[mode]["scale"] == 512, mode
+        for step in (0, 1, 3, 4):
+            assert near(figures[mode]["losses"][step], figures["ddp"]["losses"][step], 1e-3), (mode, step)
+
+
+# -----------------------------------------------------------------------------
+# activation checkpointing
+
+@pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("float32", 0.2), ("bfloat16", 0.2)])
+def test_activation_checkpointing_changes_no_bit(dtype, dropout):
+    runs = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        run = start(ALONE, activation_checkpointing=again, dtype=dtype, dropout=dropout)
+        runs.append((train(run, 4), [p.detach() for p in run.raw_model.parameters()], torch.get_rng_state()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+    assert torch.equal(runs[0][2], runs[1][2])
+
+
+def test_activation_checkpointing_keeps_only_the_blocks_inputs():
+    def kept(again):
+        run, sizes = start(ALONE, activation_checkpointing=again, n_layer=8), {}
+        weights = {p.untyped_storage().data_ptr() for p in run.raw_model.parameters()}
+        x, y = run.loader.next_batch()
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in weights:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            run.model(x, y)
+        return sum(sizes.values())
+    inputs = 8 * 2 * 16 * 16 * 4  # L B T C, float32
+    assert kept(False) - kept(True) > 10 * inputs
+
+
+# -----------------------------------------------------------------------------
+# refusals
+
+def test_muon_cannot_be_shared_out():
+    for mode in ("zero", "fsdp"):
+        with pytest.raises(ValueError, match="give --optimizer adamw or --parallel ddp"):
+            TrainConfig(optimizer="muon", parallel=mode)
+    assert TrainConfig(optimizer="muon", parallel="ddp").parallel == "ddp"
+
+
+def test_one_process_says_that_it_has_nobody_to_share_with(capsys):
+    run = start(ALONE, parallel="fsdp")
+    assert "nobody to share with" in capsys.readouterr().out
+    assert run.model is run.raw_model and parallel.whole(run.raw_model) is run.raw_model
+
+
+if __name__ == "__main__":
+    main()
