@@ -4,13 +4,13 @@ bench.py's figure "sample": tokens a second with the KV cache, beside the lectur
 Weights are random, prompts eight tokens, top-k 50. Each variant runs in a fresh process, once to warm up (a few tokens)
 and then whole; only "lecture" is timed at eight lengths, for it would take minutes. Called by bench.py.
 """
-import multiprocessing
 import statistics
 import time
 
 import torch
 
 import runtime
+from bench_limits import in_fresh_process, median_seconds
 from data import NUM_TOKENS
 from model import GPT, config_for
 from sample import prepare_for_sampling, sample_next_token, stream
@@ -18,22 +18,10 @@ from sample import prepare_for_sampling, sample_next_token, stream
 PROMPT_LENGTH = 8
 
 
-def in_fresh_process(function, *args):
-    """function(*args), run in a new Python process; its result must pickle."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def read_bandwidth(device):
-    """Bytes a second at which 500 MB are read: the best of ten sums of a float32 tensor."""
-    numbers, best = torch.ones(125_000_000, device=device), 0.0
-    for _ in range(10):
-        runtime.synchronize(device)
-        start = time.perf_counter()
-        numbers.sum()
-        runtime.synchronize(device)
-        best = max(best, numbers.nbytes / (time.perf_counter() - start))
-    return best
+    """Bytes/s at which 500 MB are read: the sum of a float32 tensor."""
+    numbers = torch.ones(125_000_000, device=device)
+    return numbers.nbytes / median_seconds(numbers.sum, 7, device)
 
 
 def random_model(size, device):

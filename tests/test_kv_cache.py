@@ -163,10 +163,13 @@ def test_the_context_begins_at_a_multiple_of_half_a_block_and_is_never_too_long(
             assert 1 <= context <= block_size and (T <= block_size or context > block_size // 2 - 1)
 
 
-def test_a_prompt_longer_than_the_block_is_cut_to_its_end():
-    model = make_model(block_size=16)
+def test_a_prompt_longer_than_the_block_is_cut_to_its_end(monkeypatch):
+    model, seen = make_model(block_size=16), []
     row, = random_rows([45])
-    assert greedy(model, [row], 5) == greedy(model, [row[-16:]], 5)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *args: seen.append(idx.tolist()) or hidden(idx, *args))
+    assert greedy(model, [row], 5) == [plain_generate(model, row[-16:], 5)]
+    assert seen[0] == [row[-16:]]
 
 
 def test_with_the_same_generator_the_tokens_are_the_lectures():
