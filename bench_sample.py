@@ -4,6 +4,7 @@ bench.py's figure "sample": tokens a second with the KV cache, beside the lectur
 Weights are random, prompts eight tokens, top-k 50. Each variant runs in a fresh process, once to warm up (a few tokens)
 and then whole; only "lecture" is timed at eight lengths, for it would take minutes. Called by bench.py.
 """
+import itertools
 import statistics
 import time
 
@@ -102,6 +103,7 @@ def bytes_per_step(size, dtype):
 def bench_sample(args):
     """Rows of 1 and 4 texts of 256 tokens and of a whole context, in --dtype: ours beside the lecture's and transformers'.
 
+    --batch-size and --sequence-length, tokens to draw, choose others.
     "% of limit": the time that reading the weights once a token would take at the bandwidth measured, of the time taken.
     """
     device = runtime.choose_device(args.device)
@@ -111,10 +113,10 @@ def bench_sample(args):
     print(f"{runtime.device_name(device)}, torch {torch.__version__}, {dtype}, {args.size}; {bandwidth / 1e9:.1f} GB/s,"
           f" {bytes_per_step(args.size, dtype) / 1e6:.0f} MB of weights: {1 / limit:.0f} steps/s at most", flush=True)
     whole = config_for(args.size).block_size - PROMPT_LENGTH
+    batch_sizes = [args.batch_size] if args.batch_size else [1, 4]
+    lengths = [min(args.sequence_length, whole)] if args.sequence_length else [256, whole]
     rows = []
-    for B, num_tokens in ((1, 256), (4, 256), (1, whole), (4, whole)):
-        if args.batch_size not in (0, B) or args.sequence_length not in (0, num_tokens + PROMPT_LENGTH, num_tokens):
-            continue
+    for num_tokens, B in itertools.product(lengths, batch_sizes):
         figures = {name: in_fresh_process(function, args.size, B, num_tokens, dtype, device)
                    for name, function in (("lecture", time_lecture), ("transformers", time_transformers), ("ours", time_ours))}
         speed = {name: tokens / seconds for name, (seconds, tokens) in figures.items()}
