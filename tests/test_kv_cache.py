@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import bench_sample
 import sample
 from data import EOT, NUM_TOKENS
 from model import GPT, GPTConfig
@@ -162,10 +163,13 @@ def test_the_context_begins_at_a_multiple_of_half_a_block_and_is_never_too_long(
             assert 1 <= context <= block_size and (T <= block_size or context > block_size // 2 - 1)
 
 
-def test_a_prompt_longer_than_the_block_is_cut_to_its_end():
-    model = make_model(block_size=16)
+def test_a_prompt_longer_than_the_block_is_cut_to_its_end(monkeypatch):
+    model, seen = make_model(block_size=16), []
     row, = random_rows([45])
-    assert greedy(model, [row], 5) == greedy(model, [row[-16:]], 5)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *args: seen.append(idx.tolist()) or hidden(idx, *args))
+    assert greedy(model, [row], 5) == [plain_generate(model, row[-16:], 5)]
+    assert seen[0] == [row[-16:]]
 
 
 def test_with_the_same_generator_the_tokens_are_the_lectures():
@@ -278,3 +282,27 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p, top_k):
     shares = torch.bincount(drawn, minlength=60) / 60000
     truth = kept.softmax(dim=-1)[0]
     assert torch.allclose(shares, truth, atol=0.01) and (shares[truth == 0] == 0).all()
+
+
+# -----------------------------------------------------------------------------
+# its figure in bench.py
+
+@pytest.mark.parametrize("time_one", ["time_lecture", "time_transformers", "time_ours"])
+def test_what_the_bench_times_makes_as_many_tokens_as_it_says(time_one, monkeypatch):
+    tiny = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=32, vocab_size=50304)
+    monkeypatch.setattr(bench_sample, "config_for", lambda size, **changes: tiny)
+    monkeypatch.setattr(bench_sample.runtime, "keep_freed_memory", lambda: None)  # it is for the whole process
+    drawn = []
+
+    def counting(logits, *args):
+        drawn.append(logits.size(0))
+        return sample_next_token(logits, *args)
+
+    monkeypatch.setattr(sample, "sample_next_token", counting)
+    seconds, tokens = getattr(bench_sample, time_one)("tiny", 2, 16, "float32", "cpu")
+    assert seconds > 0 and tokens == 2 * 16
+    assert sum(drawn) == (2 * (8 + 16) if time_one == "time_ours" else 0)  # the warm-up's eight steps are not counted
+
+
+def test_the_limit_counts_each_weight_that_a_step_reads_once():
+    assert bench_sample.bytes_per_step("gpt2", "bfloat16") == 2 * (124_439_808 - 1024 * 768)

@@ -6,6 +6,7 @@ What concerns the cache is in test_kv_cache.py.
 
 Needs nothing but requirements-dev.txt.
 """
+import functools
 import io
 import os
 import signal
@@ -161,10 +162,10 @@ def run_dir(tmp_path, monkeypatch):
 PLAIN = "--dtype float32 --device cpu --temperature 0".split()
 
 
-def start(run_dir, *arguments):
+def start(run_dir, *arguments, **options):
     """`python sample.py run_dir arguments` as a process of its own, greedy, its three streams piped as bytes."""
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), str(run_dir), *PLAIN, *map(str, arguments)],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=run_dir)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=run_dir, **options)
 
 
 def greedy_text(prompt, max_new_tokens):
@@ -211,7 +212,8 @@ def test_the_interactive_prompt_answers_each_line_and_goes_on_after_a_bad_one(ru
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_prompt_that_follows(run_dir):
-    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9, preexec_fn=heed)
     try:
         process.stdin.write(b"To be\n")
         process.stdin.flush()
