@@ -285,13 +285,13 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
 def memory_table(config, num_params, B, dtype, world_size, on_cpu):
     """What every way to share out needs at micro-batch B, GB a process, as lines of text: the dry run prints them."""
     numbers = sorted({1, 2, 4, 8, world_size})
-    lines = [f"memory a process at B={B}, GB; processes:" + "".join(f"{W:7d}" for W in numbers)]
+    lines = [f"memory a process at B={B}, GB; processes:".ljust(46) + "".join(f"{W:7d}" for W in numbers)]
     for parallel in ("ddp", "zero", "fsdp"):
         for again in (False, True):
             way = replace(config, parallel=parallel, activation_checkpointing=again, optimizer="adamw")
             needs = [estimate_memory(way, num_params, B, dtype, W, on_cpu) for W in numbers]
             name = f"  --parallel {parallel}" + " --activation-checkpointing" * again
-            lines.append(f"{name:42s}" + "".join(f"{n / 1e9:7.1f}" for n in needs))
+            lines.append(f"{name:46s}" + "".join(f"{n / 1e9:7.1f}" for n in needs))
     return "\n".join(lines)
 
 

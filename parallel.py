@@ -39,6 +39,7 @@ def recomputed(forward, device_type):
 def shard(raw_model, ranks):
     """Leaves each rank its part of every parameter (a DTensor), block by block, on its device; in place.
 
+    Gradients are summed over the ranks in every micro-step: until then, each rank would have to hold them whole.
     Weights are gathered in float32, and autocast casts them as it does in DDP: cast by FSDP's MixedPrecisionPolicy, a
     block's LayerNorms and its residual stream would be 16 bits wide too. The price is a gather of twice the bytes.
     """
@@ -50,20 +51,24 @@ def shard(raw_model, ranks):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no mean to rely on; SUM, then divide
 
 
+def is_fsdp(config, ranks):
+    """Whether the weights are to be shared out; the model is then built on the CPU, for it need not fit on one device."""
+    return config.parallel == "fsdp" and ranks.ddp
+
+
 def wrap(raw_model, config, steps, B, dtype, ranks):
     """The module to train: raw_model with what the config asks for. Under fsdp raw_model itself, now sharded.
 
     steps: of the run, which torch.compile is worth it for or not. Call it before the optimizers are made.
     """
-    fsdp = config.parallel == "fsdp" and ranks.ddp
     if config.parallel != "ddp" and not ranks.ddp:
         print0(f"one process has nobody to share with: --parallel {config.parallel} does nothing without torchrun")
     for block in raw_model.transformer.h:
         if config.activation_checkpointing:
             block.forward = recomputed(block.forward, ranks.device_type)
-        if fsdp and config.compile == "on":
+        if is_fsdp(config, ranks) and config.compile == "on":
             block.forward = torch.compile(block.forward)  # inside what gathers the weights
-    if fsdp:
+    if is_fsdp(config, ranks):
         if config.compile == "auto":
             print0("--parallel fsdp is not compiled unless --compile on asks for it (block by block)")
         shard(raw_model, ranks)

@@ -75,8 +75,7 @@ def train_step(model, raw_model, optimizers, scaler, loader, lr, grad_accum_step
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()
         if ranks.ddp:
-            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward. FSDP does not:
-            # it sums them each time, for until then every rank would have to hold them whole
+            # gradients are summed over the ranks once, in the last backward; DDP reads this in its forward; FSDP sums always
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
         with autocast(ranks.device, dtype):
             _, loss = model(x, y)
@@ -283,9 +282,7 @@ def make_plan(config, num_tokens, ranks, dtype):
            f" {ranks.device_type}, {dtype}\n"
            f"memory: about {needed / 1e9:.1f} GB a process" + (f", {memory / 1e9:.1f} GB free" if memory else "")
            + (": THIS WILL NOT FIT" if memory and needed > memory else "") + "\n"
-           f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all")
-    if config.dry_run:
-        print0(memory_table(*plan))
+           f"work: {flops / 1e9:.3f} GFLOP a token, {total:.3g} FLOP in all" + ("\n" + memory_table(*plan)) * config.dry_run)
     if peak := peak_flops(ranks.device, dtype):
         print0(f"time: about {total / (0.5 * peak * ranks.world_size) / 3600:.1f} hours at half the peak of"
                f" {ranks.world_size} x {device_name(ranks.device)}")
@@ -335,8 +332,7 @@ def build_run(config, saved, ranks, dtype, train_stream, val_stream, B, grad_acc
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size, config.shuffle == "on", config.seed,
                                  ranks.device)
     seed_all(config.seed)                       # the same weights on every rank
-    # what is to be sharded need not fit on one device
-    raw_model = build_model(config, saved, "cpu" if config.parallel == "fsdp" and ranks.ddp else ranks.device)
+    raw_model = build_model(config, saved, "cpu" if parallel.is_fsdp(config, ranks) else ranks.device)
     model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
     optimizers = parallel.make_optimizers(raw_model, config, ranks)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")

@@ -9,6 +9,7 @@ in one start of the processes, and their figures come back as JSON.
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ sys.path.insert(0, ROOT)  # for the ranks, whom pytest.ini does not reach
 
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
-from config import TrainConfig  # noqa: E402
+from config import PRESETS, TrainConfig, estimate_memory, memory_table, parse_args  # noqa: E402
 from model import GPT  # noqa: E402
 from runtime import Ranks, setup, teardown  # noqa: E402
 from train_gpt2 import evaluate_loss, train_step  # noqa: E402
@@ -287,6 +288,81 @@ def test_one_process_says_that_it_has_nobody_to_share_with(capsys):
     run = start(ALONE, parallel="fsdp")
     assert "nobody to share with" in capsys.readouterr().out
     assert run.model is run.raw_model and parallel.whole(run.raw_model) is run.raw_model
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+NUM_PARAMS = {"gpt2-124M": 124_475_904, "gpt2-1558M": 1_557_686_400}  # of a vocabulary of 50304
+
+
+def needs(preset, B, W, dtype="bfloat16", **changes):
+    """estimate_memory of a preset on GPUs, GB."""
+    config = TrainConfig(**{**PRESETS[preset], "optimizer": "adamw", **changes})
+    return estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, on_cpu=False) / 1e9
+
+
+def test_the_sizes_fit_the_cards_that_they_are_meant_for():
+    assert needs("gpt2-124M", 4, 1) < 0.85 * 8
+    assert needs("gpt2-124M", 64, 8) < 0.9 * 80                                # the lecture's
+    assert needs("gpt2-1558M", 4, 8) > 24                                      # ddp
+    assert needs("gpt2-1558M", 4, 4, parallel="fsdp", activation_checkpointing=True) < 0.85 * 24
+
+
+def test_sharing_out_needs_less_the_more_there_are():
+    for again in (False, True):
+        for W in (2, 4, 8):
+            ddp, zero, fsdp = (needs("gpt2-1558M", 4, W, parallel=mode, activation_checkpointing=again) for mode in MODES)
+            assert ddp > zero > needs("gpt2-1558M", 4, 2 * W, parallel="zero", activation_checkpointing=again)
+            assert ddp > fsdp > needs("gpt2-1558M", 4, 2 * W, parallel="fsdp", activation_checkpointing=again)
+    for mode in MODES:
+        less = needs("gpt2-1558M", 4, 8, parallel=mode, activation_checkpointing=True)
+        assert needs("gpt2-1558M", 4, 8, parallel=mode) > less
+        assert needs("gpt2-1558M", 4, 1, parallel=mode) == needs("gpt2-1558M", 4, 1)  # nobody to share with
+
+
+def test_the_table_has_a_line_a_way_and_a_column_a_number_of_processes():
+    config = TrainConfig()
+    plan = config, NUM_PARAMS["gpt2-124M"], 4, "bfloat16"
+    lines = memory_table(*plan, 3, False).splitlines()
+    assert lines[0].split()[-5:] == ["1", "2", "3", "4", "8"] and len(lines) == 7
+    assert len({len(line) for line in lines}) == 1
+    assert float(lines[1].split()[-1]) == pytest.approx(estimate_memory(*plan, 8, False) / 1e9, abs=0.05)
+
+
+MEASURE = """
+import sys
+import train_gpt2
+def status(name):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
+base = status("VmRSS")
+try:
+    train_gpt2.main()
+finally:
+    print("bytes", status("VmHWM") - base, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (2, ["--parallel", "fsdp"]),
+                                      (2, ["--parallel", "zero"])])
+def test_the_estimate_is_what_a_real_training_takes(W, flags, tmp_path):
+    """The largest resident memory of 124M's processes in two steps, above that of Python with torch: within 15%."""
+    (tmp_path / "text.txt").write_text("the king and his queen will not come to this house " * 3000)
+    (tmp_path / "measure.py").write_text(MEASURE)
+    argv = ["--preset", "gpt2-124M", "--data", "text.txt", "--sequence-length", "256", "--batch-size", "1", "--device", "cpu",
+            "--total-batch-size", str(2 * W * 256), "--max-steps", "2", "--val-every", "0", "--hella-every", "0",
+            "--sample-every", "0", "--save-every", "0", "--save-minutes", "0", "--dtype", "float32", "--compile", "off", *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"] if W > 1 else []
+    process = subprocess.run([sys.executable, *launcher, "measure.py", *argv], cwd=tmp_path, capture_output=True, text=True,
+                             timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr[-3000:]
+    config = TrainConfig(**{**PRESETS["gpt2-124M"], **parse_args(argv)})
+    estimate = estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, on_cpu=True)
+    for line in re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE):
+        assert int(line) == pytest.approx(estimate, rel=0.15)
 
 
 if __name__ == "__main__":
