@@ -7,6 +7,7 @@ Speed, measured: each figure beside its reference and the machine's own limit, i
     python bench.py ladder --json ladder.json --picture ladder.png
     python bench.py hellaswag --data hellaswag/hellaswag_val.jsonl
     python bench.py tokenize --data folder_of_parquet
+    python bench.py sample
     python bench.py loader
     python bench.py checkpoint
     python bench.py all --quick --json new.json --compare old.json
@@ -24,12 +25,13 @@ from bench_data import bench_loader, bench_tokenize
 from bench_hellaswag import bench_hellaswag
 from bench_ladder import bench_ladder
 from bench_limits import bench_limits, in_fresh_process
+from bench_sample import bench_sample
 from bench_train import bench_train
 from model import SIZES
 
 # function of the flags -> rows, dicts with the same keys; the first value names the row
 FIGURES = {"limits": bench_limits, "train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag,
-           "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
+           "sample": bench_sample, "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
 
 # What --quick measures with: enough to see that something became slower, not to be published.
 QUICK = dict(batch_size=1, sequence_length=256, steps=3, limit=8, repeats=1)

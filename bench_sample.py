@@ -4,6 +4,7 @@ bench.py's figure "sample": tokens a second with the KV cache, beside the lectur
 Weights are random, prompts eight tokens, top-k 50. Each variant runs in a fresh process, once to warm up (a few tokens)
 and then whole; only "lecture" is timed at eight lengths, for it would take minutes. Called by bench.py.
 """
+import importlib.util
 import itertools
 import statistics
 import time
@@ -101,7 +102,8 @@ def bytes_per_step(size, dtype):
 
 
 def bench_sample(args):
-    """Rows of 1 and 4 texts of 256 tokens and of a whole context, in --dtype: ours beside the lecture's and transformers'.
+    """Rows of 1 and 4 texts of 256 tokens and of a whole context, in --dtype: ours beside the lecture's and, where it is
+    installed, transformers'.
 
     --batch-size and --sequence-length, tokens to draw, choose others.
     "% of limit": the time that reading the weights once a token would take at the bandwidth measured, of the time taken.
@@ -115,14 +117,18 @@ def bench_sample(args):
     whole = config_for(args.size).block_size - PROMPT_LENGTH
     batch_sizes = [args.batch_size] if args.batch_size else [1, 4]
     lengths = [min(args.sequence_length, whole)] if args.sequence_length else [256, whole]
+    variants = {"lecture": time_lecture, "transformers": time_transformers, "ours": time_ours}
+    if not importlib.util.find_spec("transformers"):
+        del variants["transformers"]
     rows = []
     for num_tokens, B in itertools.product(lengths, batch_sizes):
         figures = {name: in_fresh_process(function, args.size, B, num_tokens, dtype, device)
-                   for name, function in (("lecture", time_lecture), ("transformers", time_transformers), ("ours", time_ours))}
+                   for name, function in variants.items()}
         speed = {name: tokens / seconds for name, (seconds, tokens) in figures.items()}
         for name in figures:
             rows.append({"sample": f"{B} x {num_tokens}, {name}", "tok/s": speed[name],
-                         "x lecture": speed[name] / speed["lecture"], "x transformers": speed[name] / speed["transformers"],
+                         "x lecture": speed[name] / speed["lecture"],
+                         "x transformers": speed[name] / speed["transformers"] if "transformers" in speed else None,
                          "% of limit": 100 * limit * speed[name] / B})
             print(f"  {rows[-1]['sample']}: {speed[name]:,.1f} tok/s", flush=True)
     return rows

@@ -119,10 +119,42 @@ def setup(device="auto", timeout_minutes=10):
         device = f"cuda:{local_rank}"
         # before init_process_group, and named there too: else NCCL guesses the device and may hang
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device(device))
+        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device(device), **store_of_this_start(timeout))
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **store_of_this_start(timeout))
     return Ranks(rank, local_rank, world_size, device, True)
+
+
+def store_of_this_start(timeout):
+    """Arguments of init_process_group: none, or a new store, where torchrun may start the ranks again (--max-restarts).
+
+    torchrun's own store outlives its ranks (torch 2.11 to 2.13). What those that died left in it, their addresses and
+    NCCL's id, the next ones would take for each other's, and hang. So rank 0 opens another and leaves its port there.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return {}
+    host, rank, world_size = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torchruns = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        torchruns.set("port of this start", str(store.port))
+    else:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not is_open(host, port := int(torchruns.get("port of this start"))):  # that of a rank 0 which is dead
+            if time.monotonic() > deadline:
+                raise ValueError(f"rank 0 opened no store on {host} within --timeout; look at what it printed")
+            time.sleep(0.1)
+        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    return {"store": store, "rank": rank, "world_size": world_size}
+
+
+def is_open(host, port):
+    """Whether somebody listens at a TCP port."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def teardown():

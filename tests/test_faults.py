@@ -210,9 +210,10 @@ def unbroken_pair(text, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["step +7/", "step +10 | val", "saved .*model_00012"])
+@pytest.mark.parametrize("moment", ["step +7/", "step +9/", "saved .*model_00012"])
 def test_torchrun_restarts_after_a_rank_is_killed(moment, unbroken_pair, text, tmp_path):  # noqa: F811
-    """In the middle of a step, at an evaluation, at a save; the group starts again by itself and ends as if unbroken."""
+    """In a step, in the evaluation that comes at step 10, at a save; the group starts again by itself and ends as if
+    unbroken. (torchrun's store outlives the ranks that died: runtime.store_of_this_start.)"""
     process = torchrun(tmp_path, "--data", text, *FLAGS)
     wait_for(process, moment)
     ranks_of(process)[1].kill()
