@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -246,6 +247,42 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
     survived("rank killed on one of two nodes")
+
+
+@pytest.mark.slow
+def test_train_sbatch_saves_at_its_signal_and_is_requeued(unbroken_pair, text, tmp_path):  # noqa: F811
+    """The batch script of Slurm with stand-ins for srun, scontrol and scancel: one node, two ranks."""
+    stand_ins = {"srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
+                 "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path}/requeued; fi',
+                 "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"'}
+    os.makedirs(tmp_path / ".venv" / "bin")
+    for name, line in {**stand_ins, ".venv/bin/python": f'exec {sys.executable} "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        os.chmod(tmp_path / name, 0o755)
+    root = os.path.dirname(command()[1])
+    os.symlink(os.path.join(root, "train_gpt2.py"), tmp_path / "train_gpt2.py")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
+           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+           "MASTER_PORT": str(port)}
+
+    def submit():
+        return subprocess.Popen(["bash", os.path.join(root, "train.sbatch"), *TINY, "--data", text, *FLAGS], env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    job = submit()
+    wait_for(job, r"step +7/")
+    os.kill(job.pid, signal.SIGUSR1)  # to the script alone, as --signal=B: has it
+    out = job.communicate(timeout=120)[0]
+    assert job.returncode == 0 and "stopped at step" in out, out
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    job = submit()
+    out = job.communicate(timeout=180)[0]
+    assert job.returncode == 0 and "going on with" in out, out
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # done: not once more
+    assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
+    survived("Slurm's signal, saved and requeued")
 
 
 @pytest.mark.slow
