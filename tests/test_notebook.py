@@ -48,6 +48,7 @@ def executed(tmp_path_factory):
     for name in os.listdir(ROOT):
         if name.endswith((".py", ".tiktoken", ".txt", ".ipynb")):
             shutil.copy(os.path.join(ROOT, name), clone)
+    shutil.copytree(os.path.join(ROOT, "figures"), clone / "figures")
     notebook = nbformat.read(clone / "play.ipynb", as_version=4)
     setting = code_cells(notebook)[0]
     assert len(re.findall(r"(?m)^STEPS = \d+ ", setting.source)) == 1
