@@ -34,7 +34,7 @@ FIGURES = {"limits": bench_limits, "train": bench_train, "ladder": bench_ladder,
            "sample": bench_sample, "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
 
 # What --quick measures with: enough to see that something became slower, not to be published.
-QUICK = dict(batch_size=1, sequence_length=256, steps=3, limit=8, repeats=1)
+QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=8, repeats=1)
 
 # Columns that --compare compares, and whether more is better.
 COMPARED = {"tok/s": True, "examples/s": True, "MB/s": True, "GFLOP/s": True, "GB/s": True,

@@ -73,15 +73,14 @@ def time_transformers(size, B, num_tokens, dtype, device):
     return timed(run, num_tokens)
 
 
-def time_ours(size, B, num_tokens, dtype, device, compiled=False):
+def time_ours(size, B, num_tokens, dtype, device):
     """(seconds, tokens) of our stream, as sample.py runs it."""
     runtime.keep_freed_memory()
     model = prepare_for_sampling(random_model(size, device), dtype, B)
-    hidden = torch.compile(model.hidden, dynamic=True) if compiled else model.hidden
     generator, prompts = torch.Generator(device=device).manual_seed(42), random_prompts(B).tolist()
 
     def run(n):
-        return sum(len(tokens.tolist()) for tokens in stream(model, prompts, n, generator, hidden=hidden))
+        return sum(len(tokens.tolist()) for tokens in stream(model, prompts, n, generator))
 
     return timed(run, num_tokens)
 

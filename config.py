@@ -252,10 +252,11 @@ def make_config(given):
 # what fits
 
 def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
-    """Bytes that each process of a training takes at micro-batch B; on a CPU within 15% of what was measured.
+    """Bytes that each process of a training has in use at micro-batch B; within 15% of what was measured on a CPU.
 
     What stands from step to step (weights 4 bytes a parameter, gradients 4, AdamW's moments 8: 16 in all, whole or in
-    parts), what one forward and backward add, and what torch loads. Counted for the eager mode, in bytes:
+    parts), what one forward and backward add, and what torch loads. On a CPU more stays resident, for glibc keeps what is
+    freed (runtime.keep_freed_memory). Counted for the eager mode, in bytes:
 
     - a block's activations a token and channel: 36 in 16 bits, 68 in float32 (its input, which LayerNorm keeps, 4; two
       LayerNorms, q, k, v, attention, the second residual, the MLP before and after GELU); a recomputed one keeps 4
@@ -275,8 +276,10 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
     step = tokens * (kept + loss) + casts + 8 * V * C
     if parallel == "fsdp":
         standing = 16 * num_params / W
-        step += 12 * root + 16 * block  # gathered weights, their gradients, and the buffer that is summed over the ranks
-        step = max(step, 6 * num_params + min(tokens, max(T, 4096)) * V * (2 * wide + 8))  # an evaluation has all weights
+        gathered = 4 * root + 16 * block                   # weights of the root, and of two blocks with their gradients
+        step += gathered - 8 * V * C                       # at the loss
+        step = max(step, gathered + 4 * root + 8 * V * C)  # at the end of the backward: the root's gradients, being summed
+        step = max(step, 4 * num_params + min(tokens, max(T, 4096)) * V * (2 * wide + 8))  # an evaluation: all weights
     else:
         standing = 8 * num_params + 8 * (max(num_params / W, V * C) if parallel == "zero" else num_params)
     return standing + step + 250e6  # what torch loads for a first step, measured

@@ -165,13 +165,14 @@ def can_pack(device, dtype):
 
 
 @torch.no_grad()
-def prepare_for_sampling(model, dtype, num_samples=1):
+def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
     """Casts the model to dtype (a name in DTYPES), once and for all, and packs its weights where can_pack; in place.
 
-    Afterwards it serves stream, generate and generate_text alone: its lm_head knows GPT-2's 50257 ids and no padding.
+    What torch.compile is to compile is not packed: it does not know these operators with a weight that is no constant.
+    Afterwards it serves stream, generate and generate_text alone: a packed lm_head knows GPT-2's 50257 ids and no padding.
     """
     model.to(DTYPES[dtype])
-    if can_pack(model.transformer.wte.weight.device.type, dtype):
+    if not compiled and can_pack(model.transformer.wte.weight.device.type, dtype):
         for parent in list(model.modules()):
             for name, module in list(parent.named_children()):
                 if isinstance(module, nn.Linear):
@@ -254,7 +255,7 @@ def make_parser():
     parser.add_argument("--seed", type=int, default=42, help="(default 42)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: the weights are cast to it")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes first, then faster on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes first, then faster, on a GPU")
     return parser
 
 
@@ -289,7 +290,7 @@ def main():
     model, info = load_model(args.source, device)
     if info:
         print(f"{info['path']}: step {info['step']}, val loss {info['val_loss']}", file=sys.stderr)
-    prepare_for_sampling(model, dtype, 1 if args.stream or args.interactive else args.num_samples)
+    prepare_for_sampling(model, dtype, 1 if args.stream or args.interactive else args.num_samples, args.compile)
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)
     if args.interactive:

@@ -255,7 +255,7 @@ def test_a_process_that_is_killed_is_an_error_and_not_a_wait():
 def test_ranks_of_ddp_are_timed_together():
     """Two gloo ranks of 124M at the smallest batch: their gradients are averaged, so both see the same loss."""
     figures = bench_train.time_step(Step("float32", world_size=2), "gpt2", 1, 16, "cpu", 1, 1)
-    assert figures["seconds"] > 0 and 8 < figures["loss"] < 12
+    assert figures["seconds"] > 0 and 5 < figures["loss"] < 10.5  # one batch, twice
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def test_a_prepared_model_is_of_the_dtype_and_samples(dtype):
 
 @pytest.mark.slow
 def test_a_compiled_model_gives_the_same_tokens_with_few_graphs():
-    model, rows = prepare_for_sampling(make_model(), "float32", 3), random_rows([3, 9, 1])
+    model, rows = prepare_for_sampling(make_model(), "float32", 3, compiled=True), random_rows([3, 9, 1])
     compiled = torch.compile(model.hidden, dynamic=True)
     tokens = torch.stack(list(stream(model, rows, 60, temperature=0, hidden=compiled)), dim=1).tolist()
     assert tokens == greedy(model, rows, 60)

@@ -333,6 +333,7 @@ def test_the_table_has_a_line_a_way_and_a_column_a_number_of_processes():
 MEASURE = """
 import sys
 import train_gpt2
+train_gpt2.keep_freed_memory = lambda: None  # what is resident is then what is in use
 def status(name):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
@@ -344,20 +345,25 @@ finally:
 """
 
 
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (2, ["--parallel", "fsdp"]),
                                       (2, ["--parallel", "zero"])])
 def test_the_estimate_is_what_a_real_training_takes(W, flags, tmp_path):
-    """The largest resident memory of 124M's processes in two steps, above that of Python with torch: within 15%."""
+    """The largest resident memory of 124M's processes in three steps, above that of Python with torch: within 15%.
+
+    glibc is told to give back what is freed; else it keeps up to twice as much, which no arithmetic foretells."""
     (tmp_path / "text.txt").write_text("the king and his queen will not come to this house " * 3000)
     (tmp_path / "measure.py").write_text(MEASURE)
     argv = ["--preset", "gpt2-124M", "--data", "text.txt", "--sequence-length", "256", "--batch-size", "1", "--device", "cpu",
-            "--total-batch-size", str(2 * W * 256), "--max-steps", "2", "--val-every", "0", "--hella-every", "0",
+            "--total-batch-size", str(2 * W * 256), "--max-steps", "3", "--val-every", "0", "--hella-every", "0",
             "--sample-every", "0", "--save-every", "0", "--save-minutes", "0", "--dtype", "float32", "--compile", "off", *flags]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"] if W > 1 else []
     process = subprocess.run([sys.executable, *launcher, "measure.py", *argv], cwd=tmp_path, capture_output=True, text=True,
-                             timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+                             timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **GIVE_BACK})
     assert process.returncode == 0, process.stderr[-3000:]
     config = TrainConfig(**{**PRESETS["gpt2-124M"], **parse_args(argv)})
     estimate = estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, on_cpu=True)

@@ -172,6 +172,13 @@ def greedy_text(prompt, max_new_tokens):
     return generate_text(make_model(), prompt, 1, max_new_tokens, 0, temperature=0)[0]
 
 
+@pytest.mark.slow
+def test_compile_changes_no_greedy_text(run_dir):
+    process = start(run_dir, "--compile", "--prompt", "Hello", "--num-samples", 1, "--max-new-tokens", 40)
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 0 and greedy_text("Hello", 40) in out.decode(), error.decode()
+
+
 def test_the_command_line_prints_what_was_asked_for(run_dir, capsys, monkeypatch):
     status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "To be", "--num-samples", 2,
                                         "--max-new-tokens", 20)
