@@ -34,7 +34,7 @@ FIGURES = {"limits": bench_limits, "train": bench_train, "ladder": bench_ladder,
            "sample": bench_sample, "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
 
 # What --quick measures with: enough to see that something became slower, not to be published.
-QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=8, repeats=1)
+QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 
 # Columns that --compare compares, and whether more is better.
 COMPARED = {"tok/s": True, "examples/s": True, "MB/s": True, "GFLOP/s": True, "GB/s": True,
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--json", metavar="FILE", help="write the JSON there too")
-    parser.add_argument("--quick", action="store_true", help="all: small shapes, no ladder: a watch on regressions")
+    parser.add_argument("--quick", action="store_true", help="all: small shapes, no limits, no ladder: a watch on regressions")
     parser.add_argument("--compare", metavar="FILE", help="an earlier --json: print what became worse since")
     args = parser.parse_args(argv)
     if args.figure == "all" and args.data:
@@ -133,7 +133,7 @@ def main():
     device = runtime.choose_device(args.device)
     figures = {}
     for name in FIGURES if args.figure == "all" else [args.figure]:
-        if args.quick and name == "ladder":
+        if args.quick and name in ("limits", "ladder"):
             continue
         # in a process of its own: what one figure sets (memory that is kept, thread pools) is not there for the next
         figures[name] = in_fresh_process(FIGURES[name], args)
