@@ -132,9 +132,8 @@ def main():
     old = read_result(args.compare) if args.compare else None
     device = runtime.choose_device(args.device)
     figures = {}
-    for name in FIGURES if args.figure == "all" else [args.figure]:
-        if args.quick and name in ("limits", "ladder"):
-            continue
+    left_out = ("limits", "ladder") if args.quick else ()
+    for name in [name for name in FIGURES if name not in left_out] if args.figure == "all" else [args.figure]:
         # in a process of its own: what one figure sets (memory that is kept, thread pools) is not there for the next
         figures[name] = in_fresh_process(FIGURES[name], args)
         print_table(figures[name])

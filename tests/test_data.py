@@ -333,7 +333,7 @@ def test_a_step_reads_exactly_its_windows_of_the_epochs_order_for_every_B_and_W(
 
 
 @given(shard_lengths, st.integers(1, 6), st.integers(0, 9), st.booleans(), st.data())
-@quick
+@settings(quick, max_examples=20)
 def test_a_restored_loader_goes_on_where_the_other_stopped_at_any_B_and_W(tmp_path_factory, lengths, T, k, shuffle, draw):
     stream, _ = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     arrangements = st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (1, 2)])  # (B, W) for G = 4

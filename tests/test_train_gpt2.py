@@ -379,6 +379,7 @@ def test_two_ranks_train_like_one_process(text, tmp_path):
         assert a.split()[:2] == b.split()[:2] and float(a.split()[2]) == pytest.approx(float(b.split()[2]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_killed_and_started_again_goes_on(text, tmp_path):
     kill_when(start(tmp_path, "--data", text, ranks=2), "step +5/8")
     process = train(tmp_path, ranks=2)
