@@ -253,7 +253,8 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
 def test_train_sbatch_saves_at_its_signal_and_is_requeued(unbroken_pair, text, tmp_path):  # noqa: F811
     """The batch script of Slurm with stand-ins for srun, scontrol and scancel: one node, two ranks."""
     stand_ins = {"srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
-                 "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path}/requeued; fi',
+                 "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 && exit; kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
+                             f'echo "$@" >> {tmp_path}/requeued',
                  "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"'}
     os.makedirs(tmp_path / ".venv" / "bin")
     for name, line in {**stand_ins, ".venv/bin/python": f'exec {sys.executable} "$@"'}.items():
