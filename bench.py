@@ -117,8 +117,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--json", metavar="FILE", help="write the JSON there too")
-    parser.add_argument("--quick", action="store_true", help="all: small shapes, no limits, no ladder: a watch on regressions")
-    parser.add_argument("--compare", metavar="FILE", help="an earlier --json: print what became worse since")
+    parser.add_argument("--quick", action="store_true", help="small shapes; all leaves out limits and ladder")
+    parser.add_argument("--compare", metavar="FILE", help="an earlier --json: print how the figures changed, as ratios")
     args = parser.parse_args(argv)
     if args.figure == "all" and args.data:
         raise ValueError("all takes no --data: hellaswag and tokenize want different files; run them by themselves")

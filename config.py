@@ -33,7 +33,7 @@ class TrainConfig:
     data: str = flag("", f"folder of shards, text file, or folder of .txt; default {FINEWEB_DIR}/ if there, else input.txt")
     exp_name: str = flag("", "name of the run, which lives in log/<exp-name>; default the preset's")
     log_dir: str = flag("log", "folder of all runs")
-    init_from: str = flag("", "start from these weights: gpt2 ... gpt2-xl, a model_*.pt, a run or Hugging Face folder")
+    init_from: str = flag("", "start from these weights: gpt2 ... gpt2-xl, a checkpoint file, a run or Hugging Face folder")
     # the model
     n_layer: int = flag(12, "blocks")
     n_head: int = flag(12, "attention heads")

@@ -369,7 +369,7 @@ def worst(hellaswag, sums, K):
 
 def parse_args():
     parser = ArgumentParser(description="HellaSwag score of a GPT-2.", allow_abbrev=False)
-    parser.add_argument("source", nargs="?", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder;"
+    parser.add_argument("source", nargs="?", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
                         " without it the examples are downloaded and no more")
     parser.add_argument("--data", help=f"examples, .jsonl or .jsonl.gz (default: {path_of('val')}, downloaded once)")
     parser.add_argument("--limit", type=int, help="score the first examples only")

@@ -127,7 +127,7 @@ def attention_figure(model, prompt, layer=0):
 
 def main():
     parser = ArgumentParser(description="Draw a GPT-2's weights and attention.", allow_abbrev=False)
-    parser.add_argument("source", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder")
+    parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("--out", help="folder for the pictures (default: source, where that is a folder)")
     parser.add_argument("--prompt", default="Hello, I'm a language model, and I know what I said",
                         help="whose attention to draw")

@@ -240,7 +240,7 @@ def interact(model, generator, hidden, args):
 def make_parser():
     """The command line's flags."""
     parser = ArgumentParser(description="Sample text from a GPT-2.", allow_abbrev=False)
-    parser.add_argument("source", help="run folder, model_*.pt file, gpt2 ... gpt2-xl, or a Hugging Face folder")
+    parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("stdin", nargs="?", metavar="-", help="read the prompt from stdin")
     parser.add_argument("--prompt", help="text to continue (default: begin a document)")
     parser.add_argument("--prompt-file", metavar="FILE", help="continue what this file holds, UTF-8")

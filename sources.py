@@ -222,7 +222,8 @@ def patiently(function):
                 what = " ".join(str(e).split())[:200] or type(e).__name__
                 raise ValueError(f"the Hub does not give what was asked for ({what}). Finished shards are kept: run the"
                                  " same command again later, or copy the files here and name them with --input") from e
-            tqdm.write(f"the Hub: {type(e).__name__} {str(e).splitlines()[0][:120]}; trying again in {wait} s")
+            tqdm.write(f"the Hub: {type(e).__name__} {str(e).splitlines()[0][:120]}; trying again in {wait} s (Ctrl-C stops;"
+                       " --input takes local copies)")
             time.sleep(wait)
 
 
