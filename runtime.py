@@ -7,6 +7,7 @@ The machine: which device and dtype, the process group, seeds, memory, and how a
     teardown()
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import json
@@ -71,7 +72,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_main(main):
-    """Runs a script's main(): a user's error is one line and status 2, Ctrl-C status 130; a bug keeps its traceback."""
+    """Runs a script's main(): a user's error is one line and status 2, Ctrl-C status 130; a bug keeps its traceback.
+
+    Under torchrun the process leaves without Python's own end: gloo's threads may still want Python, and would abort it.
+    """
+    status = 1  # a bug's
+    if "RANK" in os.environ:
+        atexit.register(lambda: leave(status))  # registered first, it runs last
+    try:
+        run_and_report(main)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+        raise
+
+
+def leave(status):
+    """Ends the process at once, with what it printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_and_report(main):
+    """main(), whose errors are printed and become exit statuses."""
     try:
         main()
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ import checkpoint  # noqa: E402
 import parallel  # noqa: E402
 from config import PRESETS, TrainConfig, estimate_memory, memory_table, parse_args  # noqa: E402
 from model import GPT  # noqa: E402
-from runtime import Ranks, setup, teardown  # noqa: E402
+from runtime import Ranks, run_main, setup, teardown  # noqa: E402
 from train_gpt2 import evaluate_loss, train_step  # noqa: E402
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
@@ -372,4 +372,4 @@ def test_the_estimate_is_what_a_real_training_takes(W, flags, tmp_path):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -157,6 +157,34 @@ def test_run_main_makes_ctrl_c_status_130_without_a_traceback(capsys):
     assert end_of(raising(KeyboardInterrupt()), capsys) == (130, "\ninterrupted\n")
 
 
+THREADS_IN_CPP = """
+import atexit, io, sys, threading, time
+import pyarrow as pa, pyarrow.parquet as pq
+from runtime import run_main
+pq.write_table(pa.table({"n": list(range(20000))}), "a.parquet", row_group_size=100)
+def read():
+    while True:
+        pq.ParquetFile("a.parquet", pre_buffer=False).read(use_threads=False)
+def main():
+    for _ in range(8):
+        threading.Thread(target=read, daemon=True).start()
+    time.sleep(0.2)
+    atexit.register(print, "the tracker's end")
+    if sys.argv[1] == "2":
+        raise ValueError("no such thing")
+    assert sys.argv[1] == "0", "a bug"
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("status, printed", [(0, ""), (1, "AssertionError: a bug"), (2, "error: no such thing")])
+def test_run_main_under_torchrun_ends_with_its_status_whatever_threads_do(status, printed, tmp_path):
+    process = subprocess.run([sys.executable, "-c", THREADS_IN_CPP, str(status)], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "RANK": "0", "PYTHONPATH": ROOT}, timeout=60)
+    assert process.returncode == status and printed in process.stderr, process.stderr
+    assert "the tracker's end" in process.stdout
+
+
 def test_run_main_lets_a_bug_keep_its_traceback_and_a_good_end_be_0():
     with pytest.raises(AssertionError, match="ours"):
         run_main(raising(AssertionError("ours")))
