@@ -378,11 +378,9 @@ def convert(source, out, dtype, overwrite, folder):
         raise ValueError(f"{out} is there already; --overwrite replaces it")
     model, info = load_model(source)
     if suffix == ".pt":
-        contents = {"model": model.state_dict(), "config": asdict(model.config), "step": info.get("step"),
-                    "val_loss": info.get("val_loss")}
         if dtype != "float32":
             raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
-        save_file(contents, out)
+        save_file({**contents_of(model, info.get("val_loss")), "step": info.get("step")}, out)
     elif suffix == ".bin":
         save_file(model, out, lambda model, f: formats.write_llmc(model, f, dtype))
     else:

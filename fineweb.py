@@ -31,7 +31,6 @@ import os
 import queue
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import deque
@@ -42,7 +41,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data import EOT, NUM_TOKENS, TOKENIZER_SHA256, find_shards, get_tokenizer, open_shard, write_shard
-from runtime import ArgumentParser, run_main
+from runtime import ArgumentParser, leave, run_main
 from sources import READ_ERRORS, BadFile, estimate_tokens, hub_source, is_damage, local_source, patiently, pieces
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -487,5 +486,4 @@ if __name__ == "__main__":
     try:
         run_main(main)
     except SystemExit as end:  # Python's own end is an abort if one of the daemon threads is inside Arrow's C++ just then
-        sys.stdout.flush()
-        os._exit(end.code or 0)
+        leave(end.code or 0)
