@@ -1,65 +1,52 @@
 """
-Checkpoints: written whole or not at all, read without running code from them.
+A run folder, log/<exp-name>/: its log, its lock, and its checkpoints, which are written atomically and loaded safely.
 
-A run folder log/<exp-name>/ holds pairs of files. A step counts as saved when both are there and complete:
-
+    log.txt          `step stream value`, one value a line; step is the number of updates made before it
+    config.json      the run's settings, its command, and the versions and hardware it runs on
     model_00250.pt   {"model": state dict of raw_model (float32, CPU), "config": GPTConfig as a dict, "step": int,
                       "val_loss": float or None}: enough to sample and evaluate
     state_00250.pt   {"step": int, "optimizers": [state dict, ...], "scaler": state dict, "loader": state dict,
-                      "rng": [state of each rank], "log_bytes": size of log.txt, "evaluated": whether the evaluations
-                      due at this step are in the log, "skipped": steps skipped, "train_config": dict}: enough to go on
+                      "rng": [state of each rank], "train_config": dict}: enough to resume
 
-    model, info = load_model("log/shakespeare")     # or a file of ours or of formats.py, "gpt2", a Hugging Face folder
-
-    python checkpoint.py info FILE                   # what it is
-    python checkpoint.py export RUN_OR_FILE OUT_DIR  # a Hugging Face folder; --dtype bfloat16, --push USER/NAME
-    python checkpoint.py convert IN OUT              # OUT: model.pt (ours), model.bin (llm.c), or a Hugging Face folder
+A checkpoint is complete when both of its files are. They hold tensors and plain values; loading them runs no code.
 """
+import atexit
 import contextlib
+import importlib.util
+import json
 import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 
-import formats
-import huggingface
-from data import NUM_TOKENS
-from model import GPT, GPTConfig, PRETRAINED, our_names, read_hf
-from runtime import ArgumentParser, run_main
+from data import atomic_write
+from model import GPT, GPTConfig
+from runtime import describe_machine, print0
 
 # -----------------------------------------------------------------------------
 # one file
 
 def save_file(contents, path, write=torch.save):
-    """write(contents, open file) under a temporary name, flushed to the disk, then renamed: path is never half a file.
-
-    Raises OSError (a full disk, say) with nothing left behind and an older path untouched.
-    """
-    temporary = f"{path}.tmp"
+    """write(contents, open file) into path, atomically. Raises OSError if it fails (a full disk, say)."""
     try:
-        with open(temporary, "wb") as f:
+        with atomic_write(path) as f:
             write(contents, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        # torch's zip writer has errors of its own follow the one that stopped it
+    except (RuntimeError, OSError) as e:
+        # torch's zip writer raises a RuntimeError of its own after the error that stopped it
         while isinstance(e, RuntimeError) and e.__context__:
             e = e.__context__
-        if isinstance(e, (RuntimeError, OSError)):
-            raise OSError(f"cannot write {path}: {e}; what was saved before is whole") from e
-        raise e
+        raise OSError(f"cannot write {path}: {e}; existing checkpoints are intact") from e
 
 
 def check_zip(path):
-    """Raises BadZipFile for a torch.save file with a flipped bit: torch.load does not look at the checksums."""
+    """Raises BadZipFile for a torch.save file with a flipped bit: torch.load does not verify checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             # torch.save compresses nothing and writes no folders (attribute 16), whose contents torch.load would not read
@@ -70,25 +57,200 @@ def check_zip(path):
 
 
 def load_file(path, mmap=False):
-    """The contents of a checkpoint file, on the CPU; ValueError for one that is cut short, damaged, or holds code.
+    """The contents of a torch.save file, on the CPU; ValueError if it is truncated, damaged, or holds code.
 
-    mmap leaves tensors in the file until they are looked at.
+    mmap: leave the tensors in the file until they are read.
     """
     try:
         check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
             ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename:  # not there, or not ours to read: it says so itself
+        if isinstance(e, OSError) and e.filename:  # missing or not readable: its message says so
             raise
-        why = "it is cut short, damaged or no checkpoint"
+        why = "it is truncated, damaged or not a checkpoint"
         if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
-            why = "it holds objects that are not tensors or plain values, which could run code"
+            why = "it contains objects other than tensors and plain values, which could run code"
         raise ValueError(f"cannot load {path}: {why} ({repr(e).splitlines()[0][:100]})") from e
 
 
 # -----------------------------------------------------------------------------
-# a run folder
+# the folder
+
+@contextlib.contextmanager
+def lock_run(run_dir):
+    """Locks a run folder, created if necessary, for this process; ValueError if another running process holds the lock.
+
+    It is a kernel lock on log.txt, which ends with the process, however that ends. A new folder that is still empty at
+    the end is removed.
+    """
+    log_dir, path = os.path.dirname(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
+    created = [folder for folder in (run_dir, log_dir) if not os.path.exists(folder)]
+    os.makedirs(run_dir, exist_ok=True)
+    with open(path, "ab") as f:
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it, or choose another"
+                             " --exp-name") from e
+        except (ImportError, OSError) as e:  # some network file systems have no locks
+            print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
+        try:
+            yield
+        finally:
+            if created and os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
+                os.remove(path)
+                with contextlib.suppress(OSError):  # the log folder holds another run by now
+                    for folder in created:
+                        os.rmdir(folder)
+
+
+def write_config(run_dir, config, dtype, ranks):
+    """Writes config.json: the settings (a dict), and the command, versions and hardware."""
+    description = {"config": config, "command": sys.argv, "world_size": ranks.world_size, "dtype": dtype,
+                   **describe_machine(ranks.device)}
+    with atomic_write(os.path.join(run_dir, "config.json"), "w") as f:
+        json.dump(description, f, indent=2)
+
+
+def read_config(run_dir):
+    """The settings in a run folder's config.json, a dict; {} without the file, ValueError if it is not one of a run."""
+    path = os.path.join(run_dir, "config.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f)["config"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is not the config.json of a run ({e!r}); move it away to continue without it") from e
+
+
+# -----------------------------------------------------------------------------
+# log.txt
+
+TRAINING_STREAMS = {"train", "lr", "norm", "tok_per_sec", "epoch"}  # of the step's update; the others are evaluations
+TRACKERS = ("none", "tensorboard", "wandb")  # all but none are names of packages
+
+
+def read_log(path):
+    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names an invalid line."""
+    streams = {}
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                step, stream, value = line.split()
+                streams.setdefault(stream, []).append((int(step), float(value)))
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {line.strip()!r}") from e
+    return streams
+
+
+def kept_log(run_dir, step):
+    """(bytes, streams): the part of log.txt that a run resumed at step keeps, and the evaluations of step in it.
+
+    Evaluations of a step are logged before its update, so both steps before it and they are kept. An evaluation that a
+    stop interrupted is not in the log: the resumed run makes it up.
+    """
+    size, last, evaluated = 0, -1, set()
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(run_dir, "log.txt"), "rb") as f:
+        for line in f:
+            words = line.decode(errors="replace").split()
+            if len(words) == 3 and words[0].isdigit():
+                at, stream = int(words[0]), words[1]
+                if at > step or at == step and stream in TRAINING_STREAMS:
+                    break
+                last = at if stream in TRAINING_STREAMS else last
+                evaluated |= {stream} if at == step else set()
+            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
+                break
+            size += len(line)
+    if last < step - 1:
+        print0(f"{run_dir}/log.txt is incomplete: it ends at step {last}, the checkpoint is of step {step}")
+    return size, evaluated
+
+
+def check_tracker(name):
+    """Raises ValueError unless the package of a tracker is installed."""
+    spec = None if name == "none" else importlib.util.find_spec(name)
+    if name != "none" and getattr(spec, "origin", None) is None:  # a mere folder of that name has a spec without a file
+        raise ValueError(f"--tracker {name} needs the package {name}, which is not installed: pip install {name},"
+                         " or --tracker none")
+
+
+class Log:
+    """Writes log.txt, prints evaluations, and sends all values to TensorBoard or Weights & Biases, on rank 0 only.
+
+        log(250, val=3.21)                          # appends "250 val 3.21" and prints it
+        log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
+
+    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; the rest of log.txt is cut off.
+    """
+
+    def __init__(self, run_dir, settings, keep_bytes, first_step, ranks):
+        self.file = self.tracker = None
+        if ranks.master_process:
+            # line-buffered: what was logged survives a kill
+            self.file = open(os.path.join(run_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
+            self.file.truncate(keep_bytes)
+            self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
+
+    def __call__(self, step, quiet=False, **values):
+        for stream, value in values.items():
+            if not quiet:
+                print0(f"step {step:5d} | {stream} {value:.4f}")
+            if self.file:
+                self.file.write(f"{step} {stream} {value}\n")
+        if self.tracker and values:
+            self.tracker(step, values)
+
+    def flush(self):
+        """Flushes log.txt to the disk."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    @staticmethod
+    def open_tracker(name, run_dir, settings, first_step):
+        """A function (step, {stream: value}) that sends values to a tracker; None for "none".
+
+        A resumed run continues in the same place: TensorBoard drops what it has from first_step on; W&B finds the run by
+        the id in wandb_id.txt and receives those steps again.
+        """
+        if name == "none":
+            return None
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(run_dir, purge_step=first_step)
+            atexit.register(writer.close)  # flushes its queue
+
+            def track(step, values):
+                for stream, value in values.items():
+                    writer.add_scalar(stream, value, step)
+            return track
+        import wandb
+        path = os.path.join(run_dir, "wandb_id.txt")
+        run_id = open(path, encoding="utf-8").read().strip() if os.path.exists(path) else None
+        run = wandb.init(project="gpt2", name=settings["exp_name"], id=run_id, resume="allow", config=settings, dir=run_dir)
+        with atomic_write(path, "w") as f:
+            f.write(run.id)
+        run.define_metric("*", step_metric="step")  # W&B's own counter only increases; ours goes back to a checkpoint
+        return lambda step, values: run.log({"step": step, **values})
+
+
+# -----------------------------------------------------------------------------
+# its checkpoints
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was loaded: the contents of its two files, and a message for each newer one that was skipped."""
+    model: dict
+    state: dict
+    messages: list
+
+    @property
+    def step(self):
+        """Number of updates made before it."""
+        return self.state["step"]
+
 
 def paths(run_dir, step):
     """(model file, state file) of a step."""
@@ -99,54 +261,67 @@ def step_of(path):
     """The step of a model_*.pt or state_*.pt file; ValueError for another name."""
     if m := re.fullmatch(r"(model|state)_(\d+)\.pt", os.path.basename(path)):
         return int(m[2])
-    raise ValueError(f"{path} is not named as a run's checkpoint is: model_00250.pt, with state_00250.pt beside it")
+    raise ValueError(f"{path} is not named like a checkpoint: model_00250.pt, with state_00250.pt beside it")
 
 
 def steps_of(run_dir, kind):
-    """Set of the steps for which there is a file of a kind, "model" or "state"."""
+    """Set of the steps that have a file of a kind, "model" or "state"."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     return {int(m[1]) for m in (re.fullmatch(rf"{kind}_(\d+)\.pt", name) for name in names) if m}
 
 
 def saved_steps(run_dir):
-    """Steps for which both files are there, ascending."""
+    """Steps that have both files, ascending."""
     return sorted(steps_of(run_dir, "model") & steps_of(run_dir, "state"))
 
 
-def contents_of(raw_model, val_loss):
-    """What the model file holds but "step"; the tensors are the model's own."""
-    return {"model": raw_model.state_dict(), "config": asdict(raw_model.config), "val_loss": val_loss}
+def model_contents(raw_model, val_loss, weights=None):
+    """Contents of the model file without "step"; weights: instead of the model's own state dict."""
+    return {"model": weights or raw_model.state_dict(), "config": asdict(raw_model.config), "val_loss": val_loss}
 
 
-def save(run_dir, step, model_contents, state):
-    """Writes the pair of files of a step. The state comes first: where there is a model file, its state is complete.
+def save(run_dir, step, model, state):
+    """Writes the two files of a step, contents as at the top of this file; "step" is added to both.
 
-    model_contents: from contents_of; state: as in the head of this file. "step" is put into both.
-    Raises OSError, before anything is written, when the disk has too little room.
+    The state comes first: if there is a model file, its state file is complete. Raises OSError, before anything is
+    written, if the disk has too little room.
     """
-    needed = num_bytes((model_contents, state)) * 1.01 + 2**20  # and what the format adds
+    needed = num_bytes((model, state)) * 1.01 + 2**20  # plus what the format adds
     if (free := shutil.disk_usage(run_dir).free) < needed:
-        raise OSError(f"cannot write the checkpoint of step {step} into {run_dir}: it takes {needed / 1e9:.3f} GB,"
-                      f" {free / 1e9:.3f} GB are free; make room and start again, what was saved before is whole")
+        raise OSError(f"cannot write the checkpoint of step {step} into {run_dir}: it needs {needed / 1e9:.3f} GB,"
+                      f" {free / 1e9:.3f} GB are free; free some space and start again; existing checkpoints are intact")
     model_path, state_path = paths(run_dir, step)
     save_file({**state, "step": step}, state_path)
-    save_file({**model_contents, "step": step}, model_path)
+    save_file({**model, "step": step}, model_path)
+
+
+def save_and_prune(run_dir, step, model, state):
+    """save, then removes the checkpoints that the run's settings do not keep; runs in the Writer's thread."""
+    save(run_dir, step, model, state)
+    best, config = None, state["train_config"]
+    if config["keep_best"]:
+        losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        best = min((s for s in saved_steps(run_dir) if s in losses), key=losses.get, default=None)
+    prune(run_dir, config["keep_last"], best)
+    print0(f"saved {paths(run_dir, step)[0]}")
 
 
 def prune(run_dir, keep_last, best=None):
-    """Removes all but the newest keep_last saved steps and step best, and what a killed process left of older ones."""
+    """Removes all checkpoints but the newest keep_last and that of step best, and older files that a kill left behind."""
     steps = saved_steps(run_dir)
     kept = {*steps[-keep_last:], best}
-    for name in sorted(os.listdir(run_dir)):  # a model before its state: what is left must not look like a loss
-        m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.tmp)?", name)
+    for name in sorted(os.listdir(run_dir)):  # a model before its state: a model without state would look like damage
+        m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.\d+\.tmp|\.tmp)?", name)
         if m and steps and int(m[2]) not in kept and int(m[2]) < steps[-1]:
             os.remove(os.path.join(run_dir, name))
 
 
-def set_aside(run_dir, step):
-    """Renames the files of all models past step, and their states, to *.aside, and returns their old names: a run that
-    goes on from step must not take them for its own newest ones. A state alone, which a kill in a save leaves, stays:
-    nothing takes it for a checkpoint, and the run writes over it or prunes it."""
+def rename_newer(run_dir, step):
+    """Renames the checkpoints after step to *.aside, so that the run resumed at step does not take them for its own.
+
+    Returns their old names. A state file alone, which a kill during a save leaves, stays: it is no checkpoint, and the run
+    overwrites or prunes it.
+    """
     newer = [path for s in sorted(steps_of(run_dir, "model")) if s > step
              for path in paths(run_dir, s) if os.path.exists(path)]
     for path in newer:
@@ -154,39 +329,63 @@ def set_aside(run_dir, step):
     return newer
 
 
-@contextlib.contextmanager
-def lock_run(run_dir):
-    """Holds the run folder, made if need be, for this process; ValueError when a living process holds it already.
+def check_weights(model, weights, source):
+    """Raises ValueError, naming up to three tensors, if weights are not a state dict of such a model."""
+    ours = model.state_dict()
+    wrong = sorted(ours.keys() ^ weights.keys())
+    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
+              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(f"the weights of {source} do not fit this model: {', '.join(wrong[:3])}"
+                         f" ({len(wrong)} tensors in all)")
 
-    The lock is the kernel's, on log.txt: it ends with the process however that ends. A folder of which nothing came is
-    removed again.
+
+def load_weights(model, weights, source):
+    """load_state_dict with the error messages of check_weights."""
+    check_weights(model, weights, source)
+    model.load_state_dict(weights)
+
+
+def load_pair(run_dir, step):
+    """(model contents, state contents) of a step; ValueError or FileNotFoundError if it is not a complete checkpoint."""
+    model, state = (load_file(path) for path in paths(run_dir, step))
+    model_path, state_path = paths(run_dir, step)
+    state_keys = {"optimizers", "scaler", "loader", "rng", "train_config"}
+    for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, state_keys)):
+        if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
+            raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
+    with torch.device("meta"):
+        empty = GPT(GPTConfig(**model["config"]))
+    check_weights(empty, model["model"], model_path)
+    return model, state
+
+
+def load_latest(run_dir):
+    """The newest Checkpoint that is complete and undamaged, or None if there is none.
+
+    Raises ValueError if there are model files and none of them loads with its state: starting over would be silent data
+    loss.
     """
-    log_dir, path = os.path.dirname(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
-    first_run = not os.path.exists(log_dir)
-    os.makedirs(run_dir, exist_ok=True)
-    with open(path, "ab") as f:
+    messages = []
+    # a state without its model is what a kill between the two leaves: no loss, unless there was a model
+    for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
-            import fcntl  # not on Windows
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{run_dir} is being trained by another process; wait for it or stop it, or choose another"
-                             " --exp-name") from e
-        except (ImportError, OSError) as e:  # some network file systems have no locks
-            print(f"{run_dir} cannot be locked ({e}): take care to start no second run in it", flush=True)
-        try:
-            yield
-        finally:
-            if os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
-                shutil.rmtree(log_dir if first_run else run_dir)
+            return Checkpoint(*load_pair(run_dir, step), messages)
+        except (ValueError, OSError, TypeError) as e:
+            messages.append(f"skipping step {step}: {e}")
+    if steps_of(run_dir, "model"):
+        raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
+                         " move the folder away to start over")
+    return None
 
 
 # -----------------------------------------------------------------------------
-# saving while training goes on
+# saving while training continues
 
 def snapshot(value):
-    """value with every tensor in it copied to the CPU's memory, so that training may change the original meanwhile.
+    """value with every tensor in it copied to CPU memory, so that training may change the originals.
 
-    Tensors that share their memory (the tied wte and lm_head) share it in the copy.
+    Tensors that share memory (the tied wte and lm_head) share it in the copy.
     """
     copies = {}
 
@@ -215,203 +414,23 @@ def num_bytes(value):
 
 
 class Writer:
-    """A thread that writes while training goes on, one thing at a time; its errors are raised by the next call."""
+    """A background thread that writes one checkpoint at a time; its errors are raised by the next call."""
 
     def __init__(self):
         self.executor, self.pending = ThreadPoolExecutor(1), None
 
     def start(self, function, *args):
-        """Begins function(*args), after what is still being written."""
+        """Starts function(*args) in the thread, after waiting for the previous one."""
         self.wait()
         self.pending = self.executor.submit(function, *args)
 
     def check(self):
-        """Raises the error that the thread met, if any."""
+        """Raises the thread's error, if any."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self):
-        """Waits until all is written; raises what went wrong."""
+        """Waits until the thread has finished; raises its error, if any."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
-
-
-# -----------------------------------------------------------------------------
-# going on
-
-def check_weights(model, weights, source):
-    """Raises ValueError, in one line, for weights that are not those of such a model, naming what does not fit."""
-    ours = model.state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
-    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
-              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
-    if wrong:
-        raise ValueError(f"the weights of {source} are of another shape than this model: {', '.join(wrong[:3])}"
-                         f" ({len(wrong)} tensors in all)")
-
-
-def load_pair(run_dir, step):
-    """(model contents, state contents) of a step; ValueError or FileNotFoundError when they are no whole pair of it."""
-    model, state = (load_file(path) for path in paths(run_dir, step))
-    model_path, state_path = paths(run_dir, step)
-    wanted = {"optimizers", "scaler", "loader", "rng", "log_bytes", "train_config"}
-    for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, wanted)):
-        if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
-            raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
-    with torch.device("meta"):
-        empty = GPT(GPTConfig(**model["config"]))
-    check_weights(empty, model["model"], model_path)
-    return model, state
-
-
-def load_latest(run_dir):
-    """(model contents, state contents, messages) of the newest step that loads, or None if nothing was ever saved.
-
-    messages name the steps passed over and why. Raises ValueError when there are models and none of them loads with
-    its state: starting anew would be a loss in silence.
-    """
-    messages = []
-    # a state without its model is what a kill between the two leaves: no loss, unless the model was there once
-    for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
-        try:
-            return *load_pair(run_dir, step), messages
-        except (ValueError, OSError, TypeError) as e:
-            messages.append(f"passing over step {step}: {e}")
-    if steps_of(run_dir, "model"):
-        raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
-                         " move the folder away to start anew")
-    return None
-
-
-# -----------------------------------------------------------------------------
-# a model from anywhere
-
-def load_weights(model, weights, source):
-    """load_state_dict with check_weights' errors."""
-    check_weights(model, weights, source)
-    model.load_state_dict(weights)
-
-
-def is_hf(source):
-    """Whether a source is one of OpenAI's names, or a Hugging Face folder."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return source in PRETRAINED or any(os.path.isfile(os.path.join(source, name)) for name in names)
-
-
-def model_file(source):
-    """Path of the file that a run folder's newest model is in, or source itself if it is a file."""
-    if os.path.isdir(source):
-        steps = steps_of(source, "model")
-        if not steps:
-            raise FileNotFoundError(f"{source} holds no checkpoint, neither a run's model_*.pt nor Hugging Face's"
-                                    " model.safetensors; train first, or name another folder")
-        return paths(source, max(steps))[0]
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file, nanoGPT's"
-                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
-    if source.endswith(".safetensors"):
-        raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
-    return source
-
-
-def read_model(source):
-    """(GPTConfig, weights under our names, facts) from a run folder, a file of ours, build-nanogpt's, nanoGPT's or
-    llm.c's, a name such as "gpt2-xl", or a Hugging Face folder.
-
-    The weights are as stored, mostly memory-mapped. facts: "kind", "path", "step", "val_loss", None where unknown.
-    """
-    if is_hf(source):
-        config, weights = read_hf(source)
-        return config, our_names(weights), {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
-    path = model_file(source)
-    if formats.is_llmc(path):
-        return formats.read_llmc(path)
-    with formats.allow_pickled_config():
-        contents = load_file(path, mmap=True)
-    return formats.read_pt(contents, path)
-
-
-def load_model(source, device="cpu", block_size=None, dropout=None):
-    """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} where none is known) of what read_model takes.
-
-    block_size keeps the first positions alone; dropout takes the place of the checkpoint's.
-    """
-    config, weights, facts = read_model(source)
-    model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
-    load_weights(model, weights, source)
-    if block_size is not None:
-        model.crop_block_size(block_size)
-    known = facts["step"] is not None or facts["val_loss"] is not None
-    return model.to(device).eval(), {name: facts[name] for name in ("path", "step", "val_loss")} if known else {}
-
-
-# -----------------------------------------------------------------------------
-# command line
-
-def describe(source):
-    """What a checkpoint is, as the lines that `info` prints."""
-    config, weights, facts = read_model(source)
-    with torch.device("meta"):
-        check_weights(GPT(config), weights, source)
-    tensors = [tensor for name, tensor in weights.items() if name != "lm_head.weight"]  # which is wte
-    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-    count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
-    padding = config.vocab_size - NUM_TOKENS
-    vocab = "GPT-2's" if padding == 0 else f"GPT-2's {NUM_TOKENS}, padded" if 0 < padding < 1024 else "not GPT-2's"
-    lines = {"kind": f"a checkpoint of {facts['kind']}",
-             "model": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size},"
-                      f" {'with' if config.bias else 'without'} biases",
-             "parameters": f"{count:,}, {dtypes}, {size / 1e6:,.1f} MB", "vocabulary": f"{config.vocab_size} ({vocab})",
-             "step": facts["step"], "val loss": facts["val_loss"]}
-    return "\n".join([facts["path"], *(f"  {name:<11} {value}" for name, value in lines.items() if value is not None)])
-
-
-def convert(source, out, dtype, overwrite, folder):
-    """Writes source's model to out, whole or not at all; a Hugging Face folder if asked for, or if out has no known suffix."""
-    suffix = "" if folder else os.path.splitext(out)[1]
-    if suffix == ".safetensors":
-        raise ValueError(f"{out}: give a folder, which also gets config.json and the tokenizer; or a .pt or .bin file")
-    if os.path.isdir(out) and steps_of(out, "model"):
-        raise ValueError(f"{out} is a run folder, whose config.json would be lost; name another one")
-    if (os.path.isfile(out) or os.path.isdir(out) and os.listdir(out)) and not overwrite:
-        raise ValueError(f"{out} is there already; --overwrite replaces it")
-    model, info = load_model(source)
-    if suffix == ".pt":
-        if dtype != "float32":
-            raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
-        save_file({**contents_of(model, info.get("val_loss")), "step": info.get("step")}, out)
-    elif suffix == ".bin":
-        save_file(model, out, lambda model, f: formats.write_llmc(model, f, dtype))
-    else:
-        huggingface.write_folder(model, out, dtype, info)
-    print(f"wrote {out}: {model.num_params():,} parameters, {dtype}")
-
-
-def main():
-    parser = ArgumentParser(description="What a checkpoint is, and what else it can be.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
-    takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
-    info = commands.add_parser("info", help="print what a checkpoint is", allow_abbrev=False)
-    info.add_argument("source", help=takes)
-    export = commands.add_parser("export", help="write a Hugging Face folder", allow_abbrev=False)
-    converter = commands.add_parser("convert", help="write another format", allow_abbrev=False)
-    for command, out in ((export, "folder to make"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
-        command.add_argument("source", help=takes)
-        command.add_argument("out", help=out)
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default float32)")
-        command.add_argument("--overwrite", action="store_true", help="replace what is at out")
-    export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
-    args = parser.parse_args()
-    if args.command == "info":
-        print(describe(args.source))
-        return
-    if args.command == "export" and args.push:
-        huggingface.check_token()
-    convert(args.source, args.out, args.dtype, args.overwrite, args.command == "export")
-    if args.command == "export" and args.push:
-        print(f"pushed to {huggingface.push(args.out, args.push)}")
-
-
-if __name__ == "__main__":
-    run_main(main)

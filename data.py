@@ -1,24 +1,25 @@
 """
-Tokens on their way to the GPU: the tokenizer, the shard files, the loader.
+The data path: GPT-2's tokenizer, the shard files, and the loader that makes batches of them.
 
-- get_tokenizer: GPT-2's byte-pair encoding through tiktoken, from gpt2.tiktoken beside this file, without a network.
+- get_tokenizer: GPT-2's byte-pair encoding in tiktoken, from gpt2.tiktoken beside this file; needs no network.
 - Shard formats, one writer and one reader each (write_shard, open_shard):
     *.npy          NumPy, 1-D uint16, as fineweb.py and build-nanogpt write them
     *_<n>.bin      llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
                    zeros), then the tokens as uint16
-    train.bin, val.bin   nanoGPT: nothing but uint16
-- TokenStream: the shards of a split as one long sequence of tokens, read through memory maps.
-- DataLoaderLite: batches (x, y) for every rank from one cursor that knows nothing of ranks.
-- prepare_data: what --data names (shards, a text file, a folder of text) as shards; text is tokenized once.
+    train.bin, val.bin   nanoGPT: uint16 without a header
+- TokenStream: the shards of a split as one sequence of tokens, read through memory maps.
+- DataLoaderLite: batches (x, y) for every rank, from one rank-independent cursor.
+- prepare_data: shards for --data (a folder of shards, a text file, a folder of text); text is tokenized once.
 
-The loader's rule. The stream is cut into windows of T+1 tokens with stride T: window w is tokens [wT, wT+T], so that
-each token but the first is a target exactly once an epoch. Step s of training consumes windows [sG, (s+1)G) of the
-order, G = total_batch_size / T, whatever the micro-batch B and the number of ranks are.
+The order of the data. The stream is cut into windows of T+1 tokens with stride T: window w is tokens [wT, wT+T], so that
+each token but the first is a target exactly once per epoch. Step s of training reads windows [sG, (s+1)G) of the epoch's
+permutation, G = total_batch_size / T, whatever the micro-batch size B and the number of ranks are.
 
-Source of the formats: https://github.com/karpathy/build-nanogpt (fineweb.py), https://github.com/karpathy/llm.c
+Sources of the formats: https://github.com/karpathy/build-nanogpt (fineweb.py), https://github.com/karpathy/llm.c
 (dev/data/data_common.py), https://github.com/karpathy/nanoGPT (data/openwebtext/prepare.py).
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -34,26 +35,49 @@ import tiktoken
 import torch
 
 # -----------------------------------------------------------------------------
+# files
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Context with an open file that becomes path when it is complete: flushed to disk under another name, then renamed.
+
+    An exception, or the end of the process, leaves no half-written path, and an older file at path untouched.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+# -----------------------------------------------------------------------------
 # the tokenizer
 
 TOKENIZER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gpt2.tiktoken")
 TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken's own for r50k_base
-EOT = 50256           # <|endoftext|>, GPT-2's only special token: it stands before every document
-NUM_TOKENS = 50257    # ids a tokenizer can emit; a model's vocab_size may be padded beyond
+EOT = 50256           # <|endoftext|>, GPT-2's only special token: precedes every document
+NUM_TOKENS = 50257    # size of the tokenizer's vocabulary; a model's vocab_size may be padded beyond it
 
 
 @functools.cache
 def get_tokenizer():
-    """GPT-2's tiktoken.Encoding; raises ValueError when gpt2.tiktoken is missing or is not the file it should be."""
+    """GPT-2's tiktoken.Encoding; raises ValueError if gpt2.tiktoken is missing or its sha256 is wrong."""
     try:
         with open(TOKENIZER_FILE, "rb") as f:
             contents = f.read()
     except OSError as e:
-        raise ValueError(f"cannot read {TOKENIZER_FILE} ({e.strerror}); it is part of the repository: git checkout it") from e
+        raise ValueError(f"cannot read {TOKENIZER_FILE} ({e.strerror}); it is part of the repository; restore it with git checkout") from e
     if hashlib.sha256(contents).hexdigest() != TOKENIZER_SHA256:
-        raise ValueError(f"{TOKENIZER_FILE} is damaged (its sha256 is not {TOKENIZER_SHA256[:8]}...): git checkout it")
+        raise ValueError(f"{TOKENIZER_FILE} is damaged (its sha256 is not {TOKENIZER_SHA256[:8]}...); restore it with git"
+                         " checkout")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in contents.splitlines())}
-    # the pattern that cuts text into words before the merges: openai/gpt-2 src/encoder.py
+    # splits text into words before the merges (openai/gpt-2, src/encoder.py)
     pattern = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
@@ -73,29 +97,20 @@ class Shard:
 
 
 def write_shard(path, tokens):
-    """Writes tokens (1-D uint16 array) to path, whole or not at all; the format follows the suffix, .npy or .bin."""
+    """Writes tokens (1-D uint16 array) to path atomically; the suffix, .npy or .bin, selects the format."""
     assert tokens.dtype == np.uint16 and tokens.ndim == 1, (tokens.dtype, tokens.ndim)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            if path.endswith(".npy"):
-                np.save(f, tokens)
-            else:
-                header = np.zeros(BIN_HEADER, dtype="<i4")
-                header[:3] = BIN_MAGIC, BIN_VERSION, len(tokens)
-                f.write(header.tobytes())
-                f.write(tokens.astype("<u2", copy=False).tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    with atomic_write(path) as f:
+        if path.endswith(".npy"):
+            np.save(f, tokens)
+        else:
+            header = np.zeros(BIN_HEADER, dtype="<i4")
+            header[:3] = BIN_MAGIC, BIN_VERSION, len(tokens)
+            f.write(header.tobytes())
+            f.write(tokens.astype("<u2", copy=False).tobytes())
 
 
 def open_shard(path):
-    """The Shard in a file, after its header has been checked against its size; ValueError says what is wrong with it."""
+    """The Shard in a file; raises ValueError if its header is invalid or does not agree with the file's size."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         if path.endswith(".npy"):
@@ -104,7 +119,7 @@ def open_shard(path):
                 read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read_header(f)
             except ValueError as e:
-                raise ValueError(f"{path} is not a .npy file ({e}); write it again with fineweb.py") from e
+                raise ValueError(f"{path} is not a valid .npy file ({e}); create it again with fineweb.py") from e
             if dtype != np.uint16 or len(shape) != 1:
                 raise ValueError(f"{path} holds {dtype} of shape {shape}; a shard is 1-D uint16")
             shard = Shard(path, f.tell(), shape[0])
@@ -114,27 +129,27 @@ def open_shard(path):
             contents = f.read(4 * BIN_HEADER)
             header = np.frombuffer(contents, dtype="<i4", count=len(contents) // 4)
             if len(header) < BIN_HEADER or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
-                raise ValueError(f"{path} does not begin with the header of llm.c's shards (magic {BIN_MAGIC}, version"
-                                 f" {BIN_VERSION}); it begins with {header[:2].tolist()}")
+                raise ValueError(f"{path} has no valid llm.c header (magic {BIN_MAGIC}, version {BIN_VERSION}); it"
+                                 f" starts with {header[:2].tolist()}")
             shard = Shard(path, 4 * BIN_HEADER, int(header[2]))
     if shard.tokens < 0 or size != shard.offset + 2 * shard.tokens:
         raise ValueError(f"{path} should hold {shard.tokens:,} tokens, {shard.offset + 2 * shard.tokens:,} bytes, but has"
-                         f" {size:,} bytes: it is cut short or not a shard; write or download it again")
+                         f" {size:,} bytes: it is truncated or not a shard; create or download it again")
     return shard
 
 
 def find_shards(folder, split):
-    """Paths of the shards of split "train" or "val" in a folder, in order; empty when there are none."""
+    """Paths of the shards of split "train" or "val" in a folder, in order."""
     pattern = re.compile(rf"(.*_)?{split}_\d+\.(npy|bin)|{split}\.bin")
     names = sorted(name for name in os.listdir(folder) if pattern.fullmatch(name))
     return [os.path.join(folder, name) for name in names]
 
 
 class TokenStream:
-    """The tokens of several shards as one sequence, without borders.
+    """The tokens of several shards as one sequence.
 
-    Nothing stays open or mapped between two reads: the resident memory does not grow with what has been read, and a
-    thousand shards need no thousand file descriptors.
+    No file stays open or mapped between reads: resident memory does not grow with what has been read, and a thousand
+    shards do not need a thousand file descriptors.
     """
 
     def __init__(self, paths, vocab_size=NUM_TOKENS):
@@ -146,14 +161,14 @@ class TokenStream:
         return int(self.starts[-1])
 
     def fingerprint(self):
-        """Hash of the shards' sizes and of the first tokens of each: other data hardly has the same."""
+        """Hash of the shards' sizes and of the first 1,024 tokens of each, to recognize other data on resume."""
         digest = hashlib.sha256(json.dumps(self.starts.tolist()).encode())
         for shard, start in zip(self.shards, self.starts.tolist()):
             digest.update(self.read(start, min(1024, shard.tokens)).tobytes() if shard.tokens else b"")
         return digest.hexdigest()[:16]
 
     def read(self, start, length):
-        """Tokens [start, start+length) as a uint16 array; ValueError names the shard of an id >= vocab_size."""
+        """Tokens [start, start+length) as a uint16 array; ValueError for a shard with an id >= vocab_size."""
         pieces = []
         i = int(np.searchsorted(self.starts, start, side="right")) - 1
         while length > 0:
@@ -168,14 +183,14 @@ class TokenStream:
     def _read_shard(self, shard, begin, n):
         try:
             if os.path.getsize(shard.path) != shard.offset + 2 * shard.tokens:
-                raise ValueError("its size is another")
+                raise ValueError("its size is different")
             tokens = np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset + 2 * begin, shape=(n,))
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path} ({e});"
-                             " it changed since training began") from e
+                             " it has changed since training started") from e
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"{shard.path} has the id {tokens.max()} among its tokens {begin:,} to {begin + n:,};"
-                             f" allowed are ids below {self.vocab_size}: it is damaged or made with another tokenizer")
+                             f" allowed are ids below {self.vocab_size}: the shard is damaged or uses another tokenizer")
         return np.array(tokens)
 
 
@@ -183,11 +198,11 @@ class TokenStream:
 # the loader
 
 def permute(positions, n, key):
-    """Where a seeded permutation of range(n) sends each of positions (int64 array), without building the permutation.
+    """The images of positions (int64 array) under a seeded permutation of range(n), which is never built in memory.
 
-    A Feistel network over the smallest even number of bits that holds n is a permutation of those bits' numbers;
-    one that falls outside range(n) goes through again until it is inside ("cycle walking", Black and Rogaway 2002).
-    Memory is that of positions, whatever n is: an epoch of 350B tokens costs what one of 10M does.
+    A Feistel network over the smallest even number of bits that holds n permutes all numbers of that many bits; a
+    result outside range(n) is encrypted again until it is inside ("cycle walking", Black and Rogaway 2002). Memory
+    depends on positions alone: an epoch of 350B tokens costs no more than one of 10M.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)   # bits in each half
     mask = np.uint64((1 << half) - 1)
@@ -211,20 +226,20 @@ def permute(positions, n, key):
 
 
 def to_batch(windows, device):
-    """x and y, (B, T) int64 on device, from windows, a (B, T+1) uint16 array: y is what follows x."""
+    """x and y, (B, T) int64 on device, from windows, a (B, T+1) uint16 array: y is x shifted by one."""
     tokens = torch.from_numpy(windows.astype(np.int64))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if torch.device(device).type == "cuda":  # from pinned memory the copy does not wait for the GPU
+    if torch.device(device).type == "cuda":  # a copy from pinned memory is asynchronous
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))
     return x.to(device), y.to(device)
 
 
 class DataLoaderLite:
-    """Endless batches for one rank. All ranks together read the windows in one order, step after step.
+    """Endless batches for one rank; together the ranks read the windows of the stream in one order.
 
-    position is the number of windows that all ranks have consumed: the only state. The next micro-batch of this rank
-    is the B positions from position + rank * B on; epoch e holds positions [e * n, (e + 1) * n), n = windows in the
-    stream, in an order of its own when shuffle is on. A thread reads ahead while the device computes.
+    position, the number of windows that all ranks have consumed, is the only state. This rank's next micro-batch is
+    the B positions from position + rank * B on. Epoch e is positions [e * n, (e + 1) * n), n = windows in the stream;
+    with shuffle each epoch has its own permutation. A prefetch thread reads ahead while the device computes.
     """
 
     def __init__(self, stream, B, T, process_rank=0, num_processes=1, shuffle=True, seed=1337, device="cpu"):
@@ -233,32 +248,32 @@ class DataLoaderLite:
         self.shuffle, self.seed = shuffle, seed
         self.num_windows = max(0, (len(stream) - 1) // T)
         if self.num_windows < 1:
-            raise ValueError(f"{len(stream):,} tokens are too few for one sequence of {T}; give more text or a smaller T")
+            raise ValueError(f"{len(stream):,} tokens are too few for one sequence of {T}; use more text or a smaller T")
         self.position = 0
         self.fingerprint = stream.fingerprint()
-        self._prefetched = None  # the reading thread's queue, started by the first next_batch
+        self._prefetched = None  # the prefetch thread's queue; the first next_batch starts the thread
 
     @property
     def epoch(self):
-        """Epochs begun so far, counted from 0, with a fraction for the part that is consumed."""
+        """Epochs consumed so far, a float."""
         return self.position / self.num_windows
 
     def window_indices(self, position):
-        """Numbers of the windows (B, int64) that this rank reads when all ranks have consumed position windows."""
+        """Indices of the windows (B, int64) that this rank reads next when all ranks have consumed position windows."""
         positions = position + self.process_rank * self.B + np.arange(self.B, dtype=np.int64)
         epochs, windows = positions // self.num_windows, positions % self.num_windows
         if self.shuffle:
-            for epoch in np.unique(epochs):  # more than one where a batch holds the end of an epoch
+            for epoch in np.unique(epochs):  # two if the batch crosses the end of an epoch
                 here = epochs == epoch
                 windows[here] = permute(windows[here], self.num_windows, (self.seed, int(epoch)))
         return windows
 
     def _read_ahead(self, batches, position, stop):
-        """The thread: puts (position, windows or the error met) into the queue until stop is set."""
+        """The prefetch thread: puts (position, windows or an exception) into the queue until stop is set."""
         while not stop.is_set():
             try:
                 item = np.stack([self.stream.read(w * self.T, self.T + 1) for w in self.window_indices(position).tolist()])
-            except Exception as e:  # raised again by next_batch, where the training loop can see it
+            except Exception as e:  # raised by next_batch, in the training loop's thread
                 item = e
             while not stop.is_set():
                 try:
@@ -279,16 +294,16 @@ class DataLoaderLite:
             self._thread.start()
         position, item = self._prefetched.get()
         if isinstance(item, Exception):
-            self.close()  # the thread has ended: a further next_batch must try again, not wait for ever
+            self.close()  # the thread has ended: another next_batch must restart it, not wait forever
             raise item
         assert position == self.position, (position, self.position)
         self.position += self.B * self.num_processes
         return to_batch(item, self.device)
 
     def close(self):
-        """Stops the reading thread; the next next_batch starts one anew from position.
+        """Stops the prefetch thread; a later next_batch starts another one at position.
 
-        Call it before the process ends: a thread that Python finds inside NumPy at its exit can abort the process.
+        Call it before the process ends: a thread inside NumPy during interpreter shutdown can abort the process.
         """
         if self._prefetched is not None:
             self._stop.set()
@@ -296,28 +311,27 @@ class DataLoaderLite:
             self._prefetched = None
 
     def state_dict(self):
-        """The place in the data, the same on every rank, and what it is a place in."""
+        """The position in the data, the same on every rank, and what identifies the data and its order."""
         return {"position": self.position, "num_windows": self.num_windows, "T": self.T,
                 "shuffle": self.shuffle, "seed": self.seed, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state, force=False):
-        """Goes to a place that state_dict gave, at any B and number of ranks; ValueError if it is in other data, unless
-        force says to go on there all the same."""
+        """Restores the position of a state_dict, at any B and number of ranks; ValueError for other data unless force."""
         mine = self.state_dict()
-        different = [f"{name} {state[name]} there, {mine[name]} here" for name in state
+        different = [f"{name} was {state[name]}, is {mine[name]}" for name in state
                      if name != "position" and state[name] != mine[name]]
         if different and not force:
             raise ValueError(f"the checkpoint was trained on other data or in another order: {'; '.join(different)};"
-                             " --force goes on all the same")
+                             " --force resumes anyway")
         self.close()
         self.position = state["position"]
 
 
 def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, device="cpu"):
-    """Yields this rank's x, y of the stream's first max_tokens tokens, in order, every window on exactly one rank.
+    """Yields this rank's x, y of the stream's first max_tokens tokens, in order, each window on exactly one rank.
 
-    The windows are the same for any B and number of ranks; the last batch of a rank may have fewer than B rows. All
-    ranks yield equally often: one that has no window left yields x, y of no rows.
+    The windows are the same for any B and number of ranks; the last batch of a rank may have fewer than B rows. Every
+    rank yields the same number of batches: a rank without windows left yields x, y with zero rows.
     """
     num_windows = min(max_tokens, len(stream) - 1) // T
     mine = range(num_windows * process_rank // num_processes, num_windows * (process_rank + 1) // num_processes)
@@ -330,13 +344,13 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
 
 
 # -----------------------------------------------------------------------------
-# from what --data names to shards
+# shards for --data
 
 def prepare_data(path):
     """(train shard paths, val shard paths) of a folder of shards, a text file, or a folder of *.txt files.
 
-    Text is tokenized once, into a folder beside it that carries the name, size and time of what was read; a second
-    call finds it there. Raises FileNotFoundError or ValueError for a path with nothing to train on.
+    Text is tokenized once, into a cache folder .tokens beside it, whose key is the name, size and time of the files.
+    Raises FileNotFoundError or ValueError for a path with nothing to train on.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards (python fineweb.py makes one),"
@@ -358,28 +372,28 @@ def prepare_data(path):
 
 
 def split_texts(texts):
-    """(train documents, val documents): about the last tenth of the characters is val.
+    """(train documents, val documents): val is about the last 10% of the characters.
 
-    The cut is the last border in the ninth tenth: between two documents, else after a blank line, else at a line's end;
-    where there is none, it falls at nine tenths.
+    The cut is the last boundary between 80% and 90%: between two documents, else after a blank line, else after a line;
+    without any, it is at 90%.
     Example: ["a line\\n" * 10] -> ["a line\\n" * 9], ["a line\\n"]
     """
     ends = np.cumsum([len(text) for text in texts])
-    i = int(np.searchsorted(ends, ends[-1] * 9 // 10, side="right"))  # the document in which the last tenth begins
+    i = int(np.searchsorted(ends, ends[-1] * 9 // 10, side="right"))  # the document that 90% falls into
     start = int(ends[i]) - len(texts[i])
-    eight_tenths, nine_tenths = int(ends[-1]) * 8 // 10 - start, int(ends[-1]) * 9 // 10 - start  # counted in document i
-    if i > 0 and eight_tenths <= 0:
+    low, high = int(ends[-1]) * 8 // 10 - start, int(ends[-1]) * 9 // 10 - start  # 80% and 90%, as offsets in document i
+    if i > 0 and low <= 0:
         return texts[:i], texts[i:]
-    text, eight_tenths = texts[i], max(0, eight_tenths)
-    blank, newline = (text.rfind(border, eight_tenths, nine_tenths) for border in ("\n\n", "\n"))
-    cut = blank + 2 if blank >= 0 else newline + 1 if newline >= 0 else nine_tenths
+    text, low = texts[i], max(0, low)
+    blank, newline = (text.rfind(boundary, low, high) for boundary in ("\n\n", "\n"))
+    cut = blank + 2 if blank >= 0 else newline + 1 if newline >= 0 else high
     return [*texts[:i], text[:cut]], [text[cut:], *texts[i + 1:]]
 
 
 def tokenize_texts(paths):
-    """Folder with one train and one val shard of the given UTF-8 text files; made once, then found by its name.
+    """Folder with one train and one val shard of the given UTF-8 text files; created once, then found by its key.
 
-    A corpus that does not fit in memory is fineweb.py's work, not this function's.
+    All of the text is held in memory; fineweb.py tokenizes larger corpora.
     """
     stats = [(os.path.basename(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
     key = hashlib.sha256(json.dumps(["split_texts 2, one document a file", stats]).encode()).hexdigest()[:12]
@@ -396,15 +410,15 @@ def tokenize_texts(paths):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it first") from e
     if not any(texts):
-        raise ValueError(f"{paths[0]} is empty; there is nothing to train on")
+        raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
     tokenizer = get_tokenizer()
     temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary, exist_ok=True)  # a run killed here may have had this process id: in containers they recur
+    os.makedirs(temporary, exist_ok=True)  # exists if a killed process had this id: in containers ids recur
     try:
         for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
             tokens = [np.array([EOT, *tokenizer.encode_ordinary(document)], dtype=np.uint16) for document in documents]
             write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), np.concatenate(tokens))
-        if not os.path.isdir(folder):  # another run may have made the same one meanwhile
+        if not os.path.isdir(folder):  # another process may have created it meanwhile
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -41,7 +41,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data import EOT, NUM_TOKENS, TOKENIZER_SHA256, find_shards, get_tokenizer, open_shard, write_shard
-from runtime import ArgumentParser, leave, run_main
+from runtime import ArgumentParser, exit_now, run_main
 from sources import READ_ERRORS, BadFile, estimate_tokens, hub_source, is_damage, local_source, patiently, pieces
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -486,4 +486,4 @@ if __name__ == "__main__":
     try:
         run_main(main)
     except SystemExit as end:  # Python's own end is an abort if one of the daemon threads is inside Arrow's C++ just then
-        leave(end.code or 0)
+        exit_now(end.code or 0)

@@ -41,10 +41,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from checkpoint import load_model
+from convert import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
-from runtime import (ArgumentParser, all_gather, choose_dtype, keep_freed_memory, print0, rank0_first, run_main, setup,
-                     teardown)
+from parallel import all_gather, rank0_first, setup, teardown
+from runtime import ArgumentParser, choose_dtype, keep_freed_memory, print0, run_main
 from scoring import score
 
 STYLES = ("completion", "lm-eval")
@@ -267,17 +267,19 @@ def figures(sums, lengths, labels):
     return result
 
 
-def evaluate(model, hellaswag, dtype, ranks, batch_tokens=None, hidden=None, bar=False, watch=None):
-    """({style: figures}, {style: sums (n, 4)}, {style: number of examples cut}), the same on every rank.
+def evaluate(model, hellaswag, dtype, ranks, batch_tokens=None, hidden=None, bar=False):
+    """({style: metrics}, {style: sums (n, 4)}, {style: number of examples truncated}), the same on every rank.
 
-    bar shows the progress; without it watch is called after each batch, as score calls it.
+    Returns None if a stop is requested meanwhile. bar: show a progress bar.
     """
     results, sums, num_cut = {}, {}, {}
     for style in STYLES:
         lengths, labels = hellaswag.lengths[style], hellaswag.labels
         with progress(style, lengths, labels, bar) as shown:
-            sums[style], num_cut[style] = score(model, hellaswag.encoded[style], dtype, ranks, batch_tokens, hidden,
-                                                shown or watch)
+            scored = score(model, hellaswag.encoded[style], dtype, ranks, batch_tokens, hidden, shown)
+        if scored is None:
+            return None
+        sums[style], num_cut[style] = scored
         results[style] = figures(sums[style], lengths, labels)
     return results, sums, num_cut
 
@@ -299,25 +301,26 @@ def progress(style, lengths, labels, shown):
 
 
 def for_training(source, ranks):
-    """function(raw_model, dtype, check) -> {"hella": completion acc_norm, "hella_lm_eval": lm-eval's}, or None if off.
+    """The HellaSwag to score during training, or None.
 
-    check() is called after each batch, equally often on all ranks; what it raises ends the scoring.
-
-    source: a .jsonl(.gz) file, "auto" (the downloaded validation set; its absence is said once) or "off".
+    source: a .jsonl(.gz) file, "auto" (the validation set if it was downloaded, else a message is printed) or "off".
     """
     if source == "off":
         return None
     if source == "auto":
         source = path_of("val")
         if not all(all_gather(os.path.exists(source), ranks)):
-            print0(f"HellaSwag is off: {source} is not there. Download it with python hellaswag.py, or give --hellaswag FILE")
+            print0(f"HellaSwag is off: {source} does not exist. Download it with python hellaswag.py, or give --hellaswag FILE")
             return None
-    hellaswag = prepare(source)
+    return prepare(source)
 
-    def score_hellaswag(raw_model, dtype, check):
-        results, _, _ = evaluate(raw_model, hellaswag, dtype, ranks, watch=lambda *_: check())
-        return {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
-    return score_hellaswag
+
+def score_in_training(model, hellaswag, dtype, ranks):
+    """{"hella": acc_norm, completion style, "hella_lm_eval": acc_norm, lm-eval style}; {} if a stop is requested meanwhile."""
+    scored = evaluate(model, hellaswag, dtype, ranks)
+    if scored is None:
+        return {}
+    return {"hella": scored[0]["completion"]["acc_norm"], "hella_lm_eval": scored[0]["lm-eval"]["acc_norm"]}
 
 
 # -----------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """
-GPT-2: the network, its sizes, its weights under Hugging Face's names, its optimizers.
-
-Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its code
-https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners" (GPT-3, Brown et al. 2020)
-for the GPT-3 sizes and learning rates; "PaLM" (Chowdhery et al. 2022, appendix B) for the FLOPs a token.
+GPT-2: the network, its sizes, OpenAI's weights, and its optimizers.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig())                  # 124M, random weights
-    model = GPT.from_pretrained("gpt2-xl")    # OpenAI's weights, from the Hugging Face Hub or a local folder
+    model = GPT.from_pretrained("gpt2-xl")    # OpenAI's weights, from the Hub or a local folder
     logits, loss = model(idx, targets)
 
-Shapes, everywhere in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
+Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its
+code https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners" (GPT-3,
+Brown et al. 2020) for the GPT-3 sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs per token.
+
+Shapes in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
 hs head size (C / nh), V vocabulary (vocab_size).
 """
 import json
@@ -27,48 +27,49 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024   # longest context, tokens
-    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>; training pads it to 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    bias: bool = True        # in Linear and LayerNorm, as GPT-2 has it
-    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help when fine-tuning on little text
+    block_size: int = 1024   # maximum context length, tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>
+    n_layer: int = 12        # number of blocks
+    n_head: int = 12         # attention heads per block
+    n_embd: int = 768        # channels of the residual stream
+    bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
+    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 can help when fine-tuning on little text
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
         if self.n_embd % self.n_head != 0:
             fits = [nh for nh in range(1, self.n_embd + 1) if self.n_embd % nh == 0]
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_head that fit: {fits}")
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
+                             f" n_head that fit: {fits}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and less than 1")
 
     @classmethod
     def from_hf(cls, hf_config):
-        """The GPTConfig of a Hugging Face GPT2Config, given as the object or as the dict of its config.json.
+        """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
 
-        Raises ValueError for a variant that is not GPT-2 as OpenAI released it (another activation, scaled attention
-        by layer, an inner width that is not 4C, an lm_head of its own).
+        Raises ValueError for a variant of GPT-2 that this network does not implement (another
+        activation, attention scaled by layer, an inner width other than 4C, an untied lm_head).
         """
         hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
-                "tie_word_embeddings": True}
+        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                "layer_norm_epsilon": 1e-5, "add_cross_attention": False, "tie_word_embeddings": True}
         for name, want in gpt2.items():
             got = hf.get(name, want)
             if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
                 raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
-        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
-                   n_head=hf["n_head"], n_embd=hf["n_embd"])
+        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
+                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
 
 
-# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where the printed heads and width do not divide
-# (XL: 24 x 128 against 2048), the head size follows the width.
+# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do
+# not equal the width (XL: 24 x 128 against 2048), we keep the width and the head size.
 #                   n_layer n_head n_embd block_size
 SIZES = {
-    "gpt2":            (12,  12,   768,  1024),  #  124M
+    "gpt2":            (12,  12,   768,  1024),  #  124M parameters
     "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
     "gpt2-large":      (36,  20,  1280,  1024),  #  774M
     "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
@@ -77,15 +78,13 @@ SIZES = {
     "gpt3-large":      (24,  16,  1536,  2048),  #  760M
     "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
 }
-
-
-PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these
+PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these weights
 
 
 def config_for(size, **changes):
-    """GPTConfig of a name in SIZES, with any field changed: config_for("gpt2", vocab_size=50304)."""
+    """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
     if size not in SIZES:
-        raise ValueError(f"unknown model size {size!r}; there are: {', '.join(SIZES)}")
+        raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
     n_layer, n_head, n_embd, block_size = SIZES[size]
     fields = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
     return GPTConfig(**{**fields, **changes})
@@ -95,15 +94,17 @@ def config_for(size, **changes):
 # the network
 
 def cached_attention(q, k, v, attn_mask, cache, pos):
-    """Attention (B, nh, T, hs) of one layer's q, k, v, (B, nh, T, hs) each, whose cache is (2, B, nh, max_T, hs).
+    """Attention (B, nh, T, hs) with a KV cache: q, k, v (B, nh, T, hs) are those of the new tokens.
 
-    Row b's token at position t has its key and value at cache[:, b, :, t], whatever the other rows' lengths are.
+    cache (2, B, nh, max_T, hs) holds one layer's keys and values; the new ones are written into it
+    at positions pos. Row b's token at position t is at cache[:, b, :, t], so rows may differ in length.
     """
     B, _, T, _ = q.size()
     rows, columns = torch.arange(B, device=q.device)[:, None], pos.expand(B, T)
     for kept, new in zip(cache, (k, v)):
         kept[rows, :, columns] = new.transpose(1, 2).to(kept.dtype)     # (B, T, nh, hs)
     if attn_mask is None:
+        # the first tokens of a text: there is nothing else in the cache to attend to
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     k, v = cache[:, :, :, :attn_mask.size(-1)]                          # (B, nh, S, hs)
     return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask).to(q.dtype)
@@ -113,8 +114,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # query, key and value of all heads in one matrix
+        # key, query, value projections for all heads, in one matrix: one large matmul, not 3 nh small ones
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # output projection, which mixes the heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -122,17 +124,22 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, attn_mask=None, cache=None, pos=None):
         B, T, C = x.size()
+        # nh is "number of heads", hs is "head size", and C = nh * hs
+        # e.g. in GPT-2 (124M), n_head=12, hs=64, so nh*hs=C=768 channels in the Transformer
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
+        # the heads become a batch dimension: each one attends on its own
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is None:
-            # flash attention: softmax(q k^T / sqrt(hs)) v without ever storing the (T, T) matrix
+            # flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v, causally masked,
+            # without ever storing the (T, T) matrix
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
             y = cached_attention(q, k, v, attn_mask, cache, pos)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)                # heads side by side again
+        # re-assemble the head outputs side by side; transpose leaves strides that view cannot take
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -141,13 +148,13 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        # GPT-2 was trained with the tanh approximation, so its weights need it
+        # OpenAI trained GPT-2 with the tanh approximation; its weights need it
         self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))       # (B, T, C)
 
 
 class Block(nn.Module):
@@ -160,9 +167,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, attn_mask=None, cache=None, pos=None):
-        # pre-norm: the residual stream itself is never normalised, so gradients reach the embeddings unchanged
-        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)
-        x = x + self.mlp(self.ln_2(x))
+        # pre-norm: the LayerNorms are inside the branches, so the residual stream runs unchanged from
+        # the embeddings to the top, and gradients flow back along it undiminished
+        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)          # tokens exchange information
+        x = x + self.mlp(self.ln_2(x))                                  # each token on its own
         return x
 
 
@@ -171,59 +179,65 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # the names are those of OpenAI's and Hugging Face's checkpoints
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=nn.Embedding(config.vocab_size, config.n_embd),         # token embeddings
+            wpe=nn.Embedding(config.block_size, config.n_embd),         # learned position embeddings
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),         # GPT-2 adds a final LayerNorm
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # weight tying: what a token looks like coming in is what it is compared with going out
+        # weight sharing scheme (Press and Wolf 2017): tokens that are similar as inputs should be similar
+        # as outputs; one matrix serves both and saves 38M of 163M parameters
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's initialisation, drawn from torch's global generator."""
+        """GPT-2's initialization, drawn from torch's global generator."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)      # openai/gpt-2, src/model.py
             if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
-                nn.init.zeros_(module.bias)
-        # positions are drawn smaller than tokens (openai/gpt-2 src/model.py)
+                nn.init.zeros_(module.bias)                             # torch's default is uniform
+        # OpenAI's code draws positions with a smaller std than tokens; the lecture takes 0.02 for both
         nn.init.normal_(self.transformer.wpe.weight, mean=0.0, std=0.01)
-        # the residual stream is a sum of 2 n_layer contributions; this keeps its variance where it was (GPT-2, 2.3)
+        # Each block adds to the residual stream twice. A sum of 2 n_layer contributions has sqrt(2 n_layer)
+        # times the std of one; scaling down the last matrix of each branch cancels that (GPT-2, section 2.3).
         for block in self.transformer.h:
             for c_proj in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     @classmethod
     def empty(cls, config):
-        """A GPT to load weights into: its memory holds anything, since drawing weights would take longer than loading."""
+        """A GPT with uninitialized parameters, to load weights into; drawing them would take longer."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
-        model.transformer.wte.weight = model.lm_head.weight  # to_empty has made two of the tied one
+        model.transformer.wte.weight = model.lm_head.weight             # to_empty has separated them
         return model
 
     def crop_block_size(self, block_size):
-        """Keeps the first block_size positions alone; ValueError for more than there are."""
+        """Keeps the first block_size positions; ValueError for more than there are."""
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size {block_size} is over the {self.config.block_size} positions that these weights"
-                             " know; give that many or fewer")
+            raise ValueError(f"block_size {block_size} is over the {self.config.block_size} positions of these"
+                             " weights; use that many or fewer")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+        wpe = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
 
     def hidden(self, idx, pos, attn_mask=None, cache=None):
-        """What the lm_head reads: (B, T, C) for tokens idx (B, T) at positions pos, (T) or (B, T), both int64.
+        """Final hidden states (B, T, C) of tokens idx (B, T) int64 at positions pos (T) or (B, T) int64.
 
-        attn_mask (B, 1, T, T) bool, True where a token (dim 2) may look at another (dim 3), takes the causal mask's
-        place: several texts can share a row, or texts a beginning. T may then exceed block_size, positions may not.
+        attn_mask (B, 1, T, T) bool replaces the causal mask: True where a token (dim 2) may attend to
+        another (dim 3). So several texts can share a row, or a common prefix. T may then exceed
+        block_size; positions may not.
 
-        cache, from make_cache, is given idx's keys and values. Without a mask it is written only: a prompt begins. With
-        one, then (B, 1, T, S), idx looks at what the cache holds for positions 0 to S-1, idx's own among them.
+        cache, from make_cache, receives the keys and values of idx. Without a mask idx attends to
+        itself, causally: a prompt. With a mask (B, 1, T, S) idx attends to positions 0 to S-1 of the
+        cache, its own included.
         """
+        # tokens and positions share one space: the model can tell the same token at two places apart
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -231,32 +245,35 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def make_cache(self, B, max_T):
-        """Room for the keys and values of B rows of at most max_T tokens, (n_layer, 2, B, nh, max_T, hs)."""
+        """Allocates the KV cache of B rows of up to max_T tokens, (n_layer, 2, B, nh, max_T, hs)."""
         wte, config = self.transformer.wte.weight, self.config
         device_type = wte.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else wte.dtype
-        if device_type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            # for a single query, torch's bf16 attention on a CPU takes three times as long as its float32 one
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else wte.dtype
+        if device_type == "cpu" and not autocast:
+            # for a single query torch's bf16 attention on a CPU is three times slower than float32 (measured)
             dtype = torch.float32
         shape = config.n_layer, 2, B, config.n_head, max_T, config.n_embd // config.n_head
         return torch.zeros(shape, dtype=dtype, device=wte.device)
 
     def forward(self, idx, targets=None):
-        """Logits for idx (B, T) int64, and the mean cross entropy when targets (B, T) int64 are given.
+        """(logits, loss) of tokens idx (B, T) int64.
 
-        With targets: logits (B, T, V) and a float32 scalar loss; targets of -100 are left out of the mean.
-        Without: logits of the last position alone, (B, 1, V), and None: sampling needs no more.
-        Raises ValueError for T over block_size.
+        With targets (B, T) int64: logits (B, T, V) without gradient, and the mean cross entropy, a
+        float32 scalar; targets of -100 are ignored. Without: logits of the last position (B, 1, V),
+        all that sampling needs, and None. Raises ValueError for T over block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens; this model's block_size is {self.config.block_size}")
+            raise ValueError(f"a sequence of {T} tokens is over this model's block_size {self.config.block_size}")
         x = self.hidden(idx, torch.arange(T, device=idx.device))        # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
         logits = self.lm_head(x)                                        # (B, T, V)
-        # cross_entropy in float32 whatever autocast made of the logits; under torch.compile the cast is fused away
+        # float32 whatever autocast made of the logits: a bf16 logit near 10 is a multiple of 1/16;
+        # cross_entropy takes (N, V) and (N), so batch and time become one dimension
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-100)
+        # detached: the compiled backward would fill a gradient of zeros as large as the logits
         return logits.detach(), loss
 
     # -------------------------------------------------------------------------
@@ -268,132 +285,138 @@ class GPT(nn.Module):
         return n if with_wpe else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self, T):
-        """Floating point operations of one training token (forward and backward) in a sequence of T tokens.
+        """Floating point operations of training on one token (forward and backward) at sequence length T.
 
-        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's multiplies and adds once forward and twice
-        backward; attention does the same with T keys and values of H Q = C channels. The causal half is not
-        subtracted, as is the custom, so that figures can be compared.
+        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's has a multiplication and an addition
+        in the forward and two of each in the backward; attention the same for T keys and values of
+        H Q = C channels. By convention the causal half is not subtracted, so that figures compare.
         """
         return 6 * self.num_params(with_wpe=False) + 12 * self.config.n_layer * self.config.n_embd * T
 
     # -------------------------------------------------------------------------
-    # weights from and to Hugging Face
+    # OpenAI's weights, in Hugging Face's layout
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a Hub repository, or a folder.
+
+        A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository does.
+        Raises FileNotFoundError if neither the folder nor the Hub has them, ValueError if damaged.
+        """
+        config, hf_state_dict = read_hf(name_or_folder)
+        model = cls.empty(config)
+        model.load_hf_state_dict(hf_state_dict)
+        return model
 
     def load_hf_state_dict(self, hf_state_dict):
-        """Takes over the weights of a GPT2LMHeadModel's or GPT2Model's state dict: a pure map of names and layouts.
+        """Loads the state dict of a transformers GPT2LMHeadModel or GPT2Model.
 
-        A vocabulary smaller than ours (50257 against a padded 50304) leaves the rows past it at zero.
-        Raises ValueError naming the tensors that are missing, not GPT-2's, or of another shape.
+        If its vocabulary is smaller than ours (50257 for a padded 50304), the remaining rows are zero.
+        Raises ValueError naming tensors that are missing, unexpected, or of another shape.
         """
-        theirs = {name.removeprefix("transformer."): tensor for name, tensor in our_names(hf_state_dict).items()}
-        theirs.pop("lm_head.weight", None)
-        ours = {name.removeprefix("transformer."): p for name, p in self.named_parameters()}
-        if not self.config.bias:  # Hugging Face's GPT-2 always has biases; a model without may leave out zeros alone
-            theirs = {name: t for name, t in theirs.items() if not name.endswith(".bias") or t.count_nonzero() > 0}
-        wrong = sorted(ours.keys() ^ theirs.keys())
-        if wrong:
+        theirs, ours = from_hf_names(hf_state_dict), self.state_dict()
+        if not self.config.bias:
+            # Hugging Face's GPT-2 always has biases; a model without them can only ignore zeros
+            theirs = {name: t for name, t in theirs.items()
+                      if not name.endswith(".bias") or t.count_nonzero() > 0}
+        if wrong := sorted(ours.keys() ^ theirs.keys()):
             raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side only"
-                             f" ({len(wrong)} tensors in all); is n_layer={self.config.n_layer} theirs too?")
+                             f" ({len(wrong)} tensors in all); is its n_layer {self.config.n_layer}?")
         for name, tensor in theirs.items():
-            rows = tensor.shape[0] if name == "wte.weight" else ours[name].shape[0]
+            is_vocab = name in ("transformer.wte.weight", "lm_head.weight")
+            rows = tensor.shape[0] if is_vocab else ours[name].shape[0]
             if tensor.shape != ours[name][:rows].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has {tuple(ours[name].shape)}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has"
+                                 f" {tuple(ours[name].shape)}")
             with torch.no_grad():
                 ours[name][:rows].copy_(tensor)
                 ours[name][rows:].zero_()
 
     def hf_state_dict(self, vocab_size=50257, dtype=None):
-        """This model's weights as a GPT2LMHeadModel names and lays them out; padded vocabulary rows are cut off.
+        """This model's weights as a GPT2LMHeadModel stores them, without the padding of the vocabulary.
 
-        dtype: torch.bfloat16, say; default the weights' own.
-
-        Tensors share memory with the model where their layout allows. The tied lm_head is left to Hugging Face.
+        dtype: torch.bfloat16, say; default the weights' own. The tied lm_head is omitted, as in
+        Hugging Face's files. Tensors share memory with the model where their layout is the same.
         """
         state_dict = {}
         for name, p in self.named_parameters():
             tensor = p.detach().to(dtype or p.dtype)
-            state_dict[name] = tensor.t().contiguous() if is_conv1d(name) else tensor
-        if not self.config.bias:  # Hugging Face's GPT-2 always has biases
-            for name, p in self.named_parameters():
-                if not name.startswith(("transformer.wte", "transformer.wpe")):
-                    state_dict[name.removesuffix("weight") + "bias"] = p.new_zeros(p.shape[0], dtype=dtype)
+            state_dict[name] = tensor.t().contiguous() if is_transposed(name) else tensor
+            if not self.config.bias and not name.startswith(("transformer.wte", "transformer.wpe")):
+                # Hugging Face's GPT-2 always has biases
+                state_dict[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[0])
         wte = "transformer.wte.weight"
         state_dict[wte] = state_dict[wte][:vocab_size]
         return state_dict
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder):
-        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a Hub repository, or a local folder.
-
-        A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository leaves them.
-        Raises FileNotFoundError when neither the folder nor the Hub has the two files, ValueError for a damaged one.
-        """
-        config, weights = read_hf(name_or_folder)
-        model = cls.empty(config)
-        model.load_hf_state_dict(weights)
-        return model
-
     # -------------------------------------------------------------------------
     # optimizers
 
-    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95), optimizer="adamw", embd_lr_ratio=1.0):
-        """The list of optimizers that train this model; each param group's "lr_scale" is its factor on the schedule.
+    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95), optimizer="adamw",
+                             embd_lr_ratio=1.0):
+        """The list of optimizers that train this model.
 
-        adamw: decay on every tensor of two or more dimensions (matrices and embeddings), none on biases and norms,
-        as in the GPT-3 paper; embd_lr_ratio scales the embeddings' learning rate. muon: Muon (Jordan et al. 2024) for
-        the matrices inside the blocks, which it orthogonalises, and AdamW for the rest, as its authors have it.
+        Each param group's "lr_scale" is its factor on the scheduled learning rate; embd_lr_ratio is
+        that of the embeddings. adamw: weight decay as in the GPT-3 paper. muon: Muon (Jordan et al.
+        2024) for the matrices inside the blocks, whose updates it orthogonalizes, AdamW for the rest.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        # weight decay on all tensors of two or more dimensions: the weights in matmuls and embeddings;
+        # none on biases and LayerNorms
         hidden = [p for name, p in params.items() if p.dim() >= 2 and name.startswith("transformer.h.")]
-        embeddings = [p for name, p in params.items() if p.dim() >= 2 and not name.startswith("transformer.h.")]
+        embeddings = [p for name, p in params.items()
+                      if p.dim() >= 2 and not name.startswith("transformer.h.")]
         vectors = [p for p in params.values() if p.dim() < 2]
-        # fused: one kernel for the whole update in place of a loop over tensors; torch has it for these devices
+        # fused: one kernel updates all tensors, instead of a loop; torch has it for these devices
         fused = embeddings[0].device.type in ("cuda", "cpu")
+
         def adamw(*groups):
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
-        wide = {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embd_lr_ratio}
-        rest = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
+        hidden_group = {"params": hidden, "weight_decay": weight_decay, "lr_scale": 1.0}
+        embedding_group = {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embd_lr_ratio}
+        vector_group = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
         if optimizer == "adamw":
-            return [adamw({"params": hidden, "weight_decay": weight_decay, "lr_scale": 1.0}, wide, rest)]
+            return [adamw(hidden_group, embedding_group, vector_group)]
         if optimizer != "muon":
-            raise ValueError(f"unknown optimizer {optimizer!r}; there are: adamw, muon")
-        # match_rms_adamw (Liu et al. 2025): updates as large as AdamW's would be, so that one learning rate serves both
-        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate, weight_decay=weight_decay,
-                                adjust_lr_fn="match_rms_adamw")
-        return [muon, adamw(wide, rest)]
+            raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon")
+        # match_rms_adamw (Liu et al. 2025) scales updates to the size of AdamW's: one learning rate fits both
+        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
+                                weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return [muon, adamw(embedding_group, vector_group)]
 
 
 # -----------------------------------------------------------------------------
-# Hugging Face's layout and files
+# Hugging Face's names and files
 
-def is_conv1d(name):
-    """Whether a parameter is one that OpenAI's code keeps transposed: "h.0.attn.c_attn.weight" -> True."""
+def is_transposed(name):
+    """Whether Hugging Face stores a parameter transposed: "h.0.attn.c_attn.weight" -> True."""
+    # OpenAI's checkpoints use a "Conv1D" module, weight (in, out); a Linear's is (out, in)
     return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
 
 
-def our_names(hf_state_dict):
-    """A GPT2LMHeadModel's or GPT2Model's state dict under this file's names and layouts; the tensors are views.
+def from_hf_names(hf_state_dict):
+    """The state dict of a GPT2LMHeadModel or GPT2Model in our names and layouts; its tensors are views.
 
-    Raises ValueError for an lm_head of its own.
+    Raises ValueError for an untied lm_head.
     """
     weights = {}
     for name, tensor in hf_state_dict.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # causal masks, which old files hold as buffers
+        # OpenAI's files and GPT2Model's lack the prefix
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        # .attn.bias and .attn.masked_bias are causal masks that old files hold as buffers
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
-            # openai's checkpoints keep c_* as "Conv1D", (in, out); a Linear has (out, in)
-            weights[name] = tensor.t() if is_conv1d(name) else tensor
+        weights[name] = tensor.t() if is_transposed(name) else tensor
     wte, lm_head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
     if wte is not None and lm_head is not None and not torch.equal(wte, lm_head):
-        raise ValueError("lm_head.weight and wte.weight differ; GPT-2 has one matrix for both, so this is not one")
+        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head), so it is not a GPT-2")
     if wte is not None:
-        weights["lm_head.weight"] = wte
+        weights["lm_head.weight"] = wte  # files omit it: it is tied
     return weights
 
 
 def read_hf(name_or_folder):
-    """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes; it says what is raised."""
+    """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     config_path, names = hub_file(name_or_folder, "config.json"), ["model.safetensors"]
@@ -402,42 +425,44 @@ def read_hf(name_or_folder):
         with open(config_path, encoding="utf-8") as f:
             config = GPTConfig.from_hf(json.load(f))
         if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
-            with open(index, encoding="utf-8") as f:  # transformers cuts what is larger than a few GB into several files
+            # transformers splits weights over a few GB into several files
+            with open(index, encoding="utf-8") as f:
                 names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if str(e).startswith("not a GPT-2"):
             raise
-        raise ValueError(f"{config_path} is not a GPT-2's config.json ({e!r}); download it again") from e
+        raise ValueError(f"{config_path} is not the config.json of a GPT-2 ({e!r}); download it again") from e
     weights = {}
     for name in names:
         path = hub_file(name_or_folder, name)
         try:
             weights |= load_file(path)
         except SafetensorError as e:
-            raise ValueError(f"{path} is cut short or damaged ({e}); download it again") from e
+            raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
     return config, weights
 
 
 def hub_file(name_or_folder, filename):
-    """Path of one file of a local folder, or of a Hub repository after downloading it to huggingface_hub's cache."""
+    """Path of a file in a local folder, or of a Hub repository's file in huggingface_hub's cache."""
     if os.path.isdir(name_or_folder):
         path = os.path.join(name_or_folder, filename)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder holds config.json"
-                                    " and model.safetensors")
+            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder holds"
+                                    " config.json and model.safetensors")
         return path
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     repo = f"openai-community/{name_or_folder}" if name_or_folder in PRETRAINED else name_or_folder
     unreachable = None
-    try:  # asks once: hf_hub_download asks for 24 seconds before it says that there is no internet
+    try:
+        # a single request: hf_hub_download retries for 24 seconds before it reports no connection
         get_hf_file_metadata(hf_hub_url(repo, filename))
     except (OSError, ValueError):
-        pass  # the Hub has answered, or we were told to stay offline: hf_hub_download knows what to do
-    except Exception as e:  # its HTTP library's own: no connection. What is in the cache will do
+        pass  # the Hub answered, or offline mode is on: hf_hub_download handles both
+    except Exception as e:  # its HTTP library's own class: no connection, so use the cache
         unreachable = e
     try:
         return hf_hub_download(repo, filename, local_files_only=unreachable is not None)
     except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
         why = str(unreachable or e).strip().splitlines()[0]
-        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}: {why}. Without internet,"
-                                " name a local folder that holds config.json and model.safetensors") from e
+        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}: {why}. Without"
+                                " internet, name a local folder that holds config.json and model.safetensors") from e

@@ -1,73 +1,176 @@
 """
-Training on more than one device: what the ranks share out, and full checkpoints of it.
+Training on more than one device: the process group, its collectives, and what each rank holds.
 
-    ddp     every rank holds all: weights, gradients, AdamW's two moments
-    zero    the moments are shared out (ZeRO stage 1; Rajbhandari et al. 2020), the rest is as in ddp
-    fsdp    weights, gradients and moments are shared out (FSDP2, torch's fully_shard); a block's weights are gathered
-            for as long as it computes
+    ddp     every rank holds all weights, gradients and AdamW's two moments
+    zero    the moments are sharded (ZeRO stage 1, Rajbhandari et al. 2020); the rest as in ddp
+    fsdp    weights, gradients and moments are sharded (FSDP2, torch's fully_shard); a block's weights are gathered
+            while it computes
 
-and with activation checkpointing a block keeps only its input, and computes the rest again when its gradient is due
-(Chen et al. 2016). None of them changes what is computed: losses agree to rounding, and a checkpoint is the same file.
-config.py's estimate_memory says what each needs.
+With activation checkpointing a block keeps only its input and recomputes its activations in the backward (Chen et al.
+2016). None of these changes what is computed: losses agree to rounding, and a checkpoint is the same file.
+config.estimate_memory says what each needs.
+
+torch.distributed.fsdp is imported only where it shards: it would double the time of `--help`.
 """
+import contextlib
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from checkpoint import snapshot
 from model import GPT
-from runtime import all_gather, barrier, compile_for_training, print0
+from runtime import StopSignals, autocast, choose_device, get_rng_state, print0, set_rng_state
+
+# -----------------------------------------------------------------------------
+# the process group
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of torchrun; Ranks(0, 0, 1, device, False) without torchrun."""
+    rank: int
+    local_rank: int   # on this machine
+    world_size: int
+    device: str       # "cuda:0", "mps", "cpu"
+    ddp: bool         # started by torchrun
+
+    @property
+    def device_type(self):
+        """What autocast takes: "cuda", never "cuda:0"."""
+        return self.device.split(":")[0]
+
+    @property
+    def master_process(self):
+        """Whether this rank prints and writes files."""
+        return self.rank == 0
 
 
-def recomputed(forward, device_type):
-    """forward, keeping nothing but its arguments for the backward, which runs it again with the same random numbers."""
-    def checkpointed(*args):
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        # autocast keeps the weights that it casts until it is left, for the next use: here there is none, and they are large
-        with torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
-                            cache_enabled=False):
-            return recompute(forward, *args, use_reentrant=False)
-    return checkpointed
+def setup(device="auto", timeout_minutes=10):
+    """The Ranks of this process; joins the process group if torchrun started it (NCCL on CUDA, gloo otherwise)."""
+    device = choose_device(device)
+    ddp = "RANK" in os.environ  # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    if not ddp:
+        return Ranks(0, 0, 1, device, False)
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    timeout = timedelta(minutes=timeout_minutes)
+    if device.startswith("cuda"):
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started {local_rank + 1} processes or more on this machine, which has"
+                             f" {torch.cuda.device_count()} GPUs: --nproc_per_node={torch.cuda.device_count()}")
+        device = f"cuda:{local_rank}"
+        # before init_process_group, and named there too: otherwise NCCL guesses the device and may hang
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device(device), **store_of_this_start(timeout))
+    else:
+        dist.init_process_group("gloo", timeout=timeout, **store_of_this_start(timeout))
+    return Ranks(rank, local_rank, world_size, device, True)
 
 
-def shard(raw_model, ranks):
-    """Leaves each rank its part of every parameter (a DTensor), block by block, on its device; in place.
+def store_of_this_start(timeout):
+    """Arguments of init_process_group: none, or a new store if torchrun may restart the ranks (--max-restarts).
 
-    Gradients are summed over the ranks in every micro-step: until then, each rank would have to hold them whole.
-    Weights are gathered in float32, and autocast casts them as it does in DDP: cast by FSDP's MixedPrecisionPolicy, a
-    block's LayerNorms and its residual stream would be 16 bits wide too. The price is a gather of twice the bytes.
+    torchrun's own store outlives its ranks (torch 2.11 to 2.13). Restarted ranks would read the addresses and the NCCL
+    id that the previous ones left in it, and hang. So rank 0 opens another store and publishes its port in torchrun's.
     """
-    mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
-    for module in (*raw_model.transformer.h, raw_model):  # the root last: it takes the rest, the tied wte and lm_head in it
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        if ranks.device_type == "cpu":
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no mean to rely on; SUM, then divide
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return {}
+    host, rank, world_size = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torchruns = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        torchruns.set("port of this start", str(store.port))
+    else:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not is_open(host, port := int(torchruns.get("port of this start"))):  # of a rank 0 that has died
+            if time.monotonic() > deadline:
+                raise ValueError(f"rank 0 opened no store on {host} within --timeout; see what it printed")
+            time.sleep(0.1)
+        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
-def is_fsdp(config, ranks):
-    """Whether the weights are to be shared out; the model is then built on the CPU, for it need not fit on one device."""
-    return config.parallel == "fsdp" and ranks.ddp
+def is_open(host, port):
+    """Whether a process listens on a TCP port."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
+
+def teardown():
+    """Leaves the process group, if there is one. NCCL's destruction waits for the other ranks: not after an error."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -----------------------------------------------------------------------------
+# collectives; every rank must call them
+
+def all_reduce_sum(tensor, ranks):
+    """tensor summed over the ranks, in place, and returned. SUM is the one reduction every backend implements right."""
+    if ranks.ddp:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_gather(value, ranks):
+    """[value of rank 0, value of rank 1, ...]; any plain value or tensor on the CPU."""
+    if not ranks.ddp:
+        return [value]
+    values = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(ranks):
+    """Waits until every rank has called it."""
+    if ranks.ddp:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank0_first(ranks):
+    """Runs the body on rank 0, then on the others, which find what rank 0 wrote to disk."""
+    if not ranks.master_process:
+        barrier(ranks)
+    yield
+    if ranks.master_process:
+        barrier(ranks)
+
+
+def stop_requested(ranks):
+    """Name of a signal that any rank has received ("SIGTERM", ...), or None: the same answer on every rank."""
+    if not ranks.ddp:
+        return StopSignals.received
+    received = torch.tensor(float(StopSignals.received is not None), device=ranks.device)
+    if all_reduce_sum(received, ranks).item() == 0:
+        return None
+    return max(all_gather(StopSignals.received or "", ranks))  # two kinds at once are rare: either one will do
+
+
+# -----------------------------------------------------------------------------
+# the model to train
 
 def wrap(raw_model, config, steps, B, dtype, ranks):
-    """The module to train: raw_model with what the config asks for. Under fsdp raw_model itself, now sharded.
+    """The module to train: raw_model compiled and wrapped in DDP, or under fsdp raw_model itself, sharded in place.
 
-    steps: of the run, which torch.compile is worth it for or not. Call it before the optimizers are made.
+    steps: length of the run, which decides whether compilation pays. Call it before the optimizers are created.
     """
     if config.parallel != "ddp" and not ranks.ddp:
-        print0(f"one process has nobody to share with: --parallel {config.parallel} does nothing without torchrun")
+        print0(f"--parallel {config.parallel} is ignored on a single process; start several with torchrun")
     for block in raw_model.transformer.h:
         if config.activation_checkpointing:
-            block.forward = recomputed(block.forward, ranks.device_type)
+            block.forward = recompute_activations(block.forward, ranks.device_type)
         if is_fsdp(config, ranks) and config.compile == "on":
-            block.forward = torch.compile(block.forward)  # inside what gathers the weights
+            block.forward = torch.compile(block.forward)  # inside of what gathers the weights
     if is_fsdp(config, ranks):
         if config.compile == "auto":
             print0("--parallel fsdp is not compiled unless --compile on asks for it (block by block)")
@@ -76,57 +179,127 @@ def wrap(raw_model, config, steps, B, dtype, ranks):
     model = compile_for_training(raw_model, config.compile, steps, B, config.sequence_length, dtype, ranks.device)
     if not ranks.ddp:
         return model
-    barrier(ranks)  # however long each took to compile, here they meet
+    barrier(ranks)  # the ranks compile for different times; the first gradient all-reduce must not time out
     return DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
 
 
+def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
+    """torch.compile(raw_model), warmed up by one forward and backward, or raw_model itself.
+
+    mode: "on", "off", or "auto": if a compiler is available and the run is long enough to earn the time back; if auto
+    then fails, one line says so. The warm-up makes each rank compile before the first gradient all-reduce, whose
+    timeout a slow compiler would exceed.
+    """
+    has_compiler = device.startswith("cuda") or device == "cpu" and bool(shutil.which("g++") or shutil.which("clang++"))
+    if mode == "off" or mode == "auto" and not (has_compiler and steps >= 100):
+        return raw_model
+    print0("compiling ...")
+    start, rng_state = time.time(), get_rng_state(device)
+    model = torch.compile(raw_model)
+    x, y = (torch.zeros((B, T), dtype=torch.long, device=device) for _ in range(2))  # one for both would compile again
+    try:
+        with autocast(device, dtype):
+            _, loss = model(x, y)
+        loss.backward()
+        print0(f"compiled in {time.time() - start:.1f} s")
+    except Exception as e:  # no Python headers, no Triton, a GPU too old, ...
+        if mode == "on" or isinstance(e, torch.OutOfMemoryError):
+            raise
+        print0(f"torch.compile fails on this machine, training eagerly: {type(e).__name__} {str(e).strip()[:160]!r}")
+        model = raw_model
+    raw_model.zero_grad(set_to_none=True)
+    set_rng_state(rng_state, device)
+    return model
+
+
+def recompute_activations(forward, device_type):
+    """forward, storing only its arguments for the backward, which recomputes the rest with the same random numbers."""
+    def checkpointed(*args):
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        # autocast caches the weights it casts until the region ends, for reuse; here there is no reuse, and they are large
+        with torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
+                            cache_enabled=False):
+            return recompute_in_backward(forward, *args, use_reentrant=False)
+    return checkpointed
+
+
+def is_fsdp(config, ranks):
+    """Whether the weights are sharded. The model is then built on the CPU: it need not fit on one device."""
+    return config.parallel == "fsdp" and ranks.ddp
+
+
+def shard(raw_model, ranks):
+    """Leaves each rank its shard of every parameter (a DTensor), block by block, on its device; in place.
+
+    Gradients are reduce-scattered in every micro-step: until then each rank would have to hold them unsharded. Weights
+    are gathered in float32 and autocast casts them, as in DDP; FSDP's MixedPrecisionPolicy would also make the
+    LayerNorms and the residual stream 16 bits wide. The price is twice the bytes in each gather.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
+    for module in (*raw_model.transformer.h, raw_model):  # the root last: it takes the rest, with the tied wte and lm_head
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        if ranks.device_type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no reliable mean: SUM, then divide
+
+
 def make_optimizers(raw_model, config, ranks):
-    """raw_model's optimizers, which under zero update a part of the parameters on each rank and then pass them round."""
+    """raw_model's optimizers; under zero each rank updates a part of the parameters and broadcasts it."""
     optimizers = raw_model.configure_optimizers(config.lr, config.weight_decay, (config.beta1, config.beta2),
                                                 config.optimizer, config.embd_lr_ratio)
     if config.parallel != "zero" or not ranks.ddp:
         return optimizers
-    adamw, = optimizers  # config.py refuses muon
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    adamw, = optimizers  # TrainConfig refuses muon
     defaults = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}  # AdamW's own
     return [ZeroRedundancyOptimizer(adamw.param_groups, torch.optim.AdamW, **defaults)]
 
 
 def clip_grad_norm(raw_model, max_norm):
-    """Scales the whole gradient, over all ranks, down to max_norm; its norm before that, a plain scalar tensor."""
+    """Scales the gradient of all ranks down to a norm of max_norm; its norm before that, a plain scalar tensor."""
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 # -----------------------------------------------------------------------------
-# all of it in one place
+# unsharded tensors: for evaluation, and for checkpoints that any number of ranks can load
 
-def full(tensor):
-    """A detached tensor, whole; all ranks must call it for a sharded one."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, each rank holding a shard of it."""
+    return hasattr(tensor, "full_tensor")
 
 
-def whole(raw_model):
-    """The model to evaluate, score and sample from: raw_model, or a plain copy of it where it is sharded.
+def unsharded_tensor(tensor):
+    """A detached tensor with all of its elements; every rank must call it for a sharded one."""
+    return (tensor.full_tensor() if is_sharded(tensor) else tensor).detach()
 
-    A copy, of 4 bytes a parameter while it is used, because no collective happens inside: ranks may then run other numbers
-    of batches, or call parts of the model. All ranks must call it.
+
+def unsharded_model(raw_model):
+    """The model to evaluate and sample from: raw_model, or an unsharded copy of it under fsdp. Every rank must call it.
+
+    The copy, 4 bytes a parameter while it is used, has no collectives in its forward: ranks may run different numbers of
+    batches, or call parts of the model.
     """
-    if not isinstance(raw_model.lm_head.weight, DTensor):
+    if not is_sharded(raw_model.lm_head.weight):
         return raw_model
     with torch.device("meta"):
         model = GPT(raw_model.config)
-    model.load_state_dict({name: full(p) for name, p in raw_model.named_parameters()}, strict=False, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # named once, for it is one
+    weights = {name: unsharded_tensor(p) for name, p in raw_model.named_parameters()}  # names the tied weight once
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
     return model.train(raw_model.training)
 
 
 def params_of(optimizer):
-    """The parameters of an optimizer in the order of the numbers that its state_dict knows them by."""
+    """The parameters of an optimizer, in the order in which its state_dict numbers them."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def gather_zero(optimizer, ranks):
-    """{parameter's number: {name: tensor}} of all ranks' parts, on rank 0 on the CPU; one tensor at a time."""
+    """{parameter's number: {name: tensor}} of every rank's part, on rank 0's CPU; one tensor at a time."""
     params, states, device = params_of(optimizer), optimizer.optim.state, ranks.device
     shapes = [{name: v.shape for name, v in states[p].items()} if p in states else {} for p in params]
     shapes, gathered = all_gather(shapes, ranks), {}
@@ -143,31 +316,30 @@ def gather_zero(optimizer, ranks):
 def full_state(raw_model, optimizers, ranks):
     """(raw_model's state dict, [state dict of each optimizer]) as one unsharded process has them, copied to the CPU.
 
-    All ranks must call it, and rank 0 alone gets the values. What is sharded is gathered tensor by tensor, so that no
-    device ever holds the whole.
+    Every rank must call it; rank 0 alone gets the values. Sharded tensors are gathered one by one, so that no device
+    ever holds all of them.
     """
     def collect(value):
         if isinstance(value, dict):
             return {name: collect(v) for name, v in value.items()}
-        if not isinstance(value, DTensor):
+        if not is_sharded(value):
             return snapshot(value) if ranks.master_process else None
-        tensor = full(value)
+        tensor = unsharded_tensor(value)
         return tensor.to("cpu", copy=True) if ranks.master_process else None
 
-    params = {name: p.detach() for name, p in raw_model.named_parameters()}
-    weights = collect(params)  # the tied lm_head is not named twice
+    weights = collect({name: p.detach() for name, p in raw_model.named_parameters()})
+    # named_parameters names the tied wte and lm_head once, a state dict twice
     weights = {name: weights.get(name, weights["transformer.wte.weight"]) for name in raw_model.state_dict()}
     states = []
     for optimizer in optimizers:
-        # ZeRO's own state_dict would go through every device, all of it at once
-        state = torch.optim.Optimizer.state_dict(optimizer)
-        gathered = gather_zero(optimizer, ranks) if isinstance(optimizer, ZeroRedundancyOptimizer) else collect(state["state"])
+        state = torch.optim.Optimizer.state_dict(optimizer)  # ZeRO's own would gather everything on every device
+        gathered = gather_zero(optimizer, ranks) if hasattr(optimizer, "optim") else collect(state["state"])
         states.append({"state": gathered, "param_groups": state["param_groups"]})
     return weights, states
 
 
 def load_full_optimizer_state(optimizers, saved):
-    """Puts back the optimizers' state dicts of full_state, as far as they are this rank's."""
+    """Loads the optimizers' state dicts of full_state; each rank keeps its part."""
     for optimizer, full_state_dict in zip(optimizers, saved, strict=True):
         mine = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's AdamW of this rank's parameters
         numbers = {p: i for i, p in enumerate(params_of(optimizer))}
@@ -184,7 +356,8 @@ def load_full_optimizer_state(optimizers, saved):
 
 
 def shard_like(tensor, p):
-    """This rank's part of a full tensor on the CPU, on p's device, where p is sharded and the tensor of its shape."""
-    if not isinstance(p, DTensor) or tensor.shape != p.shape:
+    """This rank's shard of a CPU tensor, on p's device, if p is sharded and the tensor has its shape."""
+    if not is_sharded(p) or tensor.shape != p.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

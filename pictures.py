@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from checkpoint import load_model
+from convert import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
 from plots import write_figure
 from runtime import ArgumentParser, run_main

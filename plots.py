@@ -14,6 +14,9 @@ import os
 
 import numpy as np
 
+from checkpoint import read_config, read_log
+from data import atomic_write
+
 # Figures of others to compare with, by size; "1558M" stands for GPT-3's 1.3B too, "774M" for its 760M.
 # Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; known for 124M alone), on FineWeb val (llm.c's vislog).
 GPT2_LOSS = {"edu": {"124M": 3.2924}, "fineweb": {"124M": 3.4250, "350M": 3.0831, "774M": 3.0006, "1558M": 2.8313}}
@@ -27,31 +30,6 @@ AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training
 
 # -----------------------------------------------------------------------------
 # a run's files
-
-def read_log(path):
-    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names a line that is not a fact."""
-    streams = {}
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                step, stream, value = line.split()
-                streams.setdefault(stream, []).append((int(step), float(value)))
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {line.strip()!r}") from e
-    return streams
-
-
-def read_config(run_dir):
-    """The settings in a run folder's config.json as a dict, {} where there is none; ValueError for one that is no such."""
-    path = os.path.join(run_dir, "config.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f)["config"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not the config.json of a run ({e!r}); move it away to draw without it") from e
-
 
 def size_of(config):
     """The size whose figures a run is compared with: the nearest of "124M", "350M", "774M", "1558M" in parameters.
@@ -246,9 +224,8 @@ def plot_run(run_dir, out=None, baselines=False):
 
 def write_figure(figure, path):
     """Writes a figure as path, a .png, whole or not at all, and returns path."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with atomic_write(path) as f:
+        figure.savefig(f, dpi=110, format="png")
     return path
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from checkpoint import load_model
+from convert import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
 from runtime import DTYPES, ArgumentParser, choose_device, choose_dtype, keep_freed_memory, run_main
 

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from data import NUM_TOKENS
-from runtime import all_reduce_sum, autocast
+from parallel import all_reduce_sum, stop_requested
+from runtime import autocast
 
 def pack(encoded, block_size):
     """([(context, [(ending's number, ending), ...]), ...], number of examples cut): what goes into a row each.
@@ -124,15 +125,15 @@ def score_batch(model, hidden, rows):
 
 
 @torch.no_grad()
-def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, watch=None):
-    """(sums, number of examples cut): sums (n, 4) float64, the summed log-probability of each ending, on every rank.
+def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress=None):
+    """(sums, number of examples truncated): sums (n, 4) float64, the log-probability of each ending, on every rank.
 
-    encoded: from tokenize. The ranks share the batches out; each runs equally many, as sharded weights need it.
-    batch_tokens: positions in the network at a time. hidden: model.hidden or a compiled one. watch(this rank's sums so
+    Returns None if a stop is requested meanwhile. encoded: from hellaswag.tokenize; the batches are split over the ranks.
+    batch_tokens: positions in the network at a time. hidden: model.hidden, or a compiled one. progress(this rank's sums so
     far, fraction done) is called after each batch.
     """
     if model.config.vocab_size < NUM_TOKENS:
-        raise ValueError(f"the model's vocabulary has {model.config.vocab_size} tokens, GPT-2's text {NUM_TOKENS}:"
+        raise ValueError(f"the model's vocabulary has {model.config.vocab_size} tokens, GPT-2's text needs {NUM_TOKENS}:"
                          " HellaSwag cannot be scored")
     batch_tokens = batch_tokens or (4096 if ranks.device == "cpu" else 32768)
     rows, num_cut = pack(encoded, model.config.block_size)
@@ -140,15 +141,19 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, watch=No
     sums = np.zeros(4 * len(encoded))
     was_training = model.training
     model.eval()
-    with autocast(ranks.device, dtype):  # around all batches: it keeps the weights that it cast until it is left
-        for start in range(0, len(batches), ranks.world_size):
-            i = start + ranks.rank
-            number, logprobs = score_batch(model, hidden or model.hidden, batches[min(i, len(batches) - 1)])
-            if i < len(batches):
-                np.add.at(sums, number, logprobs)
-            if watch:
-                watch(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
-    model.train(was_training)
-    # every ending was scored on one rank and is 0 on the others: the sum is exact in any order
+    try:
+        with autocast(ranks.device, dtype):  # around all batches: it caches the weights it casts until the region ends
+            for start in range(0, len(batches), ranks.world_size):  # the same number of times on every rank
+                if stop_requested(ranks):
+                    return None
+                i = start + ranks.rank
+                if i < len(batches):
+                    number, logprobs = score_batch(model, hidden or model.hidden, batches[i])
+                    np.add.at(sums, number, logprobs)
+                if progress:
+                    progress(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
+    finally:
+        model.train(was_training)
+    # each ending was scored on one rank and is 0 on the others: the sum is exact in any order
     total = torch.from_numpy(sums).to(ranks.device, torch.float32 if ranks.device == "mps" else torch.float64)
     return all_reduce_sum(total, ranks).cpu().double().numpy().reshape(-1, 4), num_cut

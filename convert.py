@@ -1,0 +1,466 @@
+"""
+Models in other projects' formats, in and out: what each file holds, and load_model for all of them.
+
+    python convert.py info FILE_OR_FOLDER            # prints what it is
+    python convert.py export RUN_OR_FILE OUT_DIR     # writes a Hugging Face folder; --dtype bfloat16, --push USER/NAME
+    python convert.py convert IN OUT                 # OUT: model.pt (ours), model.bin (llm.c), or a Hugging Face folder
+
+    model, info = load_model("log/shakespeare")      # a run folder, any of the files below, a Hugging Face folder, "gpt2"
+
+    ours            model_00250.pt   see checkpoint.py
+    build-nanogpt   model_19072.pt   {"model", "config": a pickled GPTConfig object, "step", "val_loss"}
+    nanoGPT         ckpt.pt          {"model", "model_args": dict, "iter_num", "best_val_loss", "optimizer", ...}
+    llm.c           model_*.bin      256 little-endian int32 (magic 20240326; version, 3 float32 or 5 bfloat16;
+                                     max_seq_len, vocab_size, num_layers, num_heads, channels, padded_vocab_size; zeros),
+                                     then the tensors in the order of llmc_names, Linear weights as (out, in)
+    Hugging Face    config.json, generation_config.json   of GPT2LMHeadModel
+                    model.safetensors                     float32 or bfloat16, 50257 tokens, without the tied lm_head
+                    vocab.json, merges.txt                byte for byte OpenAI's encoder.json and vocab.bpe
+                    tokenizer.json, tokenizer_config.json the same for the fast tokenizer
+                    README.md                             the model card: sizes, settings and scores of the run
+
+Loading runs no code from a file.
+
+Sources: https://github.com/karpathy/build-nanogpt (train_gpt2.py), https://github.com/karpathy/nanoGPT (train.py),
+https://github.com/karpathy/llm.c (train_gpt2.py: write_model; train_gpt2.cuh), https://github.com/openai/gpt-2
+(src/encoder.py) for the tokenizer, https://huggingface.co/openai-community/gpt2 for Hugging Face's files.
+"""
+import json
+import os
+import re
+import shutil
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+
+from checkpoint import (check_weights, load_file, load_weights, model_contents, paths, read_config, read_log, save_file,
+                        steps_of)
+from data import EOT, NUM_TOKENS, get_tokenizer
+from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf
+from runtime import ArgumentParser, run_main
+
+# -----------------------------------------------------------------------------
+# torch.save's files: ours, build-nanogpt's, nanoGPT's
+
+class PickledConfig:
+    """What build-nanogpt's pickled GPTConfig is loaded as: an object with its fields and no code."""
+
+
+def allow_pickled_config():
+    """Context in which torch.load(weights_only=True) accepts the GPTConfig of the lecture's script, and no other class."""
+    return torch.serialization.safe_globals([(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2")])
+
+
+def config_of(values, path):
+    """The GPTConfig of a dict from a file; ValueError for a field that is missing, unknown, or of another type."""
+    allowed = {f.name: (int, float) if f.type is float else f.type for f in fields(GPTConfig)}
+    if not isinstance(values, dict) or not values.keys() <= allowed.keys():
+        unknown = f"; it has {', '.join(sorted(map(str, values.keys() - allowed.keys())))}" if isinstance(values, dict) else ""
+        raise ValueError(f"the config in {path} is not a GPTConfig, whose fields are {', '.join(sorted(allowed))}{unknown}")
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        if name not in values:
+            raise ValueError(f"the config in {path} lacks {name}")
+    for name, value in values.items():
+        if not isinstance(value, allowed[name]):
+            raise ValueError(f"the config in {path} has {name}={value!r}, expected {allowed[name]}")
+    try:
+        return GPTConfig(**values)
+    except ValueError as e:
+        raise ValueError(f"the config in {path} is invalid: {e}") from e
+
+
+def read_pt(contents, path):
+    """read_model's result for a file of ours, build-nanogpt's or nanoGPT's, from its contents; ValueError for any other."""
+    contents = contents if isinstance(contents, dict) else {}
+    if "model" not in contents or not contents.keys() & {"config", "model_args"}:
+        raise ValueError(f'{path} is not a model checkpoint: it lacks "model" and "config" (model_*.pt of a run) or'
+                         ' "model_args" (nanoGPT)')
+    if "model_args" in contents:
+        kind, config, step, val_loss = "nanoGPT", contents["model_args"], "iter_num", "best_val_loss"
+    else:
+        kind, config, step, val_loss = "this project", contents["config"], "step", "val_loss"
+    if isinstance(config, PickledConfig):
+        kind, config = "build-nanogpt", vars(config)
+    weights = contents["model"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f'"model" in {path} is not a state dict')
+    # torch.compile and DDP prefix the names; the lecture's attention has its causal mask as a buffer
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in weights.items()
+               if not name.endswith(".attn.bias")}
+    wte = weights.get("transformer.wte.weight")
+    if wte is not None and not torch.equal(weights.setdefault("lm_head.weight", wte), wte):
+        raise ValueError(f"{path}: lm_head.weight and wte.weight differ (an untied lm_head), so it is not a GPT-2")
+    info = {"kind": kind, "path": path}
+    for name, value in (("step", contents.get(step)), ("val_loss", contents.get(val_loss))):
+        info[name] = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return config_of(config, path), weights, info
+
+
+# -----------------------------------------------------------------------------
+# llm.c
+
+LLMC_MAGIC, LLMC_HEADER = 20240326, 256         # the header's length in int32
+LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}   # both with a padded vocabulary
+
+
+def llmc_names(n_layer):
+    """Our names of the tensors of a model_*.bin, in its order: each kind of tensor over all layers."""
+    kinds = [f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+             for kind in ("weight", "bias")]
+    return ["transformer.wte.weight", "transformer.wpe.weight",
+            *(f"transformer.h.{i}.{kind}" for kind in kinds for i in range(n_layer)),
+            "transformer.ln_f.weight", "transformer.ln_f.bias"]
+
+
+def is_llmc(path):
+    """Whether a file is for read_llmc: a .bin file that torch.save (a zip) did not write."""
+    with open(path, "rb") as f:
+        start = f.read(4)
+    return start == LLMC_MAGIC.to_bytes(4, "little") or path.endswith(".bin") and not start.startswith(b"PK")
+
+
+def read_llmc(path):
+    """read_model's result for a model_*.bin, memory-mapped; the padding rows of its vocabulary are skipped."""
+    header = np.fromfile(path, dtype="<i4", count=LLMC_HEADER)
+    if len(header) < LLMC_HEADER or header[0] != LLMC_MAGIC:
+        raise ValueError(f"{path} is not an llm.c model: it starts with {header[:1].tolist()}, not {LLMC_MAGIC}"
+                         " (20240520 is a shard of tokens, 20240327 a debug state)")
+    if header[1] not in LLMC_VERSIONS:
+        raise ValueError(f"{path} has version {header[1]} of llm.c's format; supported are 3 (float32) and 5 (bfloat16)")
+    T, V, L, nh, C, rows = header[2:8].tolist()
+    config = config_of(dict(block_size=T, vocab_size=V, n_layer=L, n_head=nh, n_embd=C), path)
+    size = 4 if header[1] == 3 else 2  # bytes per value
+    # wte, wpe, ln_f; per block 12 C x C of matrices, 9 C of their biases, 4 C of norms
+    expected = 4 * LLMC_HEADER + size * (rows * C + T * C + 2 * C + L * (12 * C * C + 13 * C))
+    if rows < V or expected != os.path.getsize(path):
+        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes; its header (padded_vocab_size {rows}) says"
+                         f" {expected:,}: it is truncated or damaged")
+    # mode c, copy on write: torch warns about arrays that are read-only
+    flat = torch.from_numpy(np.memmap(path, dtype="<f4" if size == 4 else "<u2", mode="c", offset=4 * LLMC_HEADER))
+    flat = flat if size == 4 else flat.view(torch.bfloat16)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    weights, offset = {}, 0
+    for name in llmc_names(L):
+        weights[name] = flat[offset:offset + shapes[name].numel()].view(shapes[name])
+        offset += rows * C if name == "transformer.wte.weight" else shapes[name].numel()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return config, weights, {"kind": "llm.c", "path": path, "step": None, "val_loss": None}
+
+
+def write_llmc(model, f, dtype="float32"):
+    """Writes a GPT as llm.c's model_*.bin to the open file f, in float32 or bfloat16, one tensor at a time.
+
+    The vocabulary is cut to 50257 and padded with zero rows to a multiple of 128, as in llm.c; missing biases are zeros.
+    """
+    config, weights = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    V = min(config.vocab_size, NUM_TOKENS)
+    rows = -(-V // 128) * 128
+    header = np.zeros(LLMC_HEADER, dtype="<i4")
+    version = next(version for version, name in LLMC_VERSIONS.items() if name == dtype)
+    header[:8] = (LLMC_MAGIC, version, config.block_size, V, config.n_layer, config.n_head, config.n_embd, rows)
+    f.write(header.tobytes())
+    for name in llmc_names(config.n_layer):
+        tensor = weights[name] if name in weights else torch.zeros(weights[name.removesuffix("bias") + "weight"].shape[0])
+        if name == "transformer.wte.weight":
+            tensor = torch.cat((tensor[:V], tensor.new_zeros(rows - V, config.n_embd)))
+        tensor = tensor.to("cpu", getattr(torch, dtype)).contiguous()
+        f.write(tensor.view(torch.uint8).numpy())
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face: the tokenizer's files
+
+ENDOFTEXT = "<|endoftext|>"
+
+
+def bytes_to_unicode():
+    """{byte: the character that represents it in vocab.json}: printable bytes themselves, the others 256, 257, ...
+
+    vocab.json and merges.txt are text, split at whitespace: the space, 32, is "Ġ".
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def find_merge(token, ranks):
+    """The two parts that byte-pair encoding merges last into a token: find_merge(b"the", ranks) -> [b"t", b"he"].
+
+    All merges of a lower rank are applied, lowest first; two parts remain.
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        _, i = min((ranks.get(parts[i] + parts[i + 1], NUM_TOKENS), i) for i in range(len(parts) - 1))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def tokenizer_files(block_size):
+    """{file name: text} of the tokenizer's four files, from gpt2.tiktoken."""
+    tokenizer, letters = get_tokenizer(), bytes_to_unicode()
+    tokens = [tokenizer.decode_single_token_bytes(rank) for rank in range(EOT)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
+    vocab = {spell(token): rank for token, rank in ranks.items()} | {ENDOFTEXT: EOT}
+    merges = [[spell(part) for part in find_merge(token, ranks)] for token in tokens[256:]]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    fast = {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": EOT, "content": ENDOFTEXT, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True}],
+            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": {**byte_level, "trim_offsets": False},
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges}}
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT,
+              "add_prefix_space": False, "clean_up_tokenization_spaces": False, "errors": "replace",
+              "model_max_length": block_size}
+    return {"vocab.json": json.dumps(vocab), "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+            "tokenizer.json": json.dumps(fast, ensure_ascii=False), "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face: the model's files
+
+def config_files(config, dtype):
+    """{file name: text} of config.json and generation_config.json."""
+    tokens = {"bos_token_id": EOT, "eos_token_id": EOT}
+    model = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+             "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+             "n_ctx": config.block_size, "vocab_size": NUM_TOKENS, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+             "attn_pdrop": config.dropout, "embd_pdrop": config.dropout, "resid_pdrop": config.dropout,
+             "scale_attn_weights": True, "tie_word_embeddings": True, "use_cache": True, "dtype": dtype, **tokens}
+    return {"config.json": json.dumps(model, indent=2), "generation_config.json": json.dumps(tokens, indent=2)}
+
+
+def run_settings(run_dir):
+    """{name: value} of the settings for the model card; no paths, command or host files: a card is public."""
+    path, settings = os.path.join(run_dir, "config.json"), {}
+    config = read_config(run_dir)
+    if "data" in config:
+        settings["training data"] = os.path.basename(os.path.normpath(config["data"]))
+    for name in ("optimizer", "lr", "weight_decay", "total_batch_size", "sequence_length", "seed"):
+        if name in config:
+            settings[name.replace("_", " ") + (", tokens" if name.endswith(("size", "length")) else "")] = config[name]
+    if config:
+        with open(path, encoding="utf-8") as f:
+            run = json.load(f)
+        settings |= {name: run[name] for name in ("dtype", "device", "world_size", "torch", "commit") if run.get(name)}
+    return settings
+
+
+def run_scores(run_dir, step):
+    """{name: value} of the last scores in a run's log.txt up to a step (None: of all steps); {} without the file."""
+    path = os.path.join(run_dir, "log.txt")
+    streams = read_log(path) if os.path.isfile(path) else {}
+    names = {"val": "validation loss (nats per token)", "hella": "HellaSwag acc_norm, completion style",
+             "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style"}
+    scores = {}
+    for stream, name in names.items():
+        values = [value for at, value in streams.get(stream, []) if step is None or at <= step]
+        if values:
+            scores[name] = f"{values[-1]:.4f}"
+    return scores
+
+
+def model_card(model, name, dtype, info):
+    """README.md for the Hub. info is load_model's; its path leads to the run's settings and scores."""
+    config, run_dir, step = model.config, os.path.dirname(info.get("path", "")), info.get("step")
+    settings = {"step": f"{step:,}"} if step is not None else {}
+    settings |= run_settings(run_dir) if info.get("path") else {}
+    scores = run_scores(run_dir, step) if info.get("path") else {}
+    if info.get("val_loss") is not None:
+        scores["validation loss (nats per token)"] = f"{info['val_loss']:.4f}"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "---", f"# {name}", "",
+             f"A GPT-2: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, a context of"
+             f" {config.block_size} tokens, GPT-2's vocabulary of {NUM_TOKENS}; {model.num_params():,} parameters as trained,"
+             f" stored in {dtype}." + ("" if config.bias else " It has no biases; the files hold zeros for them."), "",
+             "```python", "from transformers import pipeline",
+             'generate = pipeline("text-generation", model="PATH_OR_REPOSITORY")',
+             'print(generate("Hello, I\'m a language model,", max_new_tokens=30)[0]["generated_text"])', "```", ""]
+    for title, table in (("Scores", scores), ("Training", settings)):
+        if table:
+            lines += [f"## {title}", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in table.items()),
+                      ""]
+    return "\n".join(lines)
+
+
+def write_hf(model, folder, dtype="float32", info=None):
+    """Writes a Hugging Face folder; its files appear when all of them are complete. dtype: "float32" or "bfloat16".
+
+    Files of other names in an existing folder are kept. ValueError for a vocabulary smaller than GPT-2's.
+    """
+    from safetensors.torch import save_file as save_safetensors
+    if model.config.vocab_size < NUM_TOKENS:
+        raise ValueError(f"this model has a vocabulary of {model.config.vocab_size}, GPT-2's is {NUM_TOKENS}:"
+                         " GPT-2's tokenizer does not fit it")
+    folder = os.path.normpath(folder)
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    os.makedirs(temporary)
+    try:
+        texts = {**config_files(model.config, dtype), **tokenizer_files(model.config.block_size),
+                 "README.md": model_card(model, os.path.basename(folder), dtype, info or {})}
+        for name, text in texts.items():
+            with open(os.path.join(temporary, name), "w", encoding="utf-8", newline="\n") as f:
+                f.write(text)
+        save_safetensors(model.hf_state_dict(NUM_TOKENS, getattr(torch, dtype)),
+                         os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), "rb+") as f:
+                os.fsync(f.fileno())
+        if not os.path.exists(folder):
+            os.rename(temporary, folder)
+        else:
+            for name in sorted(os.listdir(temporary)):
+                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_token():
+    """Raises ValueError without a Hugging Face token to push with."""
+    from huggingface_hub import get_token
+    if get_token() is None:
+        raise ValueError("--push needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder, repo):
+    """Uploads folder to the model repository repo ("user/name"), created if it does not exist; returns its URL."""
+    from huggingface_hub import HfApi
+    try:
+        url = HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload GPT-2")
+    except Exception as e:  # the errors of its HTTP library are neither OSError nor ValueError
+        raise OSError(f"could not push to {repo}: {str(e).strip().splitlines()[0]}; the files are in {folder}") from e
+    return url
+
+
+# -----------------------------------------------------------------------------
+# a model from any source
+
+def is_hf(source):
+    """Whether a source is one of OpenAI's model names, or a Hugging Face folder."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return source in PRETRAINED or any(os.path.isfile(os.path.join(source, name)) for name in names)
+
+
+def model_file(source):
+    """Path of a run folder's newest model file, or source itself if it is a file."""
+    if os.path.isdir(source):
+        steps = steps_of(source, "model")
+        if not steps:
+            raise FileNotFoundError(f"{source} holds no checkpoint, neither a run's model_*.pt nor Hugging Face's"
+                                    " model.safetensors; train first, or name another folder")
+        return paths(source, max(steps))[0]
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file, nanoGPT's"
+                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
+    if source.endswith(".safetensors"):
+        raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
+    return source
+
+
+def read_model(source):
+    """(GPTConfig, state dict under our names, {"kind", "path", "step", "val_loss"}) of what load_model takes.
+
+    The weights are as stored, mostly memory-mapped. "step" and "val_loss" are None if unknown.
+    """
+    if is_hf(source):
+        config, hf_state_dict = read_hf(source)
+        return config, from_hf_names(hf_state_dict), {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
+    path = model_file(source)
+    if is_llmc(path):
+        return read_llmc(path)
+    with allow_pickled_config():
+        contents = load_file(path, mmap=True)
+    return read_pt(contents, path)
+
+
+def load_model(source, device="cpu", block_size=None, dropout=None):
+    """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} if unknown) of a run folder, a file of any format
+    at the top of this module, a Hugging Face folder, or one of OpenAI's names, such as "gpt2-xl".
+
+    block_size: keep the first positions only. dropout: replaces the checkpoint's.
+    """
+    config, weights, info = read_model(source)
+    model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
+    load_weights(model, weights, source)
+    if block_size is not None:
+        model.crop_block_size(block_size)
+    known = info["step"] is not None or info["val_loss"] is not None
+    return model.to(device).eval(), {name: info[name] for name in ("path", "step", "val_loss")} if known else {}
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+def describe(source):
+    """The lines that `info` prints."""
+    config, weights, info = read_model(source)
+    with torch.device("meta"):
+        check_weights(GPT(config), weights, source)
+    tensors = [tensor for name, tensor in weights.items() if name != "lm_head.weight"]  # tied to wte
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+    padding = config.vocab_size - NUM_TOKENS
+    vocab = "GPT-2's" if padding == 0 else f"GPT-2's {NUM_TOKENS}, padded" if 0 < padding < 1024 else "not GPT-2's"
+    lines = {"kind": f"a checkpoint of {info['kind']}",
+             "model": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, context {config.block_size},"
+                      f" {'with' if config.bias else 'without'} biases",
+             "parameters": f"{count:,}, {dtypes}, {size / 1e6:,.1f} MB", "vocabulary": f"{config.vocab_size} ({vocab})",
+             "step": info["step"], "val loss": info["val_loss"] and f"{info['val_loss']:.4f}"}
+    return "\n".join([info["path"], *(f"  {name:<11} {value}" for name, value in lines.items() if value is not None)])
+
+
+def convert(source, out, dtype, overwrite, folder):
+    """Writes source's model to out atomically: a Hugging Face folder if asked for, or if out has no known suffix."""
+    suffix = "" if folder else os.path.splitext(out)[1]
+    if suffix == ".safetensors":
+        raise ValueError(f"{out}: give a folder, which also gets config.json and the tokenizer; or a .pt or .bin file")
+    if os.path.isdir(out) and steps_of(out, "model"):
+        raise ValueError(f"{out} is a run folder, whose config.json would be lost; choose another folder")
+    if (os.path.isfile(out) or os.path.isdir(out) and os.listdir(out)) and not overwrite:
+        raise ValueError(f"{out} exists already; --overwrite replaces it")
+    model, info = load_model(source)
+    if suffix == ".pt":
+        if dtype != "float32":
+            raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
+        save_file({**model_contents(model, info.get("val_loss")), "step": info.get("step")}, out)
+    elif suffix == ".bin":
+        save_file(model, out, lambda model, f: write_llmc(model, f, dtype))
+    else:
+        write_hf(model, out, dtype, info)
+    print(f"wrote {out}: {model.num_params():,} parameters, {dtype}")
+
+
+def main():
+    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
+    takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
+    info = commands.add_parser("info", help="print what a checkpoint is", allow_abbrev=False)
+    info.add_argument("source", help=takes)
+    export = commands.add_parser("export", help="write a Hugging Face folder", allow_abbrev=False)
+    converter = commands.add_parser("convert", help="write another format", allow_abbrev=False)
+    for command, out in ((export, "folder to create"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
+        command.add_argument("source", help=takes)
+        command.add_argument("out", help=out)
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default float32)")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing out")
+    export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    args = parser.parse_args()
+    if args.command == "info":
+        print(describe(args.source))
+        return
+    if args.command == "export" and args.push:
+        check_token()
+    convert(args.source, args.out, args.dtype, args.overwrite, args.command == "export")
+    if args.command == "export" and args.push:
+        print(f"pushed to {push(args.out, args.push)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
