@@ -1,60 +1,82 @@
 """
-Pictures of runs: read log.txt, draw loss, HellaSwag, learning rate, norm and speed, beside GPT-2's and GPT-3's figures.
+Curves of runs, and pictures of a model's weights and attention.
 
-    python plots.py log/shakespeare               # writes log/shakespeare/loss.png
-    python plots.py log/gpt2-124M --baselines     # a run on FineWeb-Edu: with GPT-2's loss on it
+    python plots.py log/shakespeare                  # writes log/shakespeare/loss.png
+    python plots.py log/gpt2-124M --baselines        # a run on FineWeb-Edu, with the loss of OpenAI's GPT-2
     python plots.py log/a log/b --by hours --out comparison.png
+    python plots.py --weights log/shakespeare        # writes wpe.png, c_attn.png, norms.png, attention_0.png ... there
+    python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was tired"
 
-log.txt has one fact a line, `step stream value`; the streams are train, val, hella (acc_norm, completion
-style), hella_lm_eval, lr, norm, tok_per_sec, epoch. A step's number is the number of updates made before it.
+Curves are read from log.txt, one `step stream value` per line. The streams are train, val, hella (acc_norm, completion
+style), hella_lm_eval, lr, norm, tok_per_sec and epoch; step is the number of updates made before the measurement.
 """
-import json
+import itertools
 import math
 import os
 
 import numpy as np
+import torch
 
-from checkpoint import read_config, read_log
-from data import atomic_write
+from checkpoint import read_config, read_log, saved_steps
+from convert import load_model
+from data import EOT, NUM_TOKENS, TokenStream, atomic_write, get_tokenizer, prepare_data
+from runtime import ArgumentParser, run_main
 
-# Figures of others to compare with, by size; "1558M" stands for GPT-3's 1.3B too, "774M" for its 760M.
-# Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; known for 124M alone), on FineWeb val (llm.c's vislog).
+# Published results by model size; "1558M" also stands for GPT-3's 1.3B, "774M" for its 760M.
+# Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).
 GPT2_LOSS = {"edu": {"124M": 3.2924}, "fineweb": {"124M": 3.4250, "350M": 3.0831, "774M": 3.0006, "1558M": 2.8313}}
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}
-# HellaSwag val, acc_norm: GPT-2's completion style (build-nanogpt's hellaswag.py, llm.c's vislog) and lm-eval style
-# (lm-evaluation-harness), GPT-3's as its paper has it (appendix H).
+# HellaSwag val, acc_norm. GPT-2: completion style (build-nanogpt's hellaswag.py, llm.c's vislog) and lm-eval style
+# (lm-evaluation-harness). GPT-3: its paper, appendix H.
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT2_HELLASWAG_LM_EVAL = {"124M": 0.3114, "1558M": 0.5089}
 GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
-AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training (evaluations not counted)"}  # of --by
+
+AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
+STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}  # of the small panels
+MIN_SMOOTHED = 200    # points: a shorter curve is drawn without a running mean (choice)
+MIN_CUT = 2000        # points: a shorter loss curve is shown from its first value on (choice)
+MAX_LABELS = 24       # token labels that are legible along an axis (choice)
+
+
+def new_figure(width, height, dpi=80):
+    """An empty matplotlib Figure, width and height in inches."""
+    from matplotlib.figure import Figure  # not pyplot: no backend, no window, nothing to close
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
+
+
+def write_figure(figure, path):
+    """Writes a figure to path, a .png, atomically, and returns path."""
+    with atomic_write(path) as f:
+        figure.savefig(f, format="png")
+    return path
+
 
 # -----------------------------------------------------------------------------
-# a run's files
+# curves
 
 def size_of(config):
-    """The size whose figures a run is compared with: the nearest of "124M", "350M", "774M", "1558M" in parameters.
-
-    A config that does not tell is taken for 124M, the lecture's.
-    """
-    if not {"n_layer", "n_embd"} <= config.keys():
-        return "124M"
-    n = 12 * config["n_layer"] * config["n_embd"] ** 2 + 50257 * config["n_embd"]
+    """The key of the published results for a run's settings, the nearest in parameters; "124M" without settings."""
+    n_layer, n_embd = config.get("n_layer", 12), config.get("n_embd", 768)
+    n = 12 * n_layer * n_embd ** 2 + 50257 * n_embd
     return min(GPT2_HELLASWAG, key=lambda size: abs(math.log(n / (float(size[:-1]) * 1e6))))
 
 
-def smooth(values, window):
-    """Running mean over the last window values, as long as values: smooth([1, 2, 3, 4], 2) -> [1, 1.5, 2.5, 3.5]."""
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
-    return means
+def smooth(values, half):
+    """Centered running mean: of each value and the half values on either side of it. Same length as values.
+
+    Near the start, as many on the right as there are on the left, which keeps the first value of a steep curve; near the
+    end, those that exist. Example: smooth([1, 2, 3, 4], 1) -> [1, 2, 3, 3.5]
+    """
+    sums, i = np.cumsum([0.0, *values]), np.arange(len(values))
+    starts, ends = i - np.minimum(i, half), np.minimum(i + np.minimum(i, half) + 1, len(values))
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def clock(speeds, total_batch_size):
-    """(steps, hours): the hours of training gone by when each step began, and when the last one ended.
+    """(steps, hours): hours of training before each step, and after the last one.
 
-    speeds: [(step, tokens a second), ...]. Steps that were not logged took as long as the one before them.
+    speeds: [(step, tokens per second), ...]. A step that was not logged counts as long as the logged step before it.
     Example: clock([(0, 100), (1, 50)], 3600) -> [0, 1, 2], [0, 0.01, 0.03]
     """
     steps, speeds = (np.array(column) for column in zip(*sorted(speeds)))
@@ -63,22 +85,30 @@ def clock(speeds, total_batch_size):
 
 
 class Curves:
-    """What is drawn of one run: its name, its config, and its streams over steps, tokens or hours."""
+    """A run's name, settings and streams; run[stream] is (x, values) as arrays, x in the unit of by, a key of AXES.
 
-    def __init__(self, run_dir, by="step"):
-        self.run_dir, self.by = run_dir, by
-        self.name = os.path.basename(os.path.abspath(run_dir))
-        path = os.path.join(run_dir, "log.txt")
+    Non-finite values are skipped: a float16 run logs infinite gradient norms.
+    """
+
+    def __init__(self, run_dir, by="step", color="tab:blue"):
+        self.run_dir, self.by, self.color = run_dir, by, color
+        self.name, path = os.path.basename(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{run_dir} has no log.txt; give the folder of a run, log/<exp-name>")
-        self.streams, self.config = read_log(path), read_config(run_dir)
+            raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
+        self.config = read_config(run_dir)
+        finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in read_log(path).items()}
+        self.streams = {name: points for name, points in finite.items() if points}
+        if not self.streams:
+            raise ValueError(f"{path} has no values yet; draw the run after its first step")
         needed = {"step": [], "tokens": ["total_batch_size"], "hours": ["total_batch_size", "tok_per_sec"]}[by]
         if missing := [name for name in needed if name not in {**self.config, **self.streams}]:
-            raise ValueError(f"--by {by} needs {' and '.join(missing)}, which config.json and log.txt in {run_dir} do not"
-                             " have; --by step needs neither")
+            raise ValueError(f"--by {by} needs {' and '.join(missing)}, missing from config.json and log.txt in {run_dir};"
+                             " use --by step")
+
+    def __contains__(self, stream):
+        return stream in self.streams
 
     def __getitem__(self, stream):
-        """(x, values) of a stream as arrays, x in the unit of by."""
         steps, values = (np.array(column) for column in zip(*self.streams[stream]))
         if self.by == "tokens":
             steps = steps * self.config["total_batch_size"]
@@ -86,118 +116,101 @@ class Curves:
             steps = np.interp(steps, *clock(self.streams["tok_per_sec"], self.config["total_batch_size"]))
         return steps, values
 
-    def __contains__(self, stream):
-        return stream in self.streams
-
-
-# -----------------------------------------------------------------------------
-# panels: each draws the runs, a list of (Curves, colour), into one pair of axes
 
 def short_count(n):
-    """A large number as people say it: 2500000000 -> "2.5B", 1024 -> "1.02K"."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(n) >= unit:
-            return f"{n / unit:.3g}{letter}"
-    return f"{n:g}"
+    """A large number with its unit: 2500000000 -> "2.5B", 1024 -> "1.02K"."""
+    thousands = sum(abs(n) >= 1000 ** i for i in (1, 2, 3, 4))
+    return f"{n / 1000 ** thousands:.3g}{['', 'K', 'M', 'B', 'T'][thousands]}"
 
 
-def draw_figure_of_others(panel, value, label, color, linestyle="--"):
-    """A horizontal line with its name and value beside it, outside the panel, where no curve is."""
+def draw_reference(panel, value, label, color, linestyle="--"):
+    """A horizontal line, with its label and value to the right of the panel."""
     panel.axhline(value, color=color, linestyle=linestyle, linewidth=1.2, zorder=1)
     panel.annotate(f"{label}\n{value}", (1, value), (4, 0), panel.get_yaxis_transform(), "offset points", va="center",
                    fontsize=8, color=color, annotation_clip=False)
 
 
+def draw_curve(panel, x, values, color, name=None, raw=True, noisy=True):
+    """Draws a running mean over the faint values, or only the values if they are not noisy or below MIN_SMOOTHED points.
+
+    name: legend entry, to which the window and the last value drawn are added; None for no entry. raw: draw the values.
+    """
+    half = max(5, len(values) // 100) if noisy and len(values) >= MIN_SMOOTHED else 0
+    if half and raw:
+        panel.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
+    drawn, kind = smooth(values, half), f"mean of {2 * half + 1} steps" if half else "every step"
+    panel.plot(x, drawn, color=color, linewidth=1.2, alpha=1.0 if raw else 0.5, marker="." if len(values) <= 20 else None,
+               label=name and f"{name}, {kind} (last {drawn[-1]:.3f})")
+
+
 def draw_loss(panel, runs, baselines):
-    """train, raw and smoothed, and val; GPT-2's loss on the corpus baselines names, if any."""
-    alone, tops, lows, firsts = len(runs) == 1, [], [], []
-    for run, color in runs:
+    """Training and validation loss of each run; GPT-2's loss on the corpus baselines, if given."""
+    single, tops = len(runs) == 1, []
+    for run in runs:
         if "train" in run:
             x, values = run["train"]
-            smoothed = smooth(values.tolist(), max(1, len(values) // 50))
-            name = "train, running mean" if alone else None if "val" in run else run.name  # a run is in the legend once
-            if alone:
-                panel.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-            panel.plot(x, smoothed, color=color, linewidth=1.2, alpha=1 if alone else 0.5,
-                       label=name and f"{name} (last {smoothed[-1]:.3f})")
-            tops.append(smoothed[len(smoothed) // 40])  # where the first fall is over
-            lows.append(np.quantile(values, 0.02))
-            firsts.append(values[0])
-            for step in (step for step, _ in run.streams.get("epoch", []) if alone):
+            name = "train" if single else None if "val" in run else run.name  # one legend entry per run
+            draw_curve(panel, x, values, run.color, name, raw=single)
+            tops.append(values[len(values) // 40:].max() if len(values) >= MIN_CUT else math.inf)
+            for step in (step for step, _ in run.streams.get("epoch", []) if single):
                 panel.axvline(np.interp(step, [s for s, _ in run.streams["train"]], x), color="0.8", linewidth=0.8, zorder=0)
         if "val" in run:
             x, values = run["val"]
-            panel.plot(x, values, color="tab:orange" if alone else color, marker="o", markersize=3, linewidth=1.5,
-                       label=f"{'val' if alone else run.name} (last {values[-1]:.3f})")
-            tops.append(values[min(1, len(values) - 1)])
-            lows.append(values.min())
-            firsts.append(values[0])
-    for size in dict.fromkeys(size_of(run.config) for run, _ in runs):
+            panel.plot(x, values, color="tab:orange" if single else run.color, marker="o", markersize=3, linewidth=1.5,
+                       label=f"{'val' if single else run.name} (last {values[-1]:.3f})")
+    for size in dict.fromkeys(size_of(run.config) for run in runs):
         if value := GPT2_LOSS.get(baselines, {}).get(size):
-            draw_figure_of_others(panel, value, f"GPT-2 {size}\n{CORPORA[baselines]} val", "tab:red")
-            lows.append(value)
-    if lows and min(lows) < max(tops):  # the first steps' fall would press the rest of the run flat
-        room = 0.06 * (max(tops) - min(lows))
-        panel.set_ylim(min(lows) - room, max(tops) + room)
-        if max(firsts) > max(tops) + room:
-            panel.annotate(f"↑ from {max(firsts):.2f}", (0.01, 0.985), xycoords="axes fraction", va="top", fontsize=8,
-                           bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
-    panel.set(ylabel="loss, nats a token", title=runs[0][0].name if alone else "loss: val (dots), train's running mean (faint)")
+            draw_reference(panel, value, f"GPT-2 {size}\n{CORPORA[baselines]} val", "tab:red")
+    (low, high), top = panel.dataLim.intervaly, max(tops, default=math.inf)
+    if top < high:  # in a long run the fall of the first steps would flatten the rest
+        panel.set_ylim(low - 0.06 * (top - low), top + 0.06 * (top - low))
+        panel.annotate(f"↑ from {high:.2f}", (0.01, 0.985), xycoords="axes fraction", va="top", fontsize=8,
+                       bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
+    panel.set(ylabel="loss, nats per token", title=runs[0].name if single else "loss: val (dots), train (faint)")
 
 
 def draw_hellaswag(panel, runs):
-    """HellaSwag's acc_norm with chance, GPT-2 and GPT-3 of the runs' sizes; of several runs the completion style alone."""
-    styles = [("hella", "completion", "-"), ("hella_lm_eval", "lm-eval", ":")][:2 if len(runs) == 1 else 1]
-    for run, color in runs:
-        for stream, style, linestyle in styles:
+    """HellaSwag's acc_norm with chance, GPT-2 and GPT-3 of the runs' sizes; several runs: completion style only."""
+    single = len(runs) == 1
+    for run in runs:
+        for stream, style, linestyle in (("hella", "completion", "-"), ("hella_lm_eval", "lm-eval", ":"))[:1 + single]:
             if stream in run:
                 x, values = run[stream]
-                panel.plot(x, values, color=color, linestyle=linestyle, marker="o", markersize=3,
-                           label=f"{style if len(runs) == 1 else run.name} (last {values[-1]:.4f})")
-    for size in dict.fromkeys(size_of(run.config) for run, _ in runs):
-        draw_figure_of_others(panel, GPT2_HELLASWAG[size], f"GPT-2 {size}, completion", "tab:red")
-        draw_figure_of_others(panel, GPT3_HELLASWAG[size], f"GPT-3 {size}", "tab:green")
-        if len(runs) == 1 and "hella_lm_eval" in runs[0][0] and size in GPT2_HELLASWAG_LM_EVAL:
-            draw_figure_of_others(panel, GPT2_HELLASWAG_LM_EVAL[size], f"GPT-2 {size}, lm-eval", "tab:red", ":")
-    draw_figure_of_others(panel, 0.25, "chance", "0.5", "-")
-    panel.set(ylabel="acc_norm", title="HellaSwag val" + (", completion style" if len(runs) > 1 else ""))
+                panel.plot(x, values, color=run.color, linestyle=linestyle, marker="o", markersize=3,
+                           label=f"{style if single else run.name} (last {values[-1]:.4f})")
+    for size in dict.fromkeys(size_of(run.config) for run in runs):
+        draw_reference(panel, GPT2_HELLASWAG[size], f"GPT-2 {size}, completion", "tab:red")
+        draw_reference(panel, GPT3_HELLASWAG[size], f"GPT-3 {size}", "tab:green")
+        if single and "hella_lm_eval" in runs[0] and size in GPT2_HELLASWAG_LM_EVAL:
+            draw_reference(panel, GPT2_HELLASWAG_LM_EVAL[size], f"GPT-2 {size}, lm-eval", "tab:red", ":")
+    draw_reference(panel, 0.25, "chance", "0.5", "-")
+    panel.set(ylabel="acc_norm", title="HellaSwag val" if single else "HellaSwag val, completion style")
     panel.margins(y=0.08)
 
 
-def draw_stream(panel, runs, stream, title):
-    """One stream of each run, the last or median value in the title when there is one run."""
-    for run, color in runs:
-        if stream in run:
-            x, values = run[stream]
-            if stream == "lr":
-                panel.plot(x, values, color=color, linewidth=1.2)
-                continue
-            panel.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-            panel.plot(x, smooth(values.tolist(), max(1, len(values) // 50)), color=color, linewidth=1.2)
-    drawn = np.concatenate([run[stream][1] for run, _ in runs if stream in run])
-    if stream != "lr":  # one spike of a hundred must not hide the other ninety-nine
-        panel.set_ylim(0, 1.15 * np.quantile(drawn, 0.99) or 1)
-    title += f" (median {np.median(drawn):,.{0 if stream == 'tok_per_sec' else 2}f})" if stream != "lr" else \
-             f" (peak {drawn.max():.2e})"
-    panel.set_title(title if len(runs) == 1 else title.split(" (")[0], fontsize=10)
+def draw_stream(panel, runs, stream):
+    """One of STREAMS of each run; a single run's peak learning rate or median in the title."""
+    for run in runs:
+        draw_curve(panel, *run[stream], run.color, noisy=stream != "lr")
+    values = np.concatenate([run[stream][1] for run in runs])
+    panel.set_ylim(0, 1.15 * np.quantile(values, 0.99) or 1)  # rare spikes are cut off
+    summary = f" (peak {values.max():.2e})" if stream == "lr" else f" (median {short_count(np.median(values))})"
+    panel.set_title(STREAMS[stream] + (summary if len(runs) == 1 else ""), fontsize=10)
 
 
-def curves_figure(run_dirs, by="step", baselines=False):
+def curves_figure(run_dirs, by="step", baselines=None):
     """A matplotlib Figure of one or more run folders over "step", "tokens" or "hours".
 
-    baselines: "edu" (or True) or "fineweb" adds GPT-2's loss on that corpus, which means something for runs on it alone.
+    baselines: "edu" or "fineweb" adds GPT-2's loss on that corpus, which is comparable only to runs on it.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no backend, nothing to close
-    baselines = "edu" if baselines is True else baselines
     colors = ["tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray"]
-    runs = [(Curves(run_dir, by), colors[i % len(colors)]) for i, run_dir in enumerate(run_dirs)]
-    if len({run.name for run, _ in runs}) < len(runs):  # a/gpt2-124M and b/gpt2-124M
-        for run, _ in runs:
+    runs = [Curves(run_dir, by, color) for run_dir, color in zip(run_dirs, itertools.cycle(colors))]
+    if len({run.name for run in runs}) < len(runs):  # a/gpt2-124M and b/gpt2-124M
+        for run in runs:
             run.name = run.run_dir
-    small = {stream: title for stream, title in (("lr", "learning rate"), ("norm", "gradient norm"), ("tok_per_sec", "tok/s"))
-             if any(stream in run for run, _ in runs)}
-    has_hella = any(stream in run for run, _ in runs for stream in ("hella", "hella_lm_eval"))
-    figure = Figure(figsize=(13 if has_hella else 8.5, 4.2 + 1.9 * bool(small)), layout="constrained", dpi=110)
+    small = {stream: with_it for stream in STREAMS if (with_it := [run for run in runs if stream in run])}
+    has_hella = any("hella" in run or "hella_lm_eval" in run for run in runs)
+    figure = new_figure(13 if has_hella else 8.5, 4.2 + 1.9 * bool(small), dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1]) if small else (figure, None)
     panels = dict(zip(["loss", "hella"], top.subplots(1, 1 + has_hella, squeeze=False)[0]))
     draw_loss(panels["loss"], runs, baselines)
@@ -208,44 +221,156 @@ def curves_figure(run_dirs, by="step", baselines=False):
         panel.legend(fontsize=8, loc="upper right" if name == "loss" else "lower right", borderaxespad=1)
     if small:
         panels.update(zip(small, bottom.subplots(1, len(small), squeeze=False)[0]))
-    for stream, title in small.items():
-        draw_stream(panels[stream], runs, stream, title)
+    for stream, with_it in small.items():
+        draw_stream(panels[stream], with_it, stream)
     for name, panel in panels.items():
         panel.grid(alpha=0.3)
+        panel.xaxis.get_major_locator().set_params(integer=by == "step", min_n_ticks=1)
         for axis in (panel.xaxis, *([panel.yaxis] if name == "tok_per_sec" else [])):
             axis.set_major_formatter(lambda value, _: short_count(value))
     return figure
 
 
-def plot_run(run_dir, out=None, baselines=False):
-    """Draws a run folder's curves into out (default: loss.png in it) and returns that path."""
-    return write_figure(curves_figure([run_dir], baselines=baselines), out or os.path.join(run_dir, "loss.png"))
+def plot_run(run_dir, baselines=False):
+    """Draws a run's curves into loss.png in its folder, with GPT-2's loss on FineWeb-Edu if baselines; returns the path."""
+    return write_figure(curves_figure([run_dir], baselines="edu" if baselines else None), os.path.join(run_dir, "loss.png"))
 
 
-def write_figure(figure, path):
-    """Writes a figure as path, a .png, whole or not at all, and returns path."""
-    with atomic_write(path) as f:
-        figure.savefig(f, dpi=110, format="png")
-    return path
+# -----------------------------------------------------------------------------
+# weights and attention
+
+def wpe_figure(model):
+    """Figure of the position embeddings: wpe as an image, and three of its columns over the positions."""
+    wpe = model.transformer.wpe.weight.detach().float().cpu().numpy()      # (block_size, C)
+    figure = new_figure(11, 3.6)
+    left, right = figure.subplots(1, 2)
+    limit = np.quantile(abs(wpe), 0.99)
+    figure.colorbar(left.imshow(wpe, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit), ax=left)
+    left.set(title="wpe, the position embeddings", xlabel="channel", ylabel="position")
+    for channel in (wpe.shape[1] * tenths // 10 for tenths in (2, 3, 4)):
+        right.plot(wpe[:, channel], linewidth=1, label=f"channel {channel}")
+    right.set(title="three columns of wpe", xlabel="position")
+    right.legend(fontsize=8)
+    right.grid(alpha=0.3)
+    return figure
+
+
+def c_attn_figure(model, layer=1):
+    """Figure of a block's c_attn weights that compute q, k and v, each (in, out) as in OpenAI's checkpoints, in one scale."""
+    weight = model.transformer.h[layer].attn.c_attn.weight.detach().float().cpu().numpy()            # (3C, C): (out, in)
+    figure = new_figure(11, 3.9, dpi=160)
+    panels = figure.subplots(1, 3, sharey=True)
+    limit = 3 * weight.std()
+    for panel, name, part in zip(panels, "qkv", np.split(weight, 3)):
+        image = panel.imshow(part.T, cmap="gray", vmin=-limit, vmax=limit)
+        panel.set(title=name, xlabel=f"channel of {name}", xticks=range(0, len(part), -(-len(part) // 4)))
+    panels[0].set_ylabel("input channel")
+    figure.colorbar(image, ax=panels, label="weight", fraction=0.05)
+    figure.suptitle(f"h.{layer}.attn.c_attn.weight", fontsize=11)
+    return figure
+
+
+def norms_figure(model):
+    """Figure of the norm of each token's embedding, by token id.
+
+    Ids are in the order in which the tokenizer's merges were learned: low ids are frequent. Ids from 50257 on are padding.
+    """
+    norms = model.transformer.wte.weight.detach().float().norm(dim=1).cpu()
+    figure = new_figure(11, 3.4)
+    panel = figure.subplots()
+    panel.plot(norms[:NUM_TOKENS], ".", markersize=1, alpha=0.4)
+    if len(norms) > NUM_TOKENS:
+        panel.plot(range(NUM_TOKENS, len(norms)), norms[NUM_TOKENS:], "o", markersize=3, color="tab:red", label="padding")
+        panel.legend(fontsize=8)
+    panel.set(title="norm of each token's row in wte", xlabel="token id", ylabel="norm", ylim=(0, None))
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def default_prompt(source):
+    """The start of the validation data of the run that a model's source belongs to; a fixed sentence if there is none."""
+    run_dir = source if os.path.isdir(source) else os.path.dirname(source)
+    path = read_config(run_dir).get("data", "") if saved_steps(run_dir) else ""
+    if not os.path.exists(path):
+        return "Hello, I'm a language model, and I know what I said"
+    val_stream = TokenStream(prepare_data(path)[1])
+    tokens = val_stream.read(0, min(MAX_LABELS, len(val_stream)))
+    return get_tokenizer().decode(tokens[tokens != EOT].tolist())
+
+
+@torch.no_grad()
+def attention_weights(model, idx, layer):
+    """(nh, T, T) float32, softmax(q k^T / sqrt(hs)) of each head of a block, for the tokens idx (T,) int64.
+
+    forward never materializes this matrix, since it uses flash attention.
+    """
+    T, attn = len(idx), model.transformer.h[layer].attn
+    x = model.transformer.wte(idx[None, :]) + model.transformer.wpe.weight[:T]         # (1, T, C)
+    for block in model.transformer.h[:layer]:
+        x = block(x)
+    x = attn.c_attn(model.transformer.h[layer].ln_1(x)).float()                        # (1, T, 3C)
+    q, k, _ = (t.view(T, attn.n_head, -1).transpose(0, 1) for t in x.chunk(3, dim=2))  # 3 x (nh, T, hs)
+    scores = q @ k.transpose(1, 2) / k.size(-1) ** 0.5                                 # (nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+
+
+def attention_figure(model, prompt, layer=0):
+    """Figure of a block's attention weights on a prompt, one panel per head.
+
+    The color scale is a square root, which makes small weights visible.
+    """
+    from matplotlib.colors import PowerNorm
+    tokenizer = get_tokenizer()
+    tokens = (tokenizer.encode_ordinary(prompt) or [EOT])[:model.config.block_size]
+    weights = attention_weights(model, torch.tensor(tokens, device=model.lm_head.weight.device), layer).cpu().numpy()
+    ticks = range(0, len(tokens), -(-len(tokens) // MAX_LABELS))
+    labels = [tokenizer.decode([tokens[i]]).replace("\n", "\\n") for i in ticks]
+    columns = max(n for n in range(1, 6) if len(weights) % n == 0)
+    rows = len(weights) // columns
+    figure = new_figure(3 * columns + 1.2, 3.3 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for head, panel in enumerate(panels.flat):
+        image = panel.imshow(weights[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        panel.set_title(f"block {layer}, head {head}", fontsize=9)
+        panel.set_xticks(ticks, labels, rotation=90, fontsize=7, parse_math=False)
+        panel.set_yticks(ticks, labels if head % columns == 0 else [""] * len(labels), fontsize=7, parse_math=False)
+    figure.supxlabel("key", fontsize=10)
+    figure.supylabel("query", fontsize=10)
+    figure.colorbar(image, ax=panels, label="attention weight", ticks=[0, 0.05, 0.2, 0.5, 1], aspect=20 * rows, fraction=0.05)
+    return figure
 
 
 def main():
-    from runtime import ArgumentParser, run_main  # they need torch, and reading or drawing a log does not
-
-    def plot():
-        parser = ArgumentParser(description="Draw the curves of one or more runs.", allow_abbrev=False)
-        parser.add_argument("run_dir", nargs="+", help="run folder, log/<exp-name>; several are drawn in one picture")
-        parser.add_argument("--out", help="picture to write (default for one run: loss.png in its folder)")
-        parser.add_argument("--by", choices=list(AXES), default="step", help="the horizontal axis (default step)")
-        parser.add_argument("--baselines", nargs="?", const="edu", choices=list(GPT2_LOSS), metavar="CORPUS",
-                            help="add GPT-2's loss on the corpus of the run: edu (FineWeb-Edu, if none is said) or fineweb")
-        args = parser.parse_args()
-        if len(args.run_dir) > 1 and not args.out:
-            raise ValueError(f"{len(args.run_dir)} runs go into one picture: name it with --out FILE.png")
-        figure = curves_figure(args.run_dir, args.by, args.baselines)
-        print(f"wrote {write_figure(figure, args.out or os.path.join(args.run_dir[0], 'loss.png'))}")
-    run_main(plot)
+    parser = ArgumentParser(description="Draw the curves of runs, or a model's weights and attention.", allow_abbrev=False)
+    parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
+                        " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
+    parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"
+                        " the pictures (default: source, if it is a folder)")
+    parser.add_argument("--by", choices=list(AXES), default="step", help="the horizontal axis (default: step)")
+    parser.add_argument("--baselines", nargs="?", const="edu", choices=list(GPT2_LOSS), metavar="CORPUS",
+                        help="add GPT-2's loss on the run's corpus: edu (FineWeb-Edu, the default) or fineweb")
+    parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
+    parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
+    args = parser.parse_args()
+    source, folder = args.source[0], args.out or args.source[0]
+    if len(args.source) > 1 and (args.weights or not args.out):
+        raise ValueError(f"got {len(args.source)} sources; " + ("--weights takes one" if args.weights else
+                         "name their common picture with --out FILE.png"))
+    if not args.weights:
+        figure = curves_figure(args.source, args.by, args.baselines)
+        print("wrote", write_figure(figure, args.out or os.path.join(source, "loss.png")))
+        return
+    if not args.out and not os.path.isdir(source):
+        raise ValueError(f"{source} is not a folder; name a folder for the pictures with --out")
+    model, _ = load_model(source)
+    prompt, blocks = args.prompt or default_prompt(source), len(model.transformer.h)
+    figures = [("wpe", wpe_figure(model)), ("c_attn", c_attn_figure(model, min(1, blocks - 1))), ("norms", norms_figure(model))]
+    attention = ((f"attention_{layer}", attention_figure(model, prompt, layer)) for layer in range(blocks))
+    os.makedirs(folder, exist_ok=True)
+    for name, figure in itertools.chain(figures, attention):
+        print("wrote", write_figure(figure, os.path.join(folder, f"{name}.png")))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
