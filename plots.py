@@ -138,7 +138,7 @@ def draw_curve(panel, x, values, color, name=None, raw=True, noisy=True):
     half = max(5, len(values) // 100) if noisy and len(values) >= MIN_SMOOTHED else 0
     if half and raw:
         panel.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-    drawn, kind = smooth(values, half), f"mean of {2 * half + 1} steps" if half else "every step"
+    drawn, kind = (smooth(values, half), f"mean of {2 * half + 1} steps") if half else (values, "every step")
     panel.plot(x, drawn, color=color, linewidth=1.2, alpha=1.0 if raw else 0.5, marker="." if len(values) <= 20 else None,
                label=name and f"{name}, {kind} (last {drawn[-1]:.3f})")
 

@@ -1,11 +1,10 @@
 """
-log.txt read back, running means, and pictures with something in them.
+Curves show the run at every length; the pictures of weights show the weights, and the attention that forward computes.
 
-    .venv/bin/python -m pytest tests/test_plots.py
-
-Needs nothing but requirements-dev.txt.
+    ./test.sh tests/test_plots.py     # no network, no GPU
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,11 +12,19 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
-from model import SIZES
-from plots import clock, curves_figure, main, plot_run, read_log, size_of, smooth
+import plots
+from checkpoint import read_log, save_file
+from data import get_tokenizer
+from model import GPT, GPTConfig, SIZES
+from plots import clock, curves_figure, plot_run, short_count, size_of, smooth
+from runtime import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# -----------------------------------------------------------------------------
+# the log
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def run_dir(tmp_path):
     folder = tmp_path / "my-run"
     folder.mkdir()
     lines = [f"{step} train {10 - step / 20}\n{step} lr 6e-04\n" for step in range(100)]
-    lines += [f"{step} val {10 - step / 20}\n{step} hella {0.25 + step / 2000}\n" for step in (0, 50, 100)]
+    lines += [f"{step} val {10.5 - step / 20}\n{step} hella {0.25 + step / 2000}\n" for step in (0, 50, 100)]
     (folder / "log.txt").write_text("".join(lines))
     return folder
 
@@ -48,25 +55,30 @@ def test_a_log_is_what_the_lectures_notebook_reads(run_dir):
 
 
 @pytest.mark.parametrize("line", ["1 train", "1 train 2 3", "one train 2.0", "1 train high", "", "1.5 train 2.0"])
-def test_a_line_that_is_no_fact_is_named(tmp_path, line):
+def test_an_invalid_line_of_a_log_is_named(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
     with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
         read_log(str(tmp_path / "log.txt"))
 
 
-def test_smooth_is_the_mean_of_the_last_values():
-    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
-    assert smooth([5.0, 1.0], 1) == [5.0, 1.0] and smooth([], 3) == []
-    values = np.random.default_rng(0).normal(size=200).tolist()
-    want = [np.mean(values[max(0, i - 6):i + 1]) for i in range(200)]
-    assert np.allclose(smooth(values, 7), want)
+def test_smooth_is_a_centered_mean_that_starts_at_the_first_value():
+    assert smooth([1, 2, 3, 4], 1).tolist() == [1, 2, 3, 3.5]
+    assert smooth([5.0, 1.0], 0).tolist() == [5.0, 1.0] and smooth([], 3).tolist() == []
+    values = np.random.default_rng(0).normal(size=200)
+    want = [np.mean(values[i - min(i, 6):i + min(i, 6) + 1]) for i in range(200)]
+    assert np.allclose(smooth(values, 6), want)
 
 
-def colours(path):
+def test_large_numbers_are_short():
+    assert [short_count(n) for n in (0, 0.5, 999, 1024, -2500, 19073, 2.5e9, 3e12)] == \
+        ["0", "0.5", "999", "1.02K", "-2.5K", "19.1K", "2.5B", "3T"]
+
+
+def colors(path):
     """{(r, g, b): pixels} of a picture, 8 bits each."""
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
     found, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(colour): count for colour, count in zip(found.tolist(), counts.tolist())}
+    return {tuple(color): count for color, count in zip(found.tolist(), counts.tolist())}
 
 
 BLUE, ORANGE, RED = (31, 119, 180), (255, 127, 14), (214, 39, 40)  # tab:blue (train), tab:orange (val), tab:red (GPT-2)
@@ -75,28 +87,26 @@ BLUE, ORANGE, RED = (31, 119, 180), (255, 127, 14), (214, 39, 40)  # tab:blue (t
 def test_a_picture_shows_train_and_val_and_hellaswag_only_where_there_is_some(run_dir):
     path = plot_run(str(run_dir))
     assert path == str(run_dir / "loss.png")
-    seen = colours(path)
+    seen = colors(path)
     assert seen[BLUE] > 50 and seen[ORANGE] > 50 and RED in seen
     with_hella = matplotlib.image.imread(path).shape
     text = (run_dir / "log.txt").read_text()
     (run_dir / "log.txt").write_text("".join(line for line in text.splitlines(True) if "hella" not in line))
     plot_run(str(run_dir))
-    seen = colours(path)
+    seen = colors(path)
     assert seen[BLUE] > 50 and seen[ORANGE] > 50 and RED not in seen
     assert matplotlib.image.imread(path).shape[1] < with_hella[1]
     assert sorted(os.listdir(run_dir)) == ["log.txt", "loss.png"]
 
 
-def test_baselines_add_gpt2s_line_and_out_says_where_to(run_dir, tmp_path):
+def test_baselines_add_gpt2s_line(run_dir):
     (run_dir / "log.txt").write_text("0 train 10.0\n1 train 4.0\n2 train 3.0\n")
-    out = str(tmp_path / "picture.png")
-    assert RED not in colours(plot_run(str(run_dir), out))
-    assert RED in colours(plot_run(str(run_dir), out, baselines=True))
-    assert not os.path.exists(run_dir / "loss.png")
+    assert RED not in colors(plot_run(str(run_dir)))
+    assert RED in colors(plot_run(str(run_dir), baselines=True))
 
 
 # -----------------------------------------------------------------------------
-# what is in a figure, read back from its lines
+# what is in a figure of curves, read back from its lines
 
 def make_run(folder, n_layer=12, n_embd=768, total_batch_size=100, speeds=(10.0, 20.0, 5.0), **streams):
     """A run folder with config.json and a log of three steps; further streams as {step: value}."""
@@ -117,19 +127,19 @@ def lines_of(figure, panel=0):
 
 
 def texts_of(figure, panel):
-    """What is written beside and in a panel."""
+    """The texts in and beside a panel."""
     return " | ".join(text.get_text() for text in figure.axes[panel].texts)
 
 
 def levels_of(figure, panel):
-    """Heights of the horizontal lines in a panel, the figures of others."""
+    """Heights of the horizontal lines in a panel, the published results."""
     return sorted(y[0] for _, x, y in lines_of(figure, panel) if x == [0, 1] and y[0] == y[1])
 
 
-def test_the_clock_adds_up_what_each_step_took():
+def test_the_clock_is_the_sum_of_the_steps_durations():
     steps, hours = clock([(0, 100.0), (1, 50.0)], 3600)
     assert steps.tolist() == [0, 1, 2] and hours.tolist() == pytest.approx([0, 0.01, 0.03])
-    # steps 1 to 3 are not in the log: they took as long as step 0
+    # steps 1 to 3 are not in the log: they count as long as step 0
     steps, hours = clock([(0, 100.0), (4, 50.0)], 3600)
     assert steps.tolist() == [0, 4, 5] and hours.tolist() == pytest.approx([0, 0.04, 0.06])
 
@@ -139,12 +149,12 @@ def test_the_clock_adds_up_what_each_step_took():
 def test_by_is_the_unit_of_every_curve(tmp_path, by, train_x, val_x):
     figure = curves_figure([make_run(tmp_path / "a")], by)
     drawn = {label.split(" (")[0]: x for label, x, _ in lines_of(figure)}
-    assert drawn["train, running mean"] == pytest.approx(train_x) and drawn["val"] == pytest.approx(val_x)
+    assert drawn["train, every step"] == pytest.approx(train_x) and drawn["val"] == pytest.approx(val_x)
     assert lines_of(figure, 1)[0][1] == pytest.approx(train_x)  # the learning rate's
     assert by.split()[0] in figure.axes[0].get_xlabel()
 
 
-def test_several_runs_are_told_apart(tmp_path):
+def test_several_runs_have_distinct_names(tmp_path):
     runs = [make_run(tmp_path / "old" / "a"), make_run(tmp_path / "new" / "b", val={0: 9.0, 3: 5.25})]
     labels = [label for label, *_ in lines_of(curves_figure(runs)) if not label.startswith("_")]
     assert labels == ["a (last 6.500)", "b (last 5.250)"]
@@ -161,7 +171,7 @@ def test_a_run_is_compared_with_models_of_its_size(size, name):
     assert size_of({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}) == name
 
 
-def test_a_run_without_a_config_is_taken_for_the_lectures():
+def test_a_run_without_a_config_is_compared_with_124M():
     assert size_of({}) == "124M"
 
 
@@ -171,24 +181,183 @@ def test_hellaswag_is_beside_gpt2_and_gpt3_of_the_runs_sizes(tmp_path):
     assert levels_of(curves_figure([small]), 1) == [0.25, 0.2955, 0.3114, 0.337]
     assert levels_of(curves_figure([large]), 1) == [0.25, 0.3752, 0.436]
     both = curves_figure([small, large])
-    assert levels_of(both, 1) == [0.25, 0.2955, 0.337, 0.3752, 0.436]  # one style: GPT-2's lm-eval score is left out
+    assert levels_of(both, 1) == [0.25, 0.2955, 0.337, 0.3752, 0.436]  # completion style only
     assert "GPT-3 350M\n0.436" in texts_of(both, 1) and "GPT-2 124M, completion\n0.2955" in texts_of(both, 1)
 
 
 def test_the_loss_of_gpt2_is_drawn_for_the_corpus_it_was_measured_on(tmp_path):
     small, large = make_run(tmp_path / "s"), make_run(tmp_path / "l", n_layer=24, n_embd=1024)
     assert levels_of(curves_figure([small]), 0) == []
-    assert levels_of(curves_figure([small], baselines=True), 0) == [3.2924]
+    assert levels_of(curves_figure([small], baselines="edu"), 0) == [3.2924]
     assert levels_of(curves_figure([small], baselines="fineweb"), 0) == [3.425]
     assert levels_of(curves_figure([small, large], baselines="fineweb"), 0) == [3.0831, 3.425]
-    assert levels_of(curves_figure([large], baselines="edu"), 0) == []  # nobody published it
+    assert levels_of(curves_figure([large], baselines="edu"), 0) == []  # not published
 
 
-def test_a_first_fall_that_is_cut_off_is_said(tmp_path):
-    fall = {step: 3.0 + 8.0 * 0.7 ** step for step in range(400)}
-    figure = curves_figure([make_run(tmp_path / "a", train=fall, val={0: 11.0, 200: 3.1, 400: 3.0})])
-    assert figure.axes[0].get_ylim()[1] < 6 and "from 11.00" in texts_of(figure, 0)
+def noisy_fall(steps):
+    """A training loss that falls from 11 to 3 within the first steps, with some noise."""
+    noise = np.random.default_rng(0).normal(scale=0.1, size=steps)
+    return {step: 3.0 + 8.0 * 0.7 ** step + (noise[step] if step else 0.0) for step in range(steps)}
 
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 50, 100])
+def test_a_short_run_is_drawn_as_it_is_and_whole(tmp_path, steps):
+    """A running mean of few points is not one: the curve was drawn as "running mean" over one or two steps."""
+    fall = noisy_fall(steps)
+    figure = curves_figure([make_run(tmp_path / "a", train=fall, norm=fall, val={0: 11.2, steps: 3.0})])
+    lines = lines_of(figure)
+    assert [label for label, *_ in lines] == [f"train, every step (last {fall[steps - 1]:.3f})", "val (last 3.000)"]
+    assert lines[0][1:] == ([*fall], [*fall.values()]) and lines_of(figure, 2)[0][2] == [*fall.values()]
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(3.0, *fall.values()) and high > 11.2 and texts_of(figure, 0) == ""
+    if steps <= 2:  # the line of a single point is invisible without a marker
+        assert figure.axes[0].lines[0].get_marker() == "."
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
+@pytest.mark.parametrize("steps, window, cut", [(600, 13, False), (19000, 381, True)])
+def test_a_long_run_has_a_running_mean_and_a_very_long_one_omits_the_first_fall(tmp_path, steps, window, cut):
+    fall = noisy_fall(steps)
+    figure = curves_figure([make_run(tmp_path / "a", train=fall, lr=fall, val={0: 11.2, 250: 3.1, steps: 3.0})])
+    raw, mean, _ = lines_of(figure)
+    assert raw[2] == [*fall.values()] and np.std(mean[2][steps // 2:]) < 0.04 and mean[2][0] == fall[0]
+    assert mean[0] == f"train, mean of {window} steps (last {mean[2][-1]:.3f})"
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(fall.values()) and (high < 4 if cut else high > 11.2)
+    assert texts_of(figure, 0) == ("↑ from 11.20" if cut else "")
+    assert [line[2] for line in lines_of(figure, 1)] == [[*fall.values()]]  # the learning rate is not noisy
+
+
+def test_infinite_norms_of_a_float16_run_are_skipped(tmp_path):
+    """An infinite norm made the axis limits and every later mean invalid."""
+    norms = {step: math.inf if step % 10 == 0 else 1.0 for step in range(300)}
+    figure = curves_figure([make_run(tmp_path / "a", norm=norms)])
+    assert len(lines_of(figure, 2)[0][1]) == 270 and lines_of(figure, 2)[1][2] == pytest.approx([1.0] * 270)
+    assert figure.axes[2].get_ylim() == (0, pytest.approx(1.15))
+    assert len(curves_figure([make_run(tmp_path / "b", norm={0: math.inf})]).axes) == 3  # no panel without a value
+
+
+# -----------------------------------------------------------------------------
+# what is in a figure of weights
+
+PROMPT = "The king and his queen"
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small GPT whose attention is far from uniform."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=3, n_embd=12)).eval()
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data *= 40
+    return model
+
+
+def encoded(text):
+    """Tokens of a text, (T,) int64."""
+    return torch.tensor(get_tokenizer().encode_ordinary(text))
+
+
+def images_of(figure):
+    """[(title, array)] of the images in a figure's panels, without color bars."""
+    return [(panel.get_title(), panel.images[0].get_array()) for panel in figure.axes if panel.images]
+
+
+def has_color_bar(figure):
+    return any(hasattr(panel, "_colorbar") for panel in figure.axes)
+
+
+def test_attention_weights_are_those_that_forward_mixes_values_with(model):
+    idx = encoded(PROMPT)
+    seen, attn = {}, model.transformer.h[1].attn
+    handle = attn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out))
+    with torch.no_grad():
+        model(idx[None, :])
+    handle.remove()
+    weights = plots.attention_weights(model, idx, 1)
+    assert weights.shape == (3, len(idx), len(idx)) and weights.std() > 0.1
+    assert torch.equal(weights, weights.tril()) and torch.allclose(weights.sum(dim=-1), torch.ones(3, len(idx)))
+    v = attn.c_attn(seen["x"])[0, :, 24:].view(len(idx), 3, 4).transpose(0, 1)        # (nh, T, hs)
+    y = attn.c_proj((weights @ v).transpose(0, 1).reshape(len(idx), 12))
+    assert torch.allclose(y, seen["y"][0], atol=1e-5)
+
+
+def test_the_attention_of_each_head_is_drawn_with_the_tokens_beside_it(model):
+    figure = plots.attention_figure(model, PROMPT, layer=1)
+    weights = plots.attention_weights(model, encoded(PROMPT), 1)
+    images = images_of(figure)
+    assert [title for title, _ in images] == [f"block 1, head {head}" for head in range(3)] and has_color_bar(figure)
+    for head, (_, image) in enumerate(images):
+        assert np.array_equal(image, weights[head])
+        labels = [label.get_text() for label in figure.axes[head].get_xticklabels()]
+        assert labels == ["The", " king", " and", " his", " queen"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == labels
+
+
+def test_a_long_prompt_is_cut_to_the_context_and_keeps_legible_labels(model):
+    """Beyond 24 tokens there were no labels at all. "$$" is text, not a formula of matplotlib's."""
+    panel = plots.attention_figure(model, "to $$ or\nnot " * 20).axes[0]
+    assert panel.images[0].get_array().shape == (32, 32)
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert len(labels) == 16 and labels[:3] == ["to", " or", "not"] and len(panel.get_xticks()) == 16
+    panel.figure.canvas.draw()
+
+
+def test_q_k_and_v_are_drawn_whole_side_by_side_in_one_scale(model):
+    """Only the first 300 columns of c_attn were drawn: of GPT-2 a part of q."""
+    figure = plots.c_attn_figure(model, layer=1)
+    images = images_of(figure)
+    assert [title for title, _ in images] == ["q", "k", "v"] and has_color_bar(figure)
+    # laid out (in, out), as OpenAI's files have it
+    theirs = model.hf_state_dict()["transformer.h.1.attn.c_attn.weight"]
+    assert np.array_equal(np.concatenate([image for _, image in images], axis=1), theirs)
+    assert len({panel.images[0].get_clim() for panel in figure.axes[:3]}) == 1
+    assert figure.get_suptitle() == "h.1.attn.c_attn.weight"
+
+
+def test_wpe_is_drawn_as_it_is(model):
+    image, columns = plots.wpe_figure(model).axes[:2]
+    wpe = model.transformer.wpe.weight.detach().numpy()
+    assert np.array_equal(image.images[0].get_array(), wpe)
+    assert [line.get_label() for line in columns.lines] == ["channel 2", "channel 3", "channel 4"]
+    assert np.array_equal(columns.lines[1].get_ydata(), wpe[:, 3])
+
+
+def test_the_padding_of_the_vocabulary_is_marked(model):
+    tokens, padding = plots.norms_figure(model).axes[0].lines
+    norms = model.transformer.wte.weight.detach().norm(dim=1)
+    assert np.allclose(tokens.get_ydata(), norms[:50257]) and np.allclose(padding.get_ydata(), norms[50257:])
+    assert padding.get_xdata()[0] == 50257 and padding.get_label() == "padding"
+
+
+def save_run(folder, model, **settings):
+    """A run folder with a checkpoint of step 1, and settings in its config.json."""
+    os.makedirs(folder)
+    save_file({"model": model.state_dict(), "config": vars(model.config), "step": 1, "val_loss": None},
+              str(folder / "model_00001.pt"))
+    save_file({"step": 1}, str(folder / "state_00001.pt"))
+    (folder / "config.json").write_text(json.dumps({"config": settings}))
+    return str(folder)
+
+
+def test_the_default_prompt_is_of_the_runs_own_validation_data(model, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Training text only.\n\n" * 20 + "A last line, for validation.")
+    run = save_run(tmp_path / "run", model, data=str(corpus))
+    assert plots.default_prompt(run) == plots.default_prompt(os.path.join(run, "model_00001.pt"))
+    assert plots.default_prompt(run) == "Training text only.\n\nA last line, for validation."
+    corpus.write_text("word " * 1000)
+    assert plots.default_prompt(run) == "word" + " word" * 22  # and the <|endoftext|> before it
+    fixed = "Hello, I'm a language model, and I know what I said"
+    corpus.unlink()
+    (tmp_path / "hugging-face").mkdir()
+    (tmp_path / "hugging-face" / "config.json").write_text('{"model_type": "gpt2"}')
+    for source in (run, "gpt2", str(tmp_path / "hugging-face"), str(tmp_path / "model.bin")):
+        assert plots.default_prompt(source) == fixed
+
+
+# -----------------------------------------------------------------------------
+# the command line
 
 def test_the_command_line_draws_in_a_process_of_its_own(run_dir):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "plots.py"), str(run_dir)], capture_output=True, text=True,
@@ -202,7 +371,7 @@ def run_plots(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["plots.py", *map(str, arguments)])
         try:
-            main()
+            run_main(plots.main)
             status = 0
         except SystemExit as e:
             status = e.code
@@ -213,17 +382,38 @@ def run_plots(monkeypatch, capsys):
 def test_several_runs_go_into_one_picture_with_a_name(run_dir, tmp_path, run_plots):
     out = tmp_path / "both.png"
     assert run_plots(run_dir, run_dir, "--out", out) == (0, f"wrote {out}\n", "")
-    assert colours(out)[BLUE] > 50
-    assert run_plots(run_dir, run_dir) == (2, "", "error: 2 runs go into one picture: name it with --out FILE.png\n")
+    assert colors(out)[BLUE] > 50
+    assert run_plots(run_dir, run_dir) == (2, "", "error: got 2 sources; name their common picture with --out FILE.png\n")
 
 
 def test_errors_of_the_command_line_are_one_line(run_dir, tmp_path, run_plots):
     status, _, error = run_plots(tmp_path)
-    assert status == 2 and error == f"error: {tmp_path} has no log.txt; give the folder of a run, log/<exp-name>\n"
+    assert status == 2 and error == f"error: {tmp_path} has no log.txt; give a run folder, log/<exp-name>\n"
     status, _, error = run_plots(run_dir, "--output", "x.png")
     assert (status, error) == (2, "error: unrecognized arguments: --output x.png; --help lists what is allowed\n")
     status, _, error = run_plots(run_dir, "--by", "hours")  # no config.json, no speeds
     assert status == 2 and "--by hours needs total_batch_size and tok_per_sec" in error and error.count("\n") == 1
+    (tmp_path / "log.txt").write_text("")
+    assert run_plots(tmp_path) == (2, "", f"error: {tmp_path}/log.txt has no values yet; draw the run after its first step\n")
     (run_dir / "config.json").write_text("{")
     status, _, error = run_plots(run_dir)
     assert status == 2 and "config.json is not the config.json of a run" in error and error.count("\n") == 1
+
+
+def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_plots):
+    run = save_run(tmp_path / "run", model)
+    names = ["wpe.png", "c_attn.png", "norms.png", "attention_0.png", "attention_1.png"]
+    expected = "".join(f"wrote {tmp_path / 'out' / name}\n" for name in names)
+    assert run_plots("--weights", run, "--out", tmp_path / "out", "--prompt", "to be or not " * 10) == (0, expected, "")
+    assert all(matplotlib.image.imread(str(tmp_path / "out" / name)).std() > 0.05 for name in names)
+    assert run_plots("--weights", run)[1] == "".join(f"wrote {run}/{name}\n" for name in names)
+    path = os.path.join(run, "model_00001.pt")
+    error = f"error: {path} is not a folder; name a folder for the pictures with --out\n"
+    assert run_plots("--weights", path) == (2, "", error)
+    assert run_plots("--weights", run, run) == (2, "", "error: got 2 sources; --weights takes one\n")
+
+
+def test_help_and_import_do_not_load_matplotlib():
+    code = "import sys, plots; print([name for name in sys.modules if name.startswith('matplotlib')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
