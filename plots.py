@@ -251,7 +251,7 @@ def wpe_figure(model):
     figure = new_figure(11, 3.6)
     left, right = figure.subplots(1, 2)
     limit = np.quantile(abs(wpe), 0.99)
-    figure.colorbar(left.imshow(wpe, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit), ax=left)
+    figure.colorbar(left.imshow(wpe, "RdBu", aspect="auto", interpolation="nearest", vmin=-limit, vmax=limit), ax=left)
     left.set(title="wpe, the position embeddings", xlabel="channel", ylabel="position")
     for channel in (wpe.shape[1] * tenths // 10 for tenths in (2, 3, 4)):
         right.plot(wpe[:, channel], linewidth=1, label=f"channel {channel}")
@@ -339,8 +339,8 @@ def attention_figure(model, prompt, layer=0):
     for head, panel in enumerate(panels.flat):
         image = panel.imshow(weights[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         panel.set_title(f"block {layer}, head {head}", fontsize=9)
-        panel.set_xticks(ticks, labels, rotation=90, fontsize=7, parse_math=False)
-        panel.set_yticks(ticks, labels if head % columns == 0 else [""] * len(labels), fontsize=7, parse_math=False)
+        panel.set_xticks(ticks, labels, rotation=90, fontsize=7)
+        panel.set_yticks(ticks, labels if head % columns == 0 else [""] * len(labels), fontsize=7)
     figure.supxlabel("key", fontsize=10)
     figure.supylabel("query", fontsize=10)
     figure.colorbar(image, ax=panels, label="attention weight", ticks=[0, 0.05, 0.2, 0.5, 1], aspect=20 * rows, fraction=0.05)
