@@ -78,48 +78,41 @@ def smooth(values, half):
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def clock(speeds, total_batch_size):
+def clock(steps, speeds, total_batch_size):
     """(steps, hours): hours of training before each step, and after the last one.
 
-    speeds: [(step, tokens per second), ...]. A step that was not logged counts as long as the logged step before it.
-    Example: clock([(0, 100), (1, 50)], 3600) -> [0, 1, 2], [0, 0.01, 0.03]
+    speeds: tokens per second of each step. A step that was not logged counts as long as the logged step before it.
+    Example: clock([0, 1], [100, 50], 3600) -> [0, 1, 2], [0, 0.01, 0.03]
     """
-    steps, speeds = (np.array(column) for column in zip(*sorted(speeds)))
     steps = np.append(steps, steps[-1] + 1)
     return steps, np.append(0.0, np.cumsum(np.diff(steps) * total_batch_size / speeds / 3600))
 
 
-class Curves:
-    """A run's name, settings and streams; run[stream] is (x, values) as arrays, x in the unit of by, a key of AXES.
+class Curves(dict):
+    """A run's name, settings and {stream: (x, values)} as arrays, x in the unit of by, a key of AXES.
 
     Non-finite values are skipped: a float16 run logs infinite gradient norms.
     """
 
     def __init__(self, run_dir, by="step", color="tab:blue"):
-        self.run_dir, self.by, self.color = run_dir, by, color
+        self.run_dir, self.color, self.config = run_dir, color, read_config(run_dir)
         self.name, path = os.path.basename(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
-        self.config = read_config(run_dir)
-        finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in read_log(path).items()}
-        self.streams = {name: points for name, points in finite.items() if points}
-        if not self.streams:
+        for stream, points in read_log(path).items():
+            points = np.array([point for point in points if math.isfinite(point[1])])
+            if len(points):
+                self[stream] = points[:, 0], points[:, 1]
+        if not self:
             raise ValueError(f"{path} has no values yet; draw the run after its first step")
         needed = {"step": [], "tokens": ["total_batch_size"], "hours": ["total_batch_size", "tok_per_sec"]}[by]
-        if missing := [name for name in needed if name not in {**self.config, **self.streams}]:
+        if missing := [name for name in needed if name not in {**self.config, **self}]:
             raise ValueError(f"--by {by} needs {' and '.join(missing)}, missing from config.json and log.txt in {run_dir};"
                              " use --by step")
-
-    def __contains__(self, stream):
-        return stream in self.streams
-
-    def __getitem__(self, stream):
-        steps, values = (np.array(column) for column in zip(*self.streams[stream]))
-        if self.by == "tokens":
-            steps = steps * self.config["total_batch_size"]
-        elif self.by == "hours":
-            steps = np.interp(steps, *clock(self.streams["tok_per_sec"], self.config["total_batch_size"]))
-        return steps, values
+        hours = clock(*self["tok_per_sec"], self.config["total_batch_size"]) if by == "hours" else None
+        for stream, (steps, values) in self.items():
+            x = np.interp(steps, *hours) if hours else steps * self.config["total_batch_size"] if by == "tokens" else steps
+            self[stream] = x, values
 
 
 def short_count(n):

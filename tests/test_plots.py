@@ -137,10 +137,10 @@ def levels_of(figure, panel):
 
 
 def test_the_clock_is_the_sum_of_the_steps_durations():
-    steps, hours = clock([(0, 100.0), (1, 50.0)], 3600)
+    steps, hours = clock([0, 1], [100.0, 50.0], 3600)
     assert steps.tolist() == [0, 1, 2] and hours.tolist() == pytest.approx([0, 0.01, 0.03])
     # steps 1 to 3 are not in the log: they count as long as step 0
-    steps, hours = clock([(0, 100.0), (4, 50.0)], 3600)
+    steps, hours = clock([0, 4], [100.0, 50.0], 3600)
     assert steps.tolist() == [0, 4, 5] and hours.tolist() == pytest.approx([0, 0.04, 0.06])
 
 
