@@ -150,6 +150,7 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # the inner width is four times the outer one
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         # OpenAI trained GPT-2 with the tanh approximation; its weights need it
         self.gelu = nn.GELU(approximate="tanh")
@@ -190,6 +191,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),  # new in GPT-2: a final LayerNorm
         ))
+        # from the final hidden states to a score for each token of the vocabulary
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # weight sharing scheme (Press and Wolf 2017): tokens that are similar as inputs should be
         # similar as outputs. One matrix serves both: 124M parameters instead of 163M.
@@ -275,6 +277,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is over this model's block_size"
                              f" {self.config.block_size}")
         x = self.hidden(idx, torch.arange(T, device=idx.device))        # (B, T, C)
+        # x[:, [-1]] and not x[:, -1]: keeps the time dimension
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
         logits = self.lm_head(x)                                        # (B, T, V)
@@ -290,7 +293,7 @@ class GPT(nn.Module):
 
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""
-        n = sum(p.numel() for p in self.parameters())
+        n = sum(p.numel() for p in self.parameters())  # names each shared tensor once
         return n if with_wpe else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self, T):
@@ -331,8 +334,8 @@ class GPT(nn.Module):
             theirs = {name: t for name, t in theirs.items()
                       if not name.endswith(".bias") or t.count_nonzero() > 0}
         if wrong := sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side only"
-                             f" ({len(wrong)} tensors in all); is n_layer"
+            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side"
+                             f" only ({len(wrong)} tensors in all); is n_layer"
                              f" {self.config.n_layer}?")
         for name, tensor in theirs.items():
             is_vocab = name in ("transformer.wte.weight", "lm_head.weight")

@@ -73,8 +73,10 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     weights if the loss or the norm is NaN or infinite.
     """
     first_window = loader.position
+    # None instead of zeros: the first backward then writes gradients instead of adding to them
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    # on the device: adding to it does not make the CPU wait
     loss_accum = torch.zeros((), device=ranks.device)
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()  # (B, T), (B, T)
@@ -82,6 +84,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
             # DDP averages gradients over the ranks in the last backward only, instead of in each
             # one; it reads this field in its forward. FSDP has none and always reduces.
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
+        # matmuls in bf16; softmax, LayerNorm and the loss, which need more digits, in float32
         with autocast(ranks.device, dtype):
             _, loss = model(x, y)
         # cross_entropy is a mean over a micro-batch, and backward() adds to the gradients: without
@@ -91,9 +94,10 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         loss_accum += loss.detach()
         # the scaler is the identity unless dtype is float16, whose small gradients underflow
         scaler.scale(loss).backward()
-    local_loss = loss_accum.clone()
+    local_loss = loss_accum.clone()  # to name the rank if it is non-finite
     # the mean over the ranks; SUM, then divide: gloo has no reliable AVG
-    loss_accum = parallel.all_reduce_sum(loss_accum, ranks) / ranks.world_size
+    loss_accum = parallel.all_reduce_sum(loss_accum, ranks) / ranks.world_size  # a scalar
+    # the gradients are scaled like the loss; the norm must not be
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # one unlucky batch with a large gradient must not throw the weights off (GPT-3, appendix B)
@@ -115,6 +119,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
 
 def nonfinite(step, loss, norm, local_loss, first_window, end_window, ranks):
     """The NonFinite error of a step, naming ranks and data. Every rank must call it."""
+    # the mean over the ranks is NaN on all of them; only one may have a bad batch or bad memory
     losses = parallel.all_gather(local_loss.item(), ranks)
     where = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
     return NonFinite(f"step {step}: non-finite loss {loss} or gradient norm {norm}"
@@ -130,8 +135,8 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
     The result depends neither on B nor on the number of ranks. Returns None if a stop is requested
     meanwhile.
     """
-    model.eval()
-    total, count = 0.0, 0
+    model.eval()  # no dropout
+    total, count = 0.0, 0  # sum of the losses of all targets; number of targets
     # the logits are an evaluation's largest tensor; more than 4096 tokens of them gain nothing
     B = max(1, min(B, 4096 // T))
     for x, y in data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
@@ -140,7 +145,8 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
         if parallel.stop_requested(ranks):
             model.train()
             return None
-        if len(x) > 0:  # (0, T) on a rank that has no tokens left
+        # x is (0, T) on a rank that has no tokens left
+        if len(x) > 0:
             with autocast(ranks.device, dtype):
                 _, loss = model(x, y)
             # batches differ in size: weight each mean by its number of targets
@@ -158,7 +164,7 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
     """Prints samples that start with prompt; the ranks split them. None if a stop is requested."""
     if parallel.stop_requested(ranks):
         return
-    model.eval()
+    model.eval()  # no dropout
     texts = []
     for i in range(ranks.rank, num_samples, ranks.world_size):
         # generate_text has its own generator: sampling does not change training's random numbers
@@ -176,14 +182,16 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
 
 def open_data(config, ranks):
     """[train TokenStream, val TokenStream]; a text file is tokenized first, by rank 0."""
+    # the other ranks find what rank 0 has tokenized
     with parallel.rank0_first(ranks):
         splits = data.prepare_data(config.data)
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
+    # a sequence of T tokens needs T + 1: the last one is only a target
     for split, stream in zip(("train", "val"), streams):
         if len(stream) <= config.sequence_length:
-            raise ValueError(f"the {split} split of {config.data} has {len(stream)} tokens, too few"
-                             f" for one sequence of {config.sequence_length} and its target; use"
-                             " more text or a smaller --block-size")
+            raise ValueError(f"the {split} split of {config.data} has {len(stream)} tokens, too"
+                             f" few for one sequence of {config.sequence_length} and its target;"
+                             " use more text or a smaller --block-size")
     return streams
 
 
@@ -207,10 +215,11 @@ def make_plan(config, num_tokens, dtype, ranks):
         raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
                          f" of {total_batch_size:,}: use more --epochs, --max-steps, or a smaller"
                          " --total-batch-size")
+    # over 1: the model sees data again, in another order
     epochs = max_steps * total_batch_size / epoch_tokens
     parts = estimate_memory(config, num_params, B, dtype, W, on_cpu)
     needed = sum(parts.values())
-    flops = model.flops_per_token(T)
+    flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
     print0(f"model: {num_params:,} parameters, {model.config}\n"
            f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {total_batch_size:,}"
@@ -223,6 +232,7 @@ def make_plan(config, num_tokens, dtype, ranks):
            + (": IT WILL NOT FIT" if memory and needed > memory else "")
            + f"\nwork: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
     if peak := peak_flops(ranks.device, dtype):
+        # a well-tuned run of this size reaches 40 to 60% of the peak
         hours = total_flops / (0.5 * peak * W) / 3600
         print0(f"time: about {hours:.1f} hours at half the peak of"
                f" {W} x {device_name(ranks.device)}")
@@ -241,7 +251,7 @@ def dry_run(config, dtype, ranks):
 
 def build_model(config, saved, ranks):
     """The GPT to train: the checkpoint's, --init-from's, or initialized from torch's generator."""
-    # under fsdp the unsharded model need not fit on one GPU
+    # fsdp moves the shards to the GPUs: the unsharded model need not fit on one of them
     device = "cpu" if parallel.is_fsdp(config, ranks) else ranks.device
     if not saved and config.init_from:
         return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
@@ -251,12 +261,27 @@ def build_model(config, saved, ranks):
     return raw_model.to(device)
 
 
+def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
+    """(model, state): contents of a checkpoint's two files, on rank 0's CPU; see checkpoint.py.
+
+    They are all that a resumed run needs to be bitwise identical. Every rank must call it.
+    """
+    weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
+    # dropout's random numbers differ between ranks; all other state is the same on every rank
+    rng = parallel.all_gather(get_rng_state(ranks.device), ranks)
+    state = {"optimizers": optimizer_states, "scaler": scaler.state_dict(),
+             "loader": loader.state_dict(), "rng": rng, "train_config": asdict(config)}
+    return checkpoint.model_contents(raw_model, val_loss, weights), state
+
+
 def restore(saved, optimizers, scaler, loader, config, ranks):
-    """Restores from a checkpoint all that a run resumes with but the weights."""
+    """Restores what capture returned, as read from a checkpoint, except for the weights."""
     state = saved.state
+    # without AdamW's moments the first updates would be far too large
     parallel.load_full_optimizer_state(optimizers, state["optimizers"])
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
+    # the position in the data; ValueError if it is other data
     loader.load_state_dict(state["loader"], config.force)
     if len(state["rng"]) == ranks.world_size:
         set_rng_state(state["rng"][ranks.rank], ranks.device)
@@ -282,8 +307,7 @@ def main():
     keep_freed_memory()
     ranks = parallel.setup(config.device, config.timeout)
     device, dtype = ranks.device, choose_dtype(config.dtype, ranks.device)
-    # TF32 for the matmuls that autocast leaves in float32, on GPUs that have it
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if config.deterministic:
         use_deterministic_algorithms()
     if config.dry_run:
@@ -292,22 +316,22 @@ def main():
     # data: two streams of tokens, HellaSwag's examples, and how the tokens of a step are split up
     train_stream, val_stream = open_data(config, ranks)
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
-    hella_every = config.hella_every if examples else 0
     B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), dtype, ranks)
 
-    # resume: at which step, and which of its evaluations are in the log already
+    # resume: the first step, and its evaluations that the log has; a stop may interrupt them
     first_step = saved.step if saved else 0
     log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step) if saved else (0, set())
     evaluated = parallel.all_gather(evaluated, ranks)[0]
-    missing = [stream for stream, every in (("val", config.val_every), ("hella", hella_every))
-               if every and stream not in evaluated]
+    missing = [stream for stream, wanted in (("val", config.val_every), ("hella", examples))
+               if wanted and stream not in evaluated]
     if first_step > max_steps or first_step == max_steps and not missing:
         print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
                f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
         return
 
-    # model: raw_model holds the only parameters; model is what a training step calls
-    seed_all(config.seed)  # every rank draws the same weights
+    # model: raw_model holds the only parameters; model, which a training step calls, is raw_model
+    # compiled and wrapped in DDP. Every rank draws the same initial weights.
+    seed_all(config.seed)
     raw_model = build_model(config, saved, ranks)
     model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
 
@@ -316,8 +340,7 @@ def main():
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
-    # its thread must not run during interpreter shutdown
-    atexit.register(loader.close)
+    atexit.register(loader.close)  # its thread must not run during interpreter shutdown
     # from here on only dropout draws random numbers, different ones on each rank
     seed_all(config.seed + 1 + ranks.rank)
     if saved:
@@ -328,16 +351,15 @@ def main():
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
     writer = checkpoint.Writer()
-    peak = peak_flops(device, dtype)  # FLOP/s, or None if unknown
+    peak = peak_flops(device, dtype)  # of one device, FLOP/s; None if unknown
 
     def due(every, stream=None):
         # every so many steps and after the last one, unless the log has it from before a resume
         return (every and (step % every == 0 or step == max_steps)
                 and not (step == first_step and stream in evaluated))
 
-    # step = number of optimizer updates made so far
     with StopSignals():
-        for step in range(first_step, max_steps + 1):
+        for step in range(first_step, max_steps + 1):  # step = number of updates made so far
             # once in a while: the validation loss. All evaluations use raw_model: the compiled
             # model would compile again for their shapes.
             val_loss = None
@@ -346,8 +368,8 @@ def main():
                                          config.val_tokens, dtype, ranks)
                 log(step, val=val_loss)
 
-            # once in a while: HellaSwag
-            if due(hella_every, "hella"):
+            # once in a while: HellaSwag, by both styles of scoring
+            if examples and due(config.hella_every, "hella"):
                 log(step, **hellaswag.score_in_training(parallel.unsharded_model(raw_model),
                                                         examples, dtype, ranks))
 
@@ -361,13 +383,9 @@ def main():
             if step > first_step and (due(config.save_every) or stopping):
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
-                weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
-                state = {"optimizers": optimizer_states, "scaler": scaler.state_dict(),
-                         "loader": loader.state_dict(), "train_config": asdict(config),
-                         "rng": parallel.all_gather(get_rng_state(device), ranks)}
-                contents = checkpoint.model_contents(raw_model, val_loss, weights)
+                contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
                 if ranks.master_process:
-                    writer.start(checkpoint.save_and_prune, run_dir, step, contents, state)
+                    writer.start(checkpoint.save_and_prune, run_dir, step, *contents)
             if stopping or step == max_steps:
                 break
 
@@ -382,11 +400,11 @@ def main():
             synchronize(device)            # CUDA runs asynchronously: wait for it
             dt = time.perf_counter() - t0  # seconds
             tok_per_sec = config.total_batch_size / dt
-            # model FLOPs utilization, a fraction of the peak of all devices
-            flop_per_sec = raw_model.flops_per_token(T) * tok_per_sec
-            mfu = f" | MFU {flop_per_sec / (peak * ranks.world_size):.1%}" if peak else ""
+            # model FLOPs utilization: the fraction of the peak of all devices
+            mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)
             print0(f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f}"
-                   f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}{mfu}")
+                   f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
+                   + (f" | MFU {mfu:.1%}" if mfu else ""))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             if int(loader.epoch) > epoch:
                 log(step, epoch=int(loader.epoch))  # the next epoch has another order
@@ -397,7 +415,7 @@ def main():
     elif ranks.master_process:
         picture = plot_run(run_dir, baselines=FINEWEB_DIR in config.data)
         print0(f"finished; curves: {picture}, samples: python sample.py {run_dir}")
-    # on success only: after an error NCCL would wait here for the other ranks
+    # on success only: after an error NCCL would wait here for ranks that no longer answer
     parallel.teardown()
     sys.exit(StopSignals.STATUS[stopping] if stopping else 0)
 
