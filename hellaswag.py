@@ -9,14 +9,14 @@ Paper: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Data: https://gith
     torchrun --nproc_per_node=8 hellaswag.py gpt2-xl
 
 Prints one line with the accuracies, their standard errors and the number of examples; --json prints the same as JSON, --out
-writes the log-probabilities of every example. Two styles of scoring are in use, whose numbers must not be compared:
+writes the log-probabilities of every example. Two styles of scoring are in use; their numbers are not comparable:
 
     completion   the lecture's. Text: ctx + " " + ending. acc: the largest sum of an ending's log-probabilities;
                  acc_norm: the largest mean per token
     lm-eval      EleutherAI's lm-evaluation-harness, task hellaswag, 0-shot. Text: "activity_label: ctx_a Ctx_b" + ending,
                  without WikiHow's [markup]. acc: the largest sum; acc_norm: the largest sum per character of the ending
 
-Of equal endings the first is predicted, as in the harness. An example is one line of the .jsonl file:
+Ties go to the first ending, as in the harness. An example is one line of the .jsonl file:
 
     {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
      "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap to wrap a pair of skis.",
@@ -97,7 +97,7 @@ def download(split="val"):
                     bar.update(len(chunk))
                 if split == "val" and (f.tell(), sha256.hexdigest()) != (VAL_BYTES, VAL_SHA256):
                     raise OSError(f"{f.tell():,} bytes with sha256 {sha256.hexdigest()[:8]}... are not the official file")
-    except OSError as e:  # as requests' exceptions are
+    except OSError as e:  # requests' exceptions are OSErrors, too
         cause = e
         while cause.__context__:  # requests wraps urllib3's exceptions, and urllib3 those of the system
             cause = cause.__context__
@@ -232,7 +232,7 @@ def prepare(path, limit=None):
 
 
 def predictions(sums, lengths):
-    """(by sum, by norm): the most likely ending of each example, (n) int64 each; the first of equals."""
+    """(by sum, by norm): the most likely ending of each example, (n) int64 each; ties go to the first."""
     with np.errstate(divide="ignore"):  # in lm-eval style an ending that is only markup has length 0: its norm is -inf
         return sums.argmax(axis=1), (sums / lengths).argmax(axis=1)
 

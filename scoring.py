@@ -134,7 +134,7 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress
     model.eval()
     try:
         with autocast(ranks.device, dtype):  # one region for all batches: it caches the weights that it casts
-            for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # as often on every rank
+            for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # equally often on every rank
                 if stop_requested(ranks):
                     return None
                 if i < len(batches):
