@@ -391,32 +391,48 @@ def test_ctrl_c_exits_with_status_130_and_a_second_run_completes(tmp_path, monke
     assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
 
 
-ALWAYS_IN_ARROW = """
+READ_FOREVER = """
 import pyarrow.parquet as pq, runpy, sources, sys
-def read_forever(open_file, *_):
+read_row_group = sources.read_row_group
+def read_forever(open_file, metadata, i, column):
+    if i == 0:
+        return (yield from read_row_group(open_file, metadata, i, column))
     print("reading", file=sys.stderr, flush=True)
     while True:
         with open_file() as f:
             for _ in pq.ParquetFile(f, pre_buffer=False).iter_batches(10, use_threads=False):
                 pass
 sources.read_row_group = read_forever
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_ctrl_c_exits_at_once_while_threads_are_inside_arrow(tmp_path):
-    """Interpreter shutdown would wait for these threads forever; when they were daemon threads, it aborted the process."""
+@pytest.fixture
+def endless(tmp_path):
+    """Popen arguments of a run whose worker threads never return, except from the first row group."""
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
-    args = [os.path.join(ROOT, "fineweb.py"), "--input", tmp_path / "a.parquet", "--workers", 8, "--out", tmp_path / "out"]
+    return [sys.executable, "-c", READ_FOREVER, os.path.join(ROOT, "fineweb.py"), "--input", str(tmp_path / "a.parquet"),
+            "--workers", "8", "--out", str(tmp_path / "out")]
+
+
+def test_ctrl_c_exits_at_once_while_threads_are_inside_arrow(endless):
+    """Interpreter shutdown would wait for these threads forever; when they were daemon threads, it aborted the process."""
     for _ in range(2):  # the abort happened in two of three runs
-        process = subprocess.Popen([sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {ALWAYS_IN_ARROW}",
-                                    *map(str, args)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        process = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         while "reading" not in process.stderr.readline():
             assert process.poll() is None
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
         assert process.returncode == 130 and "interrupted" in error, error
+
+
+def test_a_run_that_reaches_max_tokens_does_not_wait_for_its_threads(endless, tmp_path):
+    done = subprocess.run([*endless, "--max-tokens", "2000", "--val-tokens", "100"], capture_output=True, text=True, cwd=ROOT,
+                          timeout=60)
+    assert done.returncode == 0 and "2 shards, 2,000 tokens" in done.stdout, done.stderr
+    assert fineweb.load_manifest(tmp_path / "out")["complete"]
 
 
 @pytest.mark.slow
