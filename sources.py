@@ -36,7 +36,7 @@ SUFFIXES = (".parquet", *(kind + codec for kind in (".jsonl", ".json", ".txt") f
 
 
 class BadFile(Exception):
-    """A file of the source cannot be read to its end."""
+    """A file of the source is damaged or truncated."""
 
 
 def is_damage(error):
@@ -54,7 +54,7 @@ class Piece:
     """A part of a file that a worker reads and tokenizes."""
     file: int            # index of the file in the source
     number: int          # index of the piece in the file
-    read: object         # function that returns an iterable of lists of texts, or of other values where a row is not text
+    read: object         # function that returns an iterable of lists of texts; a value that is not a str is not text
     begins: bool = True  # False: the piece continues the document of the previous piece
 
 
@@ -159,7 +159,8 @@ def file_pieces(source, name, column):
         return
     with open_file() as f:
         if suffix in CODECS:
-            f, suffix = io.BufferedReader(pa.CompressedInputStream(f, CODECS[suffix])), os.path.splitext(stem)[1]
+            f, suffix = pa.CompressedInputStream(f, CODECS[suffix]), os.path.splitext(stem)[1]
+        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readlines(limit)
         yield from txt_pieces(f) if suffix == ".txt" else jsonl_pieces(f, name, column)
 
 
@@ -245,7 +246,7 @@ def hub_source(dataset, name, split, revision, commit=None):
                    "files": [[path, sizes[path]] for path in paths]}
 
     def open_file(path):
-        cache = "none" if path.endswith(".parquet") else "readahead"  # a row group is one request; other files, blocks
+        cache = "none" if path.endswith(".parquet") else "readahead"  # parquet: one request per row group
         return HfFileSystem().open(f"datasets/{dataset}@{commit}/{path}", "rb", cache_type=cache)
     return Source(description, paths, [sizes[path] for path in paths], open_file, with_retries)
 

@@ -93,12 +93,12 @@ def corpus(tmp_path):
 
 def naive_pack(stream, shard_size, val_tokens):
     """[(split, tokens), ...] as pack's docstring defines them, computed on a list; None if train would be empty."""
-    borders = [i for i, t in enumerate(stream) if t == EOT]
+    boundaries = [i for i, t in enumerate(stream) if t == EOT]
     end = None
     if len(stream) >= val_tokens:
         first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
-        inside = [b for b in borders if first <= b < val_tokens and b > 0]
-        after = [b for b in borders if b >= val_tokens]
+        inside = [b for b in boundaries if first <= b < val_tokens and b > 0]
+        after = [b for b in boundaries if b >= val_tokens]
         end = inside[-1] if inside else after[0] if after else None
     if end is None:
         return None
@@ -440,9 +440,9 @@ def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_
     write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
     flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
     os.makedirs(tmp_path / "w")
-    began = time.time()
+    start = time.time()
     run(monkeypatch, *flags, tmp_path / "w" / "out")
-    whole, wall, kills, rng, mtimes = contents(tmp_path / "w" / "out"), time.time() - began, 0, random.Random(7), {}
+    whole, wall, kills, rng, mtimes = contents(tmp_path / "w" / "out"), time.time() - start, 0, random.Random(7), {}
     while kills < 20:
         monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, flags), str(tmp_path / "out")])
         process = multiprocessing.get_context("fork").Process(target=fineweb.main)
@@ -670,6 +670,7 @@ def test_a_resumed_run_reads_the_commit_it_started_with_after_the_branch_has_mov
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "jsonl.gz"])
 def test_json_lines_are_read_from_the_hub(tmp_path, suffix):
+    """Uncompressed files once failed: readlines of the Hub's file objects takes no argument."""
     texts = make_texts(40)
     body = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     hub = FakeHub("me/texts", {f"data/a.{suffix}": gzip.compress(body) if suffix.endswith("gz") else body})
