@@ -52,7 +52,7 @@ def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1
 # many tokens
 
 def context_start(T, block_size):
-    """Index of the first token in the context of T tokens. For block_size 1024: 0 up to T = 1024, 512 up to 1536, 1024 up to 2048.
+    """Where the context of a text of T tokens starts. For block_size 1024: 0 up to T = 1024, 512 up to 1536, 1024 up to 2048.
 
     A context that slides by one token invalidates the KV cache: the position of every token changes, and positions are
     learned. One that slides by half a block is processed again only every block_size / 2 tokens.
@@ -257,7 +257,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens to generate per sample (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     parser.add_argument("--top-k", type=int, default=50, help="keep the k most likely tokens, 0 for all (default 50)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: total probability to keep (default 1.0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default 1.0, all)")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default 42)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
