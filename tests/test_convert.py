@@ -189,7 +189,8 @@ def test_a_checkpoint_of_nanogpt_loads(tmp_path, bias, prefix):
 
 @pytest.mark.parametrize("change, words", [
     ({"rope": True}, "the config in .*ckpt.pt is not a GPTConfig.*rope"), ({"n_layer": "2"}, "n_layer='2'"),
-    ({"n_head": 3}, "n_head=3"), ({"n_embd": None}, "n_embd=None"), ({"block_size": 13}, r"wpe.weight \(12, 16\) for \(13, 16\)"),
+    ({"n_head": 3}, "n_head=3"), ({"n_embd": None}, "n_embd=None"),
+    ({"block_size": 13}, r"wpe.weight \(12, 16\) for \(13, 16\)"),
 ])
 def test_an_invalid_config_or_one_that_does_not_fit_is_an_error(tmp_path, change, words):
     path = str(tmp_path / "ckpt.pt")
