@@ -230,7 +230,7 @@ def print_samples(model, prompt, generator, hidden, args):
 
 def interact(model, generator, hidden, args):
     """Reads prompts, one a line, and answers each, until Ctrl-D. Ctrl-C stops an answer, or clears the line."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 then fails in encode_prompt, and only for its line
+    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 then raises in encode_prompt, not in input
     print("each line is a prompt; Ctrl-C stops an answer, Ctrl-D exits", file=sys.stderr)
     while True:
         try:

@@ -1,6 +1,6 @@
 """
-A run folder under attack: full disks, kills at every point of a save, damaged files, pickles that hold code. Its lock, its log,
-and the trackers that receive the log's values.
+Checkpoints on a full disk, after kills at every point of a save, damaged, and with code in their pickles; a run folder's lock
+and log, and the trackers that receive the log's values.
 
     .venv/bin/python -m pytest tests/test_checkpoint.py
 
