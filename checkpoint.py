@@ -158,6 +158,8 @@ def kept_log(run_dir, step):
     size, last, evaluated = 0, -1, set()
     with contextlib.suppress(FileNotFoundError), open(os.path.join(run_dir, "log.txt"), "rb") as f:
         for line in f:
+            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
+                break
             words = line.decode(errors="replace").split()
             if len(words) == 3 and words[0].isdigit():
                 at, stream = int(words[0]), words[1]
@@ -165,8 +167,6 @@ def kept_log(run_dir, step):
                     break
                 last = at if stream in TRAINING_STREAMS else last
                 evaluated |= {stream} if at == step else set()
-            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
-                break
             size += len(line)
     if last < step - 1:
         print0(f"{run_dir}/log.txt is incomplete: it ends at step {last}, the checkpoint is of step {step}")

@@ -56,7 +56,7 @@ def check_minimums(values, **minimums):
     Example: check_minimums({"top_k": -1}, top_k=0) raises "--top-k -1: must be 0 or more".
     """
     for name, minimum in minimums.items():
-        if values[name] is not None and values[name] < minimum:
+        if values[name] is not None and not values[name] >= minimum:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be {minimum} or more")
 
 
