@@ -113,7 +113,7 @@ class StopSignals:
     """
     # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, "try again later": a batch system can requeue on it.
     STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130}
-    received = None  # of the whole process, as signal handlers are
+    received = None  # a class attribute: signal handlers, too, exist once per process
 
     def __enter__(self):
         # Python runs signal handlers between two bytecodes of the main thread, which may be inside a long operation.
