@@ -1,0 +1,114 @@
+"""
+Benchmarks: each one beside its reference, as a ratio, in one run.
+
+    python -m bench train                          # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
+    python -m bench train --size gpt2-medium --batch-size 8 --steps 10 --json train.json
+    python -m bench ladder --json ladder.json --picture ladder.png
+    python -m bench hellaswag --data hellaswag/hellaswag_val.jsonl
+    python -m bench tokenize --data FOLDER_OF_PARQUET_FILES
+    python -m bench all --quick --json new.json --compare old.json
+
+Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
+"""
+import argparse
+import json
+
+import runtime
+from bench.checkpoint import bench_checkpoint
+from bench.data import bench_loader, bench_tokenize
+from bench.hellaswag import bench_hellaswag
+from bench.ladder import bench_ladder
+from bench.measure import in_fresh_process, print_table
+from bench.sample import bench_sample
+from bench.train import bench_train
+from data import atomic_write
+from model import SIZES
+
+# functions of the flags that return rows: dicts with the same keys, the first of which names the row
+BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,
+              "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
+
+# --quick: enough to notice a regression, too little to publish
+QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
+
+COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")  # columns that --compare compares
+
+
+def read_result(path):
+    """The result that --json wrote; ValueError for another file."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            result = json.load(f)
+            return {name: result[name] for name in ("machine", "settings", "benchmarks")}
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is not a file that --json wrote ({e!r})") from e
+
+
+def compared(result):
+    """The measurements that --compare compares: {("train: eager", "tok/s"): 382.0, ...}."""
+    return {(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit] for benchmark, rows in result["benchmarks"].items()
+            for row in rows for unit in COMPARED if row.get(unit)}
+
+
+def print_comparison(old, new):
+    """Prints what both results measured, with ratios: above 1 is better now, whatever the unit. 100 tok/s, now 90 -> 0.9."""
+    for name in ("machine", "settings"):
+        if old[name] != new[name]:
+            print(f"different {name}: before {old[name]}, now {new[name]}")
+    before, now = compared(old), compared(new)
+    rows = [{"compared": name, "unit": unit, "before": before[name, unit], "now": value,
+             "ratio": value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value}
+            for (name, unit), value in now.items() if (name, unit) in before]
+    if not rows:
+        raise ValueError("the two results have no measurement in common")
+    print_table(rows)
+    worse = [f"{row['compared']} ({row['unit']})" for row in rows if row["ratio"] < 0.95]
+    print(f"{len(worse)} of {len(rows)} are worse by more than 5%" + (f": {', '.join(worse)}" if worse else ""))
+
+
+def parse_args(argv=None):
+    """The flags, with device and dtype resolved."""
+    parser = runtime.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.", allow_abbrev=False)
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--size", default="gpt2", choices=list(SIZES), help="model (default gpt2)")
+    parser.add_argument("--batch-size", type=int, default=0, help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1, 4)")
+    parser.add_argument("--sequence-length", type=int, default=0, help="T, tokens (default 512 on a CPU, 1024 on a GPU;"
+                                                                       " sample: 256 and as many as fit)")
+    parser.add_argument("--steps", type=int, default=6, help="training steps to time (default 6)")
+    parser.add_argument("--ranks", type=int, default=0, help="ladder: processes of DDP (default: one per GPU)")
+    parser.add_argument("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
+    parser.add_argument("--data", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default: made from"
+                                       " input.txt)")
+    parser.add_argument("--limit", type=int, default=60, help="hellaswag: examples to score (default 60)")
+    parser.add_argument("--repeats", type=int, default=3, help="tokenize: runs to take the median of (default 3)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file")
+    parser.add_argument("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
+    args = parser.parse_args(argv)
+    if args.benchmark == "all" and args.data:
+        raise ValueError("all takes no --data: hellaswag and tokenize need different files; run them one at a time")
+    runtime.check_minimums(vars(args), batch_size=0, sequence_length=0, ranks=0, steps=1, limit=1, repeats=1)
+    device = runtime.choose_device(args.device)
+    chosen = dict(device=device, dtype=runtime.choose_dtype(args.dtype, device))
+    return argparse.Namespace(**{**vars(args), **chosen, **(QUICK if args.quick else {})})
+
+
+def main():
+    args = parse_args()
+    old = read_result(args.compare) if args.compare else None
+    names = [name for name in BENCHMARKS if name != "ladder" or not args.quick] if args.benchmark == "all" else [args.benchmark]
+    # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
+    rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
+    settings = {name: value for name, value in vars(args).items() if name not in ("benchmark", "json", "compare", "picture")}
+    result = {"machine": runtime.describe_machine(args.device), "settings": settings, "benchmarks": rows}
+    if args.json:
+        with atomic_write(args.json, "w") as f:
+            json.dump(result, f, indent=1)
+    if old:
+        print_comparison(old, result)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
