@@ -77,33 +77,34 @@ def load_file(path, mmap=False):
 # -----------------------------------------------------------------------------
 # the folder
 
-@contextlib.contextmanager
 def lock_run(run_dir):
-    """Locks a run folder, created if necessary, for this process; ValueError if another running process holds the lock.
+    """Locks a run folder, created if necessary, until this process ends; ValueError if another running process holds it.
 
-    It is a kernel lock on log.txt, which ends with the process, however that ends. A new folder that is still empty at
-    the end is removed.
+    It is a kernel lock on log.txt, released however the process ends. What was created here and is still empty then is
+    removed.
     """
-    log_dir, path = os.path.dirname(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
-    created = [folder for folder in (run_dir, log_dir) if not os.path.exists(folder)]
-    os.makedirs(run_dir, exist_ok=True)
-    with open(path, "ab") as f:
-        try:
-            import fcntl  # not on Windows
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it, or choose another"
-                             " --exp-name") from e
-        except (ImportError, OSError) as e:  # some network file systems have no locks
-            print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
-        try:
-            yield
-        finally:
-            if created and os.listdir(run_dir) == ["log.txt"] and os.path.getsize(path) == 0:
+    folder = os.path.abspath(run_dir)  # the process may change its directory
+    path = os.path.join(folder, "log.txt")
+    created = [place for place in (path, folder, os.path.dirname(folder)) if not os.path.exists(place)]
+    os.makedirs(folder, exist_ok=True)
+    f = open(path, "ab")
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it, or choose another"
+                         " --exp-name") from e
+    except (ImportError, OSError) as e:  # some network file systems have no locks
+        print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
+
+    def unlock():
+        with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
+            if path in created and os.path.getsize(path) == 0:
                 os.remove(path)
-                with contextlib.suppress(OSError):  # the log folder holds another run by now
-                    for folder in created:
-                        os.rmdir(folder)
+                for place in created[1:]:
+                    os.rmdir(place)
+        f.close()
+    atexit.register(unlock)
 
 
 def write_config(run_dir, config, dtype, ranks):
@@ -183,6 +184,7 @@ class Log:
 
         log(250, val=3.21)                          # appends "250 val 3.21" and prints it
         log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
+        log(250, val=None)                          # does nothing: the evaluation was interrupted
 
     settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; the rest of log.txt is cut off.
     """
@@ -196,6 +198,7 @@ class Log:
             self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
 
     def __call__(self, step, quiet=False, **values):
+        values = {stream: value for stream, value in values.items() if value is not None}
         for stream, value in values.items():
             if not quiet:
                 print0(f"step {step:5d} | {stream} {value:.4f}")
