@@ -10,8 +10,9 @@ Benchmarks: each one beside its reference, as a ratio, in one run.
 
 Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
 """
-import argparse
 import json
+
+import torch
 
 import runtime
 from bench.checkpoint import bench_checkpoint
@@ -44,18 +45,12 @@ def read_result(path):
             raise ValueError(f"{path} is not a file that --json wrote ({e!r})") from e
 
 
-def compared(result):
-    """The measurements that --compare compares: {("train: eager", "tok/s"): 382.0, ...}."""
-    return {(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit] for benchmark, rows in result["benchmarks"].items()
-            for row in rows for unit in COMPARED if row.get(unit)}
-
-
 def print_comparison(old, new):
     """Prints what both results measured, with ratios: above 1 is better now, whatever the unit. 100 tok/s, now 90 -> 0.9."""
-    for name in ("machine", "settings"):
-        if old[name] != new[name]:
-            print(f"different {name}: before {old[name]}, now {new[name]}")
-    before, now = compared(old), compared(new)
+    print(f"before: {old['machine']}, {old['settings']}\nnow: {new['machine']}, {new['settings']}")
+    before, now = ({(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit]
+                    for benchmark, rows in result["benchmarks"].items() for row in rows for unit in COMPARED if row.get(unit)}
+                   for result in (old, new))
     rows = [{"compared": name, "unit": unit, "before": before[name, unit], "now": value,
              "ratio": value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value}
             for (name, unit), value in now.items() if (name, unit) in before]
@@ -67,40 +62,47 @@ def print_comparison(old, new):
 
 
 def parse_args(argv=None):
-    """The flags, with device and dtype resolved."""
+    """The flags, with device and dtype chosen; B and T are the shape of the training steps to time."""
     parser = runtime.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.", allow_abbrev=False)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--size", default="gpt2", choices=list(SIZES), help="model (default gpt2)")
-    parser.add_argument("--batch-size", type=int, default=0, help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1, 4)")
-    parser.add_argument("--sequence-length", type=int, default=0, help="T, tokens (default 512 on a CPU, 1024 on a GPU;"
-                                                                       " sample: 256 and as many as fit)")
-    parser.add_argument("--steps", type=int, default=6, help="training steps to time (default 6)")
-    parser.add_argument("--ranks", type=int, default=0, help="ladder: processes of DDP (default: one per GPU)")
-    parser.add_argument("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
-    parser.add_argument("--data", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default: made from"
-                                       " input.txt)")
-    parser.add_argument("--limit", type=int, default=60, help="hellaswag: examples to score (default 60)")
-    parser.add_argument("--repeats", type=int, default=3, help="tokenize: runs to take the median of (default 3)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--json", metavar="FILE", help="write the result to this file")
-    parser.add_argument("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
+    add = parser.add_argument
+    add("benchmark", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK",
+        help="train: a training step; ladder: what makes it fast, one change after the other; hellaswag: scoring; sample:"
+             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all")
+    add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
+    add("--batch-size", type=int, default=0, help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
+    add("--sequence-length", type=int, default=0,
+        help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
+    add("--steps", type=int, default=6, help="training steps to time (default 6)")
+    add("--ranks", type=int, default=0, help="ladder: processes of DDP (default: one per GPU)")
+    add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
+    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default: input.txt)")
+    add("--limit", type=int, default=60, help="hellaswag: examples to score (default 60)")
+    add("--repeats", type=int, default=3, help="tokenize: runs to take the median of (default 3)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--json", metavar="FILE", help="write the result to this file")
+    add("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
+    add("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
     args = parser.parse_args(argv)
     if args.benchmark == "all" and args.data:
         raise ValueError("all takes no --data: hellaswag and tokenize need different files; run them one at a time")
     runtime.check_minimums(vars(args), batch_size=0, sequence_length=0, ranks=0, steps=1, limit=1, repeats=1)
-    device = runtime.choose_device(args.device)
-    chosen = dict(device=device, dtype=runtime.choose_dtype(args.dtype, device))
-    return argparse.Namespace(**{**vars(args), **chosen, **(QUICK if args.quick else {})})
+    vars(args).update(QUICK if args.quick else {})
+    args.device = runtime.choose_device(args.device)
+    args.dtype = runtime.choose_dtype(args.dtype, args.device)
+    args.B = args.batch_size or (4 if args.device == "cpu" else 16)
+    args.T = args.sequence_length or (512 if args.device == "cpu" else 1024)
+    return args
 
 
 def main():
     args = parse_args()
     old = read_result(args.compare) if args.compare else None
-    names = [name for name in BENCHMARKS if name != "ladder" or not args.quick] if args.benchmark == "all" else [args.benchmark]
+    every = [name for name in BENCHMARKS if name != "ladder" or not args.quick]
+    print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype}, training steps of"
+          f" B={args.B}, T={args.T}", flush=True)
     # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
-    rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
+    rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in (every if args.benchmark == "all" else [args.benchmark])}
     settings = {name: value for name, value in vars(args).items() if name not in ("benchmark", "json", "compare", "picture")}
     result = {"machine": runtime.describe_machine(args.device), "settings": settings, "benchmarks": rows}
     if args.json:

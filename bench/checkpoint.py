@@ -1,8 +1,4 @@
-"""
-The cost of a checkpoint: how long saving it delays training, and how long loading it takes.
-
-The reference is a synchronous save of the same checkpoint, for which training waits.
-"""
+"""How long a save delays training, beside a synchronous save of the same checkpoint, and how long loading takes."""
 import os
 import tempfile
 import time
@@ -10,18 +6,18 @@ import time
 import checkpoint
 import parallel
 import runtime
-from bench.measure import batch_shape, in_fresh_process, print_header, print_table, timed
+from bench.measure import in_fresh_process, print_table, timed
 from bench.train import Variant, build_step
 
 
-def time_checkpoint(size, B, T, dtype, device, repeats):
+def time_checkpoint(args):
     """({row: seconds}, seconds of a training step, bytes) of a checkpoint: weights and AdamW's moments.
 
     The stall is how much longer training takes, the copy included, from the start of a save until the files are written.
     """
-    ranks = parallel.Ranks(0, 0, 1, device, False)
-    run, raw_model, optimizers = build_step(Variant(dtype), size, B, T, ranks)
-    step, _ = timed(run, device, repeats, 2)
+    ranks = parallel.Ranks(0, 0, 1, args.device, False)
+    run, raw_model, optimizers = build_step(Variant(args.dtype), args, ranks)
+    step, _ = timed(run, args.device, args.steps, 2)
 
     def copied():
         weights, states = parallel.full_state(raw_model, optimizers, ranks)
@@ -34,24 +30,22 @@ def time_checkpoint(size, B, T, dtype, device, repeats):
         parallel.load_full_optimizer_state(optimizers, latest.state["optimizers"])
 
     with tempfile.TemporaryDirectory() as folder:
-        synchronous, _ = timed(lambda: checkpoint.save(folder, 1, *copied()), device)
+        synchronous, _ = timed(lambda: checkpoint.save(folder, 1, *copied()), args.device)
         writer, steps, start = checkpoint.Writer(), 0, time.perf_counter()
-        copy, _ = timed(lambda: writer.start(checkpoint.save, folder, 2, *copied()), device)
+        copy, _ = timed(lambda: writer.start(checkpoint.save, folder, 2, *copied()), args.device)
         while steps == 0 or not writer.pending.done():
             run()
             steps += 1
-        runtime.synchronize(device)
+        runtime.synchronize(args.device)
         stall = time.perf_counter() - start - steps * step
         writer.wait()
-        seconds = {"synchronous save": synchronous, "background save, stall of training": stall,
-                   "background save, copy to CPU memory": copy, "load": timed(load, device)[0]}
+        seconds = {"synchronous save": synchronous, "background save: stall": stall, "background save: copy": copy,
+                   "load": timed(load, args.device)[0]}
         return seconds, step, sum(os.path.getsize(path) for path in checkpoint.paths(folder, 2))
 
 
 def bench_checkpoint(args):
     """Rows in seconds and in training steps: a synchronous save, a save in the background, loading."""
-    B, T = batch_shape(args)
-    print_header(args, f"B={B}, T={T}")
-    rows, step, size = in_fresh_process(time_checkpoint, args.size, B, T, args.dtype, args.device, args.steps)
+    rows, step, size = in_fresh_process(time_checkpoint, args)
     return print_table([{"checkpoint": name, "seconds": seconds, "training steps": seconds / step, "GB": size / 1e9}
                         for name, seconds in rows.items()])

@@ -1,8 +1,4 @@
-"""
-The speed of scoring HellaSwag beside the lecture's scoring.
-
-The reference is the lecture's arithmetic, in lines of our own.
-"""
+"""The speed of scoring HellaSwag beside the lecture's scoring, whose arithmetic is in lines of our own."""
 import json
 import os
 import tempfile
@@ -14,7 +10,7 @@ import hellaswag
 import parallel
 import runtime
 import scoring
-from bench.measure import print_header, print_table, timed
+from bench.measure import print_table, timed
 from config import INPUT_TXT
 from data import atomic_write
 from model import GPT, config_for
@@ -26,10 +22,8 @@ def lecture_prediction(model, example, device, dtype):
     tokens, mask, _ = (t.to(device) if torch.is_tensor(t) else t for t in hellaswag.render_example(example))
     with runtime.autocast(device, dtype):
         logits = model.lm_head(model.hidden(tokens, torch.arange(tokens.size(1), device=device)))       # (4, N, V)
-    shift_logits = logits[:, :-1, :].contiguous()
-    flat_shift_logits = shift_logits.view(-1, shift_logits.size(-1))
-    losses = F.cross_entropy(flat_shift_logits, tokens[:, 1:].reshape(-1), reduction="none").view(4, -1)
-    shift_mask = mask[:, 1:]
+    shift_logits, shift_tokens, shift_mask = logits[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask[:, 1:]
+    losses = F.cross_entropy(shift_logits.view(-1, logits.size(-1)), shift_tokens.view(-1), reduction="none").view(4, -1)
     return ((losses * shift_mask).sum(dim=1) / shift_mask.sum(dim=1)).argmin().item()
 
 
@@ -38,11 +32,10 @@ def write_examples(path, count=60):
     with open(INPUT_TXT, encoding="utf-8") as f:
         words = f.read().split()
     with atomic_write(path, "w") as f:
-        for i in range(0, 120 * count, 120):
-            ctx_a, ctx_b, *endings = (" ".join(words[i + start:i + end]) for start, end in
-                                      ((0, 25), (25, 40), (40, 60), (60, 80), (80, 100), (100, 120)))
-            f.write(json.dumps({"ind": i, "activity_label": "Play", "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}",
-                                "endings": endings, "label": 0}) + "\n")
+        for start in range(0, 120 * count, 120):
+            context, *endings = (" ".join(words[start + a:start + b])
+                                 for a, b in ((0, 40), (40, 60), (60, 80), (80, 100), (100, 120)))
+            f.write(json.dumps({"activity_label": "Play", "ctx": context, "endings": endings, "label": 0}) + "\n")
 
 
 def bench_hellaswag(args):
@@ -50,31 +43,30 @@ def bench_hellaswag(args):
 
     differ: predictions that differ from those in float32.
     """
-    dtype, device = args.dtype, args.device
     runtime.seed_all(1337)
-    model = GPT(config_for(args.size, vocab_size=50304)).to(device).eval()
+    model = GPT(config_for(args.size, vocab_size=50304)).to(args.device).eval()
     with tempfile.TemporaryDirectory() as folder:
+        path = args.data or os.path.join(folder, "examples.jsonl")
         if not args.data:
-            write_examples(os.path.join(folder, "examples.jsonl"))
-        task = hellaswag.prepare(args.data or os.path.join(folder, "examples.jsonl"))
+            write_examples(path)
+        task = hellaswag.prepare(path)
     # spread over the file: its first part has shorter texts than its second
     n = min(args.limit, len(task.examples))
     chosen = [i * len(task.examples) // n for i in range(n)]
     examples, encoded = ([of[i] for i in chosen] for of in (task.examples, task.encoded["completion"]))
-    print_header(args, f"{n} examples")
 
     def lecture():
-        return [lecture_prediction(model, example, device, dtype) for example in examples]
+        return [lecture_prediction(model, example, args.device, args.dtype) for example in examples]
 
-    def ours(dtype=dtype):
-        sums, _ = scoring.score(model, encoded, dtype, parallel.Ranks(0, 0, 1, device, False))
+    def ours(dtype=args.dtype):
+        sums, _ = scoring.score(model, encoded, dtype, parallel.Ranks(0, 0, 1, args.device, False))
         return hellaswag.predictions(sums, task.lengths["completion"][chosen])[1].tolist()
 
-    lecture_prediction(model, examples[0], device, dtype)  # warm-up
-    results = {"lecture": timed(lecture, device)}
+    lecture_prediction(model, examples[0], args.device, args.dtype)  # warm-up
+    results = {"lecture": timed(lecture, args.device)}
     runtime.keep_freed_memory()
-    results["lecture, freed memory kept"] = timed(lecture, device)
-    results["ours"] = timed(ours, device, 3, 1)
+    results["lecture, freed memory kept"] = timed(lecture, args.device)
+    results["ours"] = timed(ours, args.device, 3, 1)
     in_float32 = ours("float32")
     return print_table([{"hellaswag": name, "examples/s": n / seconds, "x lecture": results["lecture"][0] / seconds,
                          "differ": sum(a != b for a, b in zip(predicted, in_float32)), "examples": n}

@@ -1,9 +1,6 @@
-"""
-How the benchmarks measure: one timer, one way to start a fresh process, the peaks of this machine, one table.
-
-What depends on the history of a process (its allocator, thread pools, compiled code) is measured in a fresh process.
-"""
+"""How the benchmarks measure: one timer, one way to start a fresh process, the peaks of this machine, one table."""
 import multiprocessing
+import resource
 import statistics
 import sys
 import time
@@ -16,16 +13,16 @@ import runtime
 
 
 def in_fresh_process(function, *args):
-    """function(*args), run in a new Python process; its result must be picklable. MemoryError if the process was killed."""
+    """function(*args) in a new Python process, where no earlier work has filled the allocator or the thread pools.
+
+    The result must be picklable. Raises MemoryError if the process was killed.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool as e:
             raise MemoryError(f"the process of {function.__name__} was killed, probably because memory ran out") from e
 
-
-# -----------------------------------------------------------------------------
-# time and memory
 
 def timed(function, device="cpu", repeats=1, warmup=0):
     """(median seconds of repeats calls of function() after warmup calls, its last result)."""
@@ -47,20 +44,6 @@ def forward_backward_seconds(function, shapes, dtype, device, repeats=5):
     return timed(lambda: torch.autograd.grad(function(*inputs), inputs, grad), device, repeats, 2)[0]
 
 
-def peak_memory(device):
-    """Peak bytes of this process: allocated on the GPU, or resident on the CPU; None where there is no `resource`."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# -----------------------------------------------------------------------------
-# the peaks of this machine
-
 def matmul_peak(dtype, device, tf32=False):
     """Highest FLOP/s of a matmul (M, K) x (K, N) in dtype (a name), over shapes like GPT-2's."""
     runtime.keep_freed_memory()
@@ -78,24 +61,17 @@ def read_bandwidth(device):
     return numbers.nbytes / timed(numbers.sum, device, 7, 2)[0]
 
 
-# -----------------------------------------------------------------------------
-# what is printed
-
-def batch_shape(args):
-    """(B, T) of the training step to measure: from the flags, or 4 x 512 on a CPU and 16 x 1024 on a GPU."""
-    on_cpu = args.device == "cpu"
-    return args.batch_size or (4 if on_cpu else 16), args.sequence_length or (512 if on_cpu else 1024)
-
-
-def print_header(args, details):
-    """Prints one line: the device, and what is measured on it."""
-    print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype}, {details}", flush=True)
+def peak_gb(device):
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def print_table(rows):
     """Prints dicts with the same keys as an aligned table, and returns them; columns without any value are omitted.
 
-    A float is printed like 1,234.50, None like -.
+    A float is printed as 1,234.50, None as -.
     """
     columns = []
     for name in rows[0]:
