@@ -45,15 +45,23 @@ def read_result(path):
             raise ValueError(f"{path} is not a file that --json wrote ({e!r})") from e
 
 
+def measurements(result):
+    """{("train: eager", "tok/s"): 382.0, ...}: what --compare compares."""
+    return {(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit] for benchmark, rows in result["benchmarks"].items()
+            for row in rows for unit in COMPARED if row.get(unit)}
+
+
 def print_comparison(old, new):
     """Prints what both results measured, with ratios: above 1 is better now, whatever the unit. 100 tok/s, now 90 -> 0.9."""
-    print(f"before: {old['machine']}, {old['settings']}\nnow: {new['machine']}, {new['settings']}")
-    before, now = ({(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit]
-                    for benchmark, rows in result["benchmarks"].items() for row in rows for unit in COMPARED if row.get(unit)}
-                   for result in (old, new))
-    rows = [{"compared": name, "unit": unit, "before": before[name, unit], "now": value,
-             "ratio": value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value}
-            for (name, unit), value in now.items() if (name, unit) in before]
+    was = {**old["machine"], **old["settings"]}
+    for name, value in {**new["machine"], **new["settings"]}.items():
+        if was.get(name) != value:
+            print(f"different {name}: {was.get(name)!r} before, {value!r} now")
+    before, rows = measurements(old), []
+    for (name, unit), value in measurements(new).items():
+        if (name, unit) in before:
+            ratio = value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value
+            rows.append({"compared": name, "unit": unit, "before": before[name, unit], "now": value, "ratio": ratio})
     if not rows:
         raise ValueError("the two results have no measurement in common")
     print_table(rows)
@@ -75,7 +83,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=6, help="training steps to time (default 6)")
     add("--ranks", type=int, default=0, help="ladder: processes of DDP (default: one per GPU)")
     add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
-    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default: input.txt)")
+    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
     add("--limit", type=int, default=60, help="hellaswag: examples to score (default 60)")
     add("--repeats", type=int, default=3, help="tokenize: runs to take the median of (default 3)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
@@ -98,11 +106,13 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     old = read_result(args.compare) if args.compare else None
-    every = [name for name in BENCHMARKS if name != "ladder" or not args.quick]
+    names = [args.benchmark]
+    if args.benchmark == "all":
+        names = [name for name in BENCHMARKS if name != "ladder" or not args.quick]
     print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype}, training steps of"
           f" B={args.B}, T={args.T}", flush=True)
     # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
-    rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in (every if args.benchmark == "all" else [args.benchmark])}
+    rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
     settings = {name: value for name, value in vars(args).items() if name not in ("benchmark", "json", "compare", "picture")}
     result = {"machine": runtime.describe_machine(args.device), "settings": settings, "benchmarks": rows}
     if args.json:

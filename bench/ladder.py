@@ -66,6 +66,8 @@ def bench_ladder(args):
         rows.append({"ladder": name, **result, "gain": result["tok/s"] / before["tok/s"],
                      "x float32": result["tok/s"] / first["tok/s"], "% of matmul peak": 100e9 * result["GFLOP/s"] / peak,
                      "MFU %": data_sheet and 100e9 * result["GFLOP/s"] / data_sheet, "note": notes.get(name, "")})
+    if not rows:
+        raise ValueError("every rung ran out of memory; use a smaller --batch-size")
     print_table(rows)
     if not_measured:
         print(f"not measured: {', '.join(not_measured)}", flush=True)
