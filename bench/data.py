@@ -124,7 +124,7 @@ def time_loader(args, num_tokens=1 << 24, batches=200):
 
 
 def bench_loader(args):
-    """Rows of milliseconds per batch, shuffled, beside the training step (ours, eager) that it is for."""
+    """Rows of milliseconds per batch, shuffled, beside the training step (ours, eager) that consumes it."""
     read, wait = in_fresh_process(time_loader, args)
     step = time_step(Variant(args.dtype), args)["ms/step"]
     return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step} for name, ms in

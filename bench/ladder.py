@@ -11,24 +11,24 @@ from model import config_for
 
 
 def rungs(dtype, device, world_size):
-    """Yields (name, Variant or None, reason) of each rung; without a Variant, the reason why this machine cannot run it."""
+    """Yields (name, Variant, reason) of each rung; reason: why this machine cannot run it, or None."""
     on_cuda = device.startswith("cuda")
     has_tf32 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     variant = Variant("float32", tf32=False, compile=False, flash=False, vocab_size=50257, fused=False, ours=False)
-    for name, change, is_available, reason in (
-            ("float32", {}, True, ""),
-            ("TF32", {"tf32": True}, has_tf32, "needs an NVIDIA GPU, Ampere or newer"),
-            (f"{dtype} autocast", {"dtype": dtype}, dtype != "float32", "no fast 16-bit dtype"),
-            ("torch.compile", {"compile": True}, device != "mps", "not used on MPS"),
-            ("flash attention", {"flash": True}, True, ""),
-            ("vocabulary 50304", {"vocab_size": 50304}, True, ""),
-            ("fused AdamW", {"fused": True}, on_cuda or device == "cpu", "not used on this device"),
-            ("keep freed memory, detach logits", {"ours": True}, True, ""),
-            ("gradient accumulation x 4", {"grad_accum_steps": 4}, True, ""),
-            (f"DDP x {world_size}", {"world_size": world_size}, world_size > 1, "one process; --ranks N starts more")):
-        if is_available:
+    for name, change, reason in (
+            ("float32", {}, None),
+            ("TF32", {"tf32": True}, None if has_tf32 else "needs an NVIDIA GPU, Ampere or newer"),
+            (f"{dtype} autocast", {"dtype": dtype}, "no fast 16-bit dtype" if dtype == "float32" else None),
+            ("torch.compile", {"compile": True}, "not used on MPS" if device == "mps" else None),
+            ("flash attention", {"flash": True}, None),
+            ("vocabulary 50304", {"vocab_size": 50304}, None),
+            ("fused AdamW", {"fused": True}, None if on_cuda or device == "cpu" else "not used on this device"),
+            ("keep freed memory, detach logits", {"ours": True}, None),
+            ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
+            (f"DDP x {world_size}", {"world_size": world_size}, None if world_size > 1 else "one process; use --ranks")):
+        if reason is None:
             variant = replace(variant, **change)
-        yield name, variant if is_available else None, reason
+        yield name, variant, reason
 
 
 def claims(args):
@@ -54,11 +54,12 @@ def bench_ladder(args):
     print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s", flush=True)
     notes, rows, not_measured = claims(args), [], []
     for name, variant, reason in rungs(args.dtype, args.device, world_size):
-        try:
-            result = variant and time_step(variant, args)
-        except (MemoryError, torch.OutOfMemoryError):
-            result, reason = None, "out of memory"
-        if not result:
+        if reason is None:
+            try:
+                result = time_step(variant, args)
+            except (MemoryError, torch.OutOfMemoryError):
+                reason = "out of memory"
+        if reason:
             not_measured.append(f"{name} ({reason})")
             continue
         print(f"  {name}: {result['tok/s']:,.0f} tok/s", flush=True)

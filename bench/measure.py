@@ -13,7 +13,7 @@ import runtime
 
 
 def in_fresh_process(function, *args):
-    """function(*args) in a new Python process, where no earlier work has filled the allocator or the thread pools.
+    """function(*args), run in a new Python process, so that earlier work cannot affect what is measured.
 
     The result must be picklable. Raises MemoryError if the process was killed.
     """

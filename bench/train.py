@@ -22,7 +22,7 @@ from train_gpt2 import train_step
 
 @dataclass(frozen=True)
 class Variant:
-    """How a training step is computed; the defaults are how train_gpt2.py does it, without torch.compile."""
+    """How a training step is computed; the defaults are how train_gpt2.py computes it, without torch.compile."""
     dtype: str                    # autocast dtype; "float32" is no autocast
     tf32: bool = True             # TF32 for the matmuls in float32, on GPUs that have it
     compile: bool = False         # torch.compile
@@ -97,7 +97,7 @@ def build_step(variant, args, ranks):
 
 
 def time_rank(variant, args, rank, port):
-    """time_step's result as measured in this process, one rank of the variant's."""
+    """The result of time_step, measured in this process, which is one of the variant's ranks."""
     if variant.world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(variant.world_size), MASTER_ADDR="localhost",
                           MASTER_PORT=str(port))

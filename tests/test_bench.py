@@ -123,15 +123,15 @@ def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
 # the ladder
 
 def test_the_ladder_goes_from_float32_to_the_step_we_train_with():
-    variants = {name: variant for name, variant, _ in bench.ladder.rungs("bfloat16", "cpu", 2)}
+    variants = {name: variant for name, variant, reason in bench.ladder.rungs("bfloat16", "cpu", 2) if reason is None}
     assert variants["float32"] == Variant("float32", False, False, False, 50257, False, False)
     assert variants["DDP x 2"] == Variant("bfloat16", tf32=False, compile=True, grad_accum_steps=4, world_size=2)
-    assert variants["TF32"] is None  # not on a CPU
+    assert "TF32" not in variants  # not on a CPU
 
 
 def test_a_rung_that_this_machine_cannot_run_has_a_reason():
-    reasons = {name: reason for name, variant, reason in bench.ladder.rungs("float32", "mps", 1) if variant is None}
-    assert reasons.keys() == {"TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"} and all(reasons.values())
+    reasons = {name: reason for name, _, reason in bench.ladder.rungs("float32", "mps", 1) if reason}
+    assert reasons.keys() == {"TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"}
 
 
 def test_ladder_rows_are_relative_to_the_rung_before(monkeypatch, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_ladder_rows_are_relative_to_the_rung_before(monkeypatch, tmp_path, caps
     assert all(row["tok/s"] for row in rows.values())
     assert capsys.readouterr().out.splitlines()[-1] == (
         "not measured: TF32 (needs an NVIDIA GPU, Ampere or newer), fused AdamW (out of memory),"
-        " DDP x 1 (one process; --ranks N starts more)")
+        " DDP x 1 (one process; use --ranks)")
     assert picture.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["ladder.png"]
 
 
