@@ -108,7 +108,9 @@ def lock_run(run_dir):
 
 
 def write_config(run_dir, config, dtype, ranks):
-    """Writes config.json: the settings (a dict), and the command, versions and hardware."""
+    """Writes config.json on rank 0: the settings (a dict), and the command, versions and hardware."""
+    if not ranks.master_process:
+        return
     description = {"config": config, "command": sys.argv, "world_size": ranks.world_size, "dtype": dtype,
                    **describe_machine(ranks.device)}
     with atomic_write(os.path.join(run_dir, "config.json"), "w") as f:

@@ -152,7 +152,7 @@ def parse_args(argv=None):
         kwargs = {**f.metadata, "default": SUPPRESS}
         if f.default is not False and "default" not in kwargs["help"]:  # the others say what their default is
             in_preset = any(f.name in changes for changes in PRESETS.values())
-            kwargs["help"] += f" (default {f.default or 'none'}{', or the preset' if in_preset else ''})"
+            kwargs["help"] += f" (default {f.default}{', or the preset' if in_preset else ''})"
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
             parser.add_argument(name, action="store_true", **kwargs)

@@ -68,14 +68,14 @@ NUM_TOKENS = 50257    # size of the tokenizer's vocabulary; a model's vocab_size
 @functools.cache
 def get_tokenizer():
     """GPT-2's tiktoken.Encoding; raises ValueError if gpt2.tiktoken is missing or its sha256 is wrong."""
+    repair = "it is part of the repository: restore it with git checkout"
     try:
         with open(TOKENIZER_FILE, "rb") as f:
             contents = f.read()
     except OSError as e:
-        raise ValueError(f"cannot read {TOKENIZER_FILE} ({e.strerror}); it is part of the repository; restore it with git checkout") from e
+        raise ValueError(f"cannot read {TOKENIZER_FILE} ({e.strerror}); {repair}") from e
     if hashlib.sha256(contents).hexdigest() != TOKENIZER_SHA256:
-        raise ValueError(f"{TOKENIZER_FILE} is damaged (its sha256 is not {TOKENIZER_SHA256[:8]}...); restore it with git"
-                         " checkout")
+        raise ValueError(f"{TOKENIZER_FILE} is damaged (its sha256 is not {TOKENIZER_SHA256[:8]}...); {repair}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in contents.splitlines())}
     # splits text into words before the merges (openai/gpt-2, src/encoder.py)
     pattern = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -7,8 +7,9 @@ GPT-2: the network, its sizes, OpenAI's weights, and its optimizers.
     logits, loss = model(idx, targets)
 
 Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its
-code https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners" (GPT-3,
-Brown et al. 2020) for the GPT-3 sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs per token.
+code https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners"
+(GPT-3, Brown et al. 2020) for its sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs per
+token.
 
 Shapes in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
 hs head size (C / nh), V vocabulary (vocab_size).
@@ -33,7 +34,7 @@ class GPTConfig:
     n_head: int = 12         # attention heads per block
     n_embd: int = 768        # channels of the residual stream
     bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
-    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 can help when fine-tuning on little text
+    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help to fine-tune on little text
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -56,7 +57,8 @@ class GPTConfig:
         hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
         gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                "layer_norm_epsilon": 1e-5, "add_cross_attention": False, "tie_word_embeddings": True}
+                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
+                "tie_word_embeddings": True}
         for name, want in gpt2.items():
             got = hf.get(name, want)
             if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
@@ -94,19 +96,20 @@ def config_for(size, **changes):
 # the network
 
 def cached_attention(q, k, v, attn_mask, cache, pos):
-    """Attention (B, nh, T, hs) with a KV cache: q, k, v (B, nh, T, hs) are those of the new tokens.
+    """Attention (B, nh, T, hs) of new tokens, whose q, k, v are (B, nh, T, hs), with a KV cache.
 
-    cache (2, B, nh, max_T, hs) holds one layer's keys and values; the new ones are written into it
-    at positions pos. Row b's token at position t is at cache[:, b, :, t], so rows may differ in length.
+    cache (2, B, nh, max_T, hs) holds the keys and values of one layer; the new ones are written
+    into it at positions pos. The token of row b at position t is at cache[:, b, :, t], so rows may
+    have different lengths.
     """
     B, _, T, _ = q.size()
     rows, columns = torch.arange(B, device=q.device)[:, None], pos.expand(B, T)
-    for kept, new in zip(cache, (k, v)):
-        kept[rows, :, columns] = new.transpose(1, 2).to(kept.dtype)     # (B, T, nh, hs)
+    for cached, new in zip(cache, (k, v)):
+        cached[rows, :, columns] = new.transpose(1, 2).to(cached.dtype)  # (B, T, nh, hs)
     if attn_mask is None:
         # the first tokens of a text: there is nothing else in the cache to attend to
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    k, v = cache[:, :, :, :attn_mask.size(-1)]                          # (B, nh, S, hs)
+    k, v = cache[:, :, :, :attn_mask.size(-1)]                           # (B, nh, S, hs)
     return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask).to(q.dtype)
 
 
@@ -114,9 +117,10 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # key, query, value projections for all heads, in one matrix: one large matmul, not 3 nh small ones
+        # queries, keys and values of all heads come from one matrix: one large matmul is faster
+        # than 3 * nh small ones
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        # output projection, which mixes the heads
+        # mixes the outputs of the heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -124,8 +128,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, attn_mask=None, cache=None, pos=None):
         B, T, C = x.size()
-        # nh is "number of heads", hs is "head size", and C = nh * hs
-        # e.g. in GPT-2 (124M), n_head=12, hs=64, so nh*hs=C=768 channels in the Transformer
+        # GPT-2 124M: C = 768 channels are nh = 12 heads of hs = 64 channels each
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
         # the heads become a batch dimension: each one attends on its own
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -138,7 +141,7 @@ class CausalSelfAttention(nn.Module):
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
             y = cached_attention(q, k, v, attn_mask, cache, pos)
-        # re-assemble the head outputs side by side; transpose leaves strides that view cannot take
+        # the heads side by side again; view needs the memory layout that contiguous restores
         y = y.transpose(1, 2).contiguous().view(B, T, C)                # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -147,6 +150,7 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # the inner width is four times the outer one
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         # OpenAI trained GPT-2 with the tanh approximation; its weights need it
         self.gelu = nn.GELU(approximate="tanh")
@@ -167,10 +171,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, attn_mask=None, cache=None, pos=None):
-        # pre-norm: the LayerNorms are inside the branches, so the residual stream runs unchanged from
-        # the embeddings to the top, and gradients flow back along it undiminished
-        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)          # tokens exchange information
-        x = x + self.mlp(self.ln_2(x))                                  # each token on its own
+        # pre-norm: the LayerNorms are inside the branches. The residual stream runs unchanged from
+        # the embeddings to the top, and gradients flow back along it undiminished.
+        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)  # tokens exchange information
+        x = x + self.mlp(self.ln_2(x))                          # each token is processed by itself
         return x
 
 
@@ -181,15 +185,16 @@ class GPT(nn.Module):
         self.config = config
         # the names are those of OpenAI's and Hugging Face's checkpoints
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),         # token embeddings
-            wpe=nn.Embedding(config.block_size, config.n_embd),         # learned position embeddings
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # learned position embeddings
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),         # GPT-2 adds a final LayerNorm
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),  # new in GPT-2: a final LayerNorm
         ))
+        # from the final hidden states to a score for each token of the vocabulary
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # weight sharing scheme (Press and Wolf 2017): tokens that are similar as inputs should be similar
-        # as outputs; one matrix serves both and saves 38M of 163M parameters
+        # weight sharing scheme (Press and Wolf 2017): tokens that are similar as inputs should be
+        # similar as outputs. One matrix serves both: 124M parameters instead of 163M.
         self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
@@ -197,47 +202,50 @@ class GPT(nn.Module):
         """GPT-2's initialization, drawn from torch's global generator."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)      # openai/gpt-2, src/model.py
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)  # openai/gpt-2, src/model.py
             if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
-                nn.init.zeros_(module.bias)                             # torch's default is uniform
-        # OpenAI's code draws positions with a smaller std than tokens; the lecture takes 0.02 for both
+                nn.init.zeros_(module.bias)  # torch's default is uniform
+        # OpenAI's code has a smaller std for positions than for tokens; the lecture, 0.02 for both
         nn.init.normal_(self.transformer.wpe.weight, mean=0.0, std=0.01)
-        # Each block adds to the residual stream twice. A sum of 2 n_layer contributions has sqrt(2 n_layer)
-        # times the std of one; scaling down the last matrix of each branch cancels that (GPT-2, section 2.3).
+        # Each block adds to the residual stream twice. A sum of 2 n_layer contributions has
+        # sqrt(2 n_layer) times the std of one; scaling down the last matrix of each branch cancels
+        # that factor (GPT-2 paper, section 2.3).
+        std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for block in self.transformer.h:
-            for c_proj in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.normal_(c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            nn.init.normal_(block.attn.c_proj.weight, mean=0.0, std=std)
+            nn.init.normal_(block.mlp.c_proj.weight, mean=0.0, std=std)
 
     @classmethod
     def empty(cls, config):
-        """A GPT with uninitialized parameters, to load weights into; drawing them would take longer."""
+        """A GPT with uninitialized parameters, to load weights into."""
+        # drawing initial weights takes longer than loading others over them
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
-        model.transformer.wte.weight = model.lm_head.weight             # to_empty has separated them
+        model.transformer.wte.weight = model.lm_head.weight  # to_empty separates the two
         return model
 
     def crop_block_size(self, block_size):
         """Keeps the first block_size positions; ValueError for more than there are."""
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size {block_size} is over the {self.config.block_size} positions of these"
-                             " weights; use that many or fewer")
+            raise ValueError(f"block_size {block_size} is over these weights'"
+                             f" {self.config.block_size} positions; use that many or fewer")
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
 
     def hidden(self, idx, pos, attn_mask=None, cache=None):
-        """Final hidden states (B, T, C) of tokens idx (B, T) int64 at positions pos (T) or (B, T) int64.
+        """Final hidden states (B, T, C) of tokens idx (B, T) at positions pos (T) or (B, T).
 
-        attn_mask (B, 1, T, T) bool replaces the causal mask: True where a token (dim 2) may attend to
-        another (dim 3). So several texts can share a row, or a common prefix. T may then exceed
-        block_size; positions may not.
+        attn_mask (B, 1, T, T) bool replaces the causal mask: True where a token (dim 2) may attend
+        to another (dim 3). Several texts can then share a row, or a common prefix, and T may be
+        over block_size; positions may not.
 
         cache, from make_cache, receives the keys and values of idx. Without a mask idx attends to
-        itself, causally: a prompt. With a mask (B, 1, T, S) idx attends to positions 0 to S-1 of the
-        cache, its own included.
+        itself, causally: a prompt. With a mask (B, 1, T, S) idx attends to positions 0 to S-1 of
+        the cache, its own included.
         """
-        # tokens and positions share one space: the model can tell the same token at two places apart
+        # adding the position tells apart the same token at two places
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -245,13 +253,14 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def make_cache(self, B, max_T):
-        """Allocates the KV cache of B rows of up to max_T tokens, (n_layer, 2, B, nh, max_T, hs)."""
+        """Allocates a KV cache (n_layer, 2, B, nh, max_T, hs) for B rows of up to max_T tokens."""
         wte, config = self.transformer.wte.weight, self.config
         device_type = wte.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else wte.dtype
         if device_type == "cpu" and not autocast:
-            # for a single query torch's bf16 attention on a CPU is three times slower than float32 (measured)
+            # for a single query, torch's bf16 attention on a CPU is three times slower than its
+            # float32 attention (measured)
             dtype = torch.float32
         shape = config.n_layer, 2, B, config.n_head, max_T, config.n_embd // config.n_head
         return torch.zeros(shape, dtype=dtype, device=wte.device)
@@ -260,20 +269,23 @@ class GPT(nn.Module):
         """(logits, loss) of tokens idx (B, T) int64.
 
         With targets (B, T) int64: logits (B, T, V) without gradient, and the mean cross entropy, a
-        float32 scalar; targets of -100 are ignored. Without: logits of the last position (B, 1, V),
-        all that sampling needs, and None. Raises ValueError for T over block_size.
+        float32 scalar; targets of -100 are ignored. Without targets: logits of the last position
+        (B, 1, V), all that sampling needs, and None. Raises ValueError for T over block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is over this model's block_size {self.config.block_size}")
+            raise ValueError(f"a sequence of {T} tokens is over this model's block_size"
+                             f" {self.config.block_size}")
         x = self.hidden(idx, torch.arange(T, device=idx.device))        # (B, T, C)
+        # x[:, [-1]] and not x[:, -1]: keeps the time dimension
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
         logits = self.lm_head(x)                                        # (B, T, V)
-        # float32 whatever autocast made of the logits: a bf16 logit near 10 is a multiple of 1/16;
-        # cross_entropy takes (N, V) and (N), so batch and time become one dimension
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-100)
-        # detached: the compiled backward would fill a gradient of zeros as large as the logits
+        # cross_entropy takes (N, V) and (N): batch and time become one dimension. In float32, as
+        # bf16 under autocast has 8 bits: near 10 a bf16 logit is a multiple of 1/16.
+        logits_2d = logits.view(-1, logits.size(-1)).float()            # (B*T, V)
+        loss = F.cross_entropy(logits_2d, targets.reshape(-1), ignore_index=-100)
+        # detached: else the compiled backward allocates a gradient of zeros as large as the logits
         return logits.detach(), loss
 
     # -------------------------------------------------------------------------
@@ -281,27 +293,29 @@ class GPT(nn.Module):
 
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""
-        n = sum(p.numel() for p in self.parameters())
+        n = sum(p.numel() for p in self.parameters())  # names each shared tensor once
         return n if with_wpe else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self, T):
-        """Floating point operations of training on one token (forward and backward) at sequence length T.
+        """FLOPs of training on one token, forward and backward, at sequence length T.
 
-        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's has a multiplication and an addition
-        in the forward and two of each in the backward; attention the same for T keys and values of
-        H Q = C channels. By convention the causal half is not subtracted, so that figures compare.
+        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's has a multiplication and an
+        addition in the forward and two of each in the backward; attention has the same for T keys
+        and T values of H Q = C channels. By convention the causal half is not subtracted.
         """
-        return 6 * self.num_params(with_wpe=False) + 12 * self.config.n_layer * self.config.n_embd * T
+        L, C = self.config.n_layer, self.config.n_embd
+        return 6 * self.num_params(with_wpe=False) + 12 * L * C * T
 
     # -------------------------------------------------------------------------
     # OpenAI's weights, in Hugging Face's layout
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a Hub repository, or a folder.
+        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl".
 
-        A folder holds config.json and model.safetensors, as `git clone` of the Hub's repository does.
-        Raises FileNotFoundError if neither the folder nor the Hub has them, ValueError if damaged.
+        A Hub repository or a local folder with config.json and model.safetensors works too. Raises
+        FileNotFoundError if neither the folder nor the Hub has the files, ValueError if one is
+        damaged.
         """
         config, hf_state_dict = read_hf(name_or_folder)
         model = cls.empty(config)
@@ -311,8 +325,8 @@ class GPT(nn.Module):
     def load_hf_state_dict(self, hf_state_dict):
         """Loads the state dict of a transformers GPT2LMHeadModel or GPT2Model.
 
-        If its vocabulary is smaller than ours (50257 for a padded 50304), the remaining rows are zero.
-        Raises ValueError naming tensors that are missing, unexpected, or of another shape.
+        If its vocabulary is smaller than ours (50257 against a padded 50304), the other rows are
+        zero. Raises ValueError naming tensors that are missing, unexpected, or of another shape.
         """
         theirs, ours = from_hf_names(hf_state_dict), self.state_dict()
         if not self.config.bias:
@@ -320,8 +334,9 @@ class GPT(nn.Module):
             theirs = {name: t for name, t in theirs.items()
                       if not name.endswith(".bias") or t.count_nonzero() > 0}
         if wrong := sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side only"
-                             f" ({len(wrong)} tensors in all); is its n_layer {self.config.n_layer}?")
+            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side"
+                             f" only ({len(wrong)} tensors in all); is n_layer"
+                             f" {self.config.n_layer}?")
         for name, tensor in theirs.items():
             is_vocab = name in ("transformer.wte.weight", "lm_head.weight")
             rows = tensor.shape[0] if is_vocab else ours[name].shape[0]
@@ -333,7 +348,7 @@ class GPT(nn.Module):
                 ours[name][rows:].zero_()
 
     def hf_state_dict(self, vocab_size=50257, dtype=None):
-        """This model's weights as a GPT2LMHeadModel stores them, without the padding of the vocabulary.
+        """This model's weights as a GPT2LMHeadModel stores them, cut to vocab_size rows.
 
         dtype: torch.bfloat16, say; default the weights' own. The tied lm_head is omitted, as in
         Hugging Face's files. Tensors share memory with the model where their layout is the same.
@@ -342,9 +357,11 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             tensor = p.detach().to(dtype or p.dtype)
             state_dict[name] = tensor.t().contiguous() if is_transposed(name) else tensor
-            if not self.config.bias and not name.startswith(("transformer.wte", "transformer.wpe")):
+            is_embedding = name.startswith(("transformer.wte", "transformer.wpe"))
+            if not self.config.bias and not is_embedding:
                 # Hugging Face's GPT-2 always has biases
-                state_dict[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[0])
+                bias = name.removesuffix("weight") + "bias"
+                state_dict[bias] = tensor.new_zeros(tensor.shape[0])
         wte = "transformer.wte.weight"
         state_dict[wte] = state_dict[wte][:vocab_size]
         return state_dict
@@ -352,20 +369,20 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # optimizers
 
-    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95), optimizer="adamw",
-                             embd_lr_ratio=1.0):
-        """The list of optimizers that train this model.
+    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95),
+                             optimizer="adamw", embd_lr_ratio=1.0):
+        """The list of optimizers that train this model: AdamW, or Muon and AdamW.
 
-        Each param group's "lr_scale" is its factor on the scheduled learning rate; embd_lr_ratio is
-        that of the embeddings. adamw: weight decay as in the GPT-3 paper. muon: Muon (Jordan et al.
-        2024) for the matrices inside the blocks, whose updates it orthogonalizes, AdamW for the rest.
+        "muon": Muon (Jordan et al. 2024) orthogonalizes the updates of the matrices inside the
+        blocks; AdamW trains the rest. A param group's "lr_scale" is its factor on the scheduled
+        learning rate: embd_lr_ratio for the embeddings, else 1.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        # weight decay on all tensors of two or more dimensions: the weights in matmuls and embeddings;
-        # none on biases and LayerNorms
-        hidden = [p for name, p in params.items() if p.dim() >= 2 and name.startswith("transformer.h.")]
-        embeddings = [p for name, p in params.items()
-                      if p.dim() >= 2 and not name.startswith("transformer.h.")]
+        # weight decay is for tensors with two or more dimensions, matrices and embeddings: the
+        # product of a large matrix can shrink. Biases and LayerNorms have one dimension and none.
+        matrices = {name: p for name, p in params.items() if p.dim() >= 2}
+        hidden = [p for name, p in matrices.items() if name.startswith("transformer.h.")]
+        embeddings = [p for name, p in matrices.items() if not name.startswith("transformer.h.")]
         vectors = [p for p in params.values() if p.dim() < 2]
         # fused: one kernel updates all tensors, instead of a loop; torch has it for these devices
         fused = embeddings[0].device.type in ("cuda", "cpu")
@@ -374,13 +391,15 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
         hidden_group = {"params": hidden, "weight_decay": weight_decay, "lr_scale": 1.0}
-        embedding_group = {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embd_lr_ratio}
+        embedding_group = {"params": embeddings, "weight_decay": weight_decay,
+                           "lr_scale": embd_lr_ratio}
         vector_group = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
         if optimizer == "adamw":
             return [adamw(hidden_group, embedding_group, vector_group)]
         if optimizer != "muon":
             raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon")
-        # match_rms_adamw (Liu et al. 2025) scales updates to the size of AdamW's: one learning rate fits both
+        # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: the same
+        # learning rate suits both
         muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
                                 weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, adamw(embedding_group, vector_group)]
@@ -396,7 +415,7 @@ def is_transposed(name):
 
 
 def from_hf_names(hf_state_dict):
-    """The state dict of a GPT2LMHeadModel or GPT2Model in our names and layouts; its tensors are views.
+    """The state dict of a GPT2LMHeadModel or GPT2Model in our names and layouts, as views.
 
     Raises ValueError for an untied lm_head.
     """
@@ -409,7 +428,7 @@ def from_hf_names(hf_state_dict):
         weights[name] = tensor.t() if is_transposed(name) else tensor
     wte, lm_head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
     if wte is not None and lm_head is not None and not torch.equal(wte, lm_head):
-        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head), so it is not a GPT-2")
+        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head): not a GPT-2")
     if wte is not None:
         weights["lm_head.weight"] = wte  # files omit it: it is tied
     return weights
@@ -427,11 +446,13 @@ def read_hf(name_or_folder):
         if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
             # transformers splits weights over a few GB into several files
             with open(index, encoding="utf-8") as f:
-                names = sorted({os.path.basename(name) for name in json.load(f)["weight_map"].values()})
+                files = json.load(f)["weight_map"].values()
+            names = sorted({os.path.basename(name) for name in files})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if str(e).startswith("not a GPT-2"):
             raise
-        raise ValueError(f"{config_path} is not the config.json of a GPT-2 ({e!r}); download it again") from e
+        raise ValueError(f"{config_path} is not the config.json of a GPT-2 ({e!r});"
+                         " download it again") from e
     weights = {}
     for name in names:
         path = hub_file(name_or_folder, name)
@@ -443,12 +464,12 @@ def read_hf(name_or_folder):
 
 
 def hub_file(name_or_folder, filename):
-    """Path of a file in a local folder, or of a Hub repository's file in huggingface_hub's cache."""
+    """Path of a file in a local folder, or of a Hub repository's file in the Hub's cache."""
     if os.path.isdir(name_or_folder):
         path = os.path.join(name_or_folder, filename)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder holds"
-                                    " config.json and model.safetensors")
+            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder"
+                                    " has config.json and model.safetensors")
         return path
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     repo = f"openai-community/{name_or_folder}" if name_or_folder in PRETRAINED else name_or_folder
@@ -464,5 +485,6 @@ def hub_file(name_or_folder, filename):
         return hf_hub_download(repo, filename, local_files_only=unreachable is not None)
     except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
         why = str(unreachable or e).strip().splitlines()[0]
-        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}: {why}. Without"
-                                " internet, name a local folder that holds config.json and model.safetensors") from e
+        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}:"
+                                f" {why}. Without internet, name a local folder that has"
+                                " config.json and model.safetensors") from e

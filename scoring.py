@@ -1,12 +1,15 @@
 """
-Log-probabilities of endings that share a context, at the speed of the network.
+Log-probabilities of candidate endings of a shared context: the fast path of hellaswag.py.
 
-    sums, num_cut = score(model, [(context, [ending, ...]), ...], dtype, ranks)
+The lecture scores an example as four rows, each with a copy of the context (hellaswag.render_example), and computes logits at
+every position. Here an example is one row, with one copy of the context:
 
-Four endings of one context: the plain way puts the context through the network four times, pads the four rows to the
-longest and makes logits for every position. Here a row is [context, ending 1, ..., ending 4]: the context goes through
-once, each ending stands at the positions that follow it and is blind to the other endings, and logits are made only
-where an ending's token is predicted; in float32, over GPT-2's 50257 ids.
+    tokens         context               ending 1         ending 2         ending 3         ending 4
+    positions      0, 1, ..., c-1        c, c+1, ...      c, c+1, ...      c, c+1, ...      c, c+1, ...
+    attention to   earlier tokens        the context, and earlier tokens of the same ending
+
+So every token has the position and the context that it has in the lecture's row, and gets the same log-probability. Logits
+are computed only where a token of an ending is predicted, in float32, over GPT-2's 50257 ids.
 """
 import numpy as np
 import torch
@@ -16,144 +19,131 @@ from data import NUM_TOKENS
 from parallel import all_reduce_sum, stop_requested
 from runtime import autocast
 
-def pack(encoded, block_size):
-    """([(context, [(ending's number, ending), ...]), ...], number of examples cut): what goes into a row each.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 32768}  # positions per batch, padding included
 
-    Endings of example i are numbers 4i to 4i+3. A text over block_size + 1 tokens (the last one is only predicted)
-    loses the beginning of its context, as in the harness; endings of one example may then differ in what is left, and
-    each gets a row of its own. Raises ValueError for an ending that fills the block by itself.
+
+def pack(encoded, block_size):
+    """([(context, [(ending_id, ending), ...]), ...], num_truncated): the rows of the batches, usually one per example.
+
+    The endings of example i have the ids 4i to 4i+3. Where one exceeds block_size + 1 tokens with its context, the context
+    loses its first tokens, as in lm-evaluation-harness. How many depends on the ending, so each ending gets a row.
+    Raises ValueError for an ending longer than block_size.
     """
-    rows, num_cut = [], 0
+    rows, num_truncated = [], 0
     for i, (context, endings) in enumerate(encoded):
         longest = max(len(ending) for ending in endings)
         if longest > block_size:
-            raise ValueError(f"example {i} has an ending of {longest} tokens; this model's block_size is {block_size}:"
-                             " HellaSwag needs a longer one")
+            raise ValueError(f"example {i} has an ending of {longest} tokens; this model's block_size is only {block_size}")
+        endings = list(enumerate(endings, start=4 * i))
         if len(context) + longest <= block_size + 1:
-            rows.append((context, [(4 * i + j, ending) for j, ending in enumerate(endings)]))
-            continue
-        num_cut += 1
-        rows += [(context[max(0, len(context) + len(ending) - block_size - 1):], [(4 * i + j, ending)])
-                 for j, ending in enumerate(endings)]
-    return rows, num_cut
+            rows.append((context, endings))
+        else:
+            num_truncated += 1
+            rows += [(context[max(0, len(context) + len(ending) - block_size - 1):], [(ending_id, ending)])
+                     for ending_id, ending in endings]
+    return rows, num_truncated
 
 
-def width(row):
-    """Positions that a row takes in the network: the last token of an ending predicts nothing."""
+def row_length(row):
+    """Number of input tokens of a row: the last token of an ending predicts nothing and is not one."""
     context, endings = row
     return len(context) + sum(len(ending) - 1 for _, ending in endings)
 
 
 def make_batches(rows, batch_tokens):
-    """Lists of rows of like width, the widest first: each at most batch_tokens positions with its padding, or one row."""
+    """[(rows, T), ...], long rows first: T is the padded length; B * T is at most batch_tokens, unless B is 1."""
     batches, batch, T = [], [], 0
-    for row in sorted(rows, key=width, reverse=True):
+    for row in sorted(rows, key=row_length, reverse=True):
         if not batch or (len(batch) + 1) * T > batch_tokens:
-            batch, T = [], padded(width(row))
-            batches.append(batch)
+            batch, T = [], -(-row_length(row) // 16) * 16  # a multiple of 16: fewer shapes, aligned for tensor cores
+            batches.append((batch, T))
         batch.append(row)
     return batches
 
 
-def padded(T):
-    """T rounded up to a multiple of 16: few different shapes, and ones that matrix units like."""
-    return -(-T // 16) * 16
+def collate(rows, T):
+    """(idx, pos, segment, predicting, source, target, ending_ids): a batch as int64 arrays.
 
-
-def collate(rows):
-    """One batch as arrays. For the network, (B, T) int64 each:
-
-        idx        [context, ending 1 but its last token, ending 2 ..., padding]
-        pos        0, 1, ... in the context; each ending goes on from the context's end
-        part       0 in the context, 1, 2, ... in the endings, -1 in the padding
-        predicts   True from the context's last token to the row's end: where logits are needed; M positions in all
-
-    For the N tokens of the endings, 1-D: source, the one of the M that predicts it; target, its id; number, whose it is.
+        idx          (B, T)  input tokens: context, ending 1 without its last token, ending 2 ..., padding
+        pos          (B, T)  their positions
+        segment      (B, T)  0 in the context, 1, 2, ... in the endings, -1 in the padding
+        predicting   (M)     where logits are needed, as indices into B * T: the context's last token and the endings
+        source       (N)     for each token of each ending: which of the M predicts it
+        target       (N)     its id
+        ending_ids   (N)     the ending it belongs to
     """
-    shape = len(rows), padded(max(width(row) for row in rows))
-    idx, pos, part = (np.full(shape, fill, dtype=np.int64) for fill in (0, 0, -1))
-    predicts = np.zeros(shape, dtype=bool)
-    source, target, number, M = [], [], [], 0
+    idx, pos, segment = (np.full((len(rows), T), fill, dtype=np.int64) for fill in (0, 0, -1))
+    predictors, target, ending_ids = [], [], []
     for b, (context, endings) in enumerate(rows):
-        t = len(context)
-        idx[b, :t], pos[b, :t], part[b, :t] = context, np.arange(t), 0
-        for k, (n, ending) in enumerate(endings, 1):
-            here = slice(t, t + len(ending) - 1)
-            idx[b, here] = ending[:-1]
-            pos[b, here] = len(context) + np.arange(len(ending) - 1)
-            part[b, here] = k
-            # the context's last token is the first of this row's M; the ending's own follow from 1 + t - len(context)
-            source.append(np.concatenate([[M], M + 1 + t - len(context) + np.arange(len(ending) - 1)]))
+        c = t = len(context)
+        idx[b, :c], pos[b, :c], segment[b, :c] = context, np.arange(c), 0
+        for k, (ending_id, ending) in enumerate(endings, start=1):
+            n = len(ending) - 1
+            idx[b, t:t + n], pos[b, t:t + n], segment[b, t:t + n] = ending[:-1], np.arange(c, c + n), k
+            # the context's last token predicts the first token of the ending, which predicts the second, and so on
+            predictors.append(b * T + np.concatenate([[c - 1], np.arange(t, t + n)]))
             target.append(ending.astype(np.int64))
-            number.append(np.full(len(ending), n))
-            t += len(ending) - 1
-        predicts[b, len(context) - 1:t] = True
-        M += 1 + t - len(context)
-    return idx, pos, part, predicts, np.concatenate(source), np.concatenate(target), np.concatenate(number)
+            ending_ids.append(np.full(n + 1, ending_id))
+            t += n
+    predicting, source = np.unique(np.concatenate(predictors), return_inverse=True)
+    return idx, pos, segment, predicting, source, np.concatenate(target), np.concatenate(ending_ids)
 
 
 def token_logprobs(x, weight, source, target, slice_size=8192):
-    """log p(target[n]) at x[source[n]], (N) float32; x (M, C) float32 hidden states, weight (V, C) the lm_head's.
+    """log p(target[n]) at x[source[n]], (N) float32. x: hidden states (M, C) float32; weight: of the lm_head, (V, C).
 
-    The logits are made a slice of the vocabulary at a time, so that (M, V) of them never exist.
+    The vocabulary is processed in slices: logits of all M positions at once, (M, V), would take gigabytes.
     """
     logsumexps, picked = [], torch.zeros(target.shape, device=x.device)
     for start, w in zip(range(0, NUM_TOKENS, slice_size), weight[:NUM_TOKENS].split(slice_size)):
-        logits = F.linear(x, w)                                         # (M, slice)
-        logsumexps.append(logits.logsumexp(dim=-1))
+        logits = F.linear(x, w)                                                                         # (M, slice)
+        logsumexps.append(logits.logsumexp(dim=-1))                                                     # (M)
         inside = (target >= start) & (target < start + w.size(0))
-        picked = torch.where(inside, logits[source, (target - start).clamp(0, w.size(0) - 1)], picked)
+        picked = torch.where(inside, logits[source, (target - start).clamp(0, w.size(0) - 1)], picked)  # (N)
     return picked - torch.stack(logsumexps).logsumexp(dim=0)[source]
 
 
-def score_batch(model, hidden, rows):
-    """(numbers of the endings' tokens, their log-probabilities): NumPy, (N) int64 and (N) float64.
-
-    hidden runs under the caller's autocast, the logits in float32.
-    """
+def score_batch(model, hidden, rows, T):
+    """(ending ids int64, log-probabilities float64), (N) NumPy arrays: one entry per token of an ending."""
     device = model.lm_head.weight.device
-    *arrays, number = collate(rows)
-    idx, pos, part, predicts, source, target = (torch.from_numpy(a).to(device) for a in arrays)
-    T = idx.size(1)
+    *arrays, ending_ids = collate(rows, T)
+    idx, pos, segment, predicting, source, target = (torch.from_numpy(a).to(device) for a in arrays)
     causal = torch.ones((T, T), dtype=torch.bool, device=device).tril()
-    # an earlier token of the context, or of the same ending
-    attn_mask = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))            # (B, T, T)
-    x = hidden(idx, pos, attn_mask.unsqueeze(1))                                                       # (B, T, C)
-    with torch.autocast(device.type, enabled=False):
-        logprobs = token_logprobs(x[predicts].float(), model.lm_head.weight.float(), source, target)
-    return number, logprobs.cpu().double().numpy()
+    same_text = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # the context or the same ending
+    x = hidden(idx, pos, (causal & same_text).unsqueeze(1))                                             # (B, T, C)
+    with torch.autocast(device.type, enabled=False):  # hidden runs in the autocast dtype, the logits in float32
+        x = x.flatten(0, 1)[predicting].float()                                                         # (M, C)
+        logprobs = token_logprobs(x, model.lm_head.weight.float(), source, target)
+    return ending_ids, logprobs.cpu().double().numpy()
 
 
 @torch.no_grad()
 def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress=None):
-    """(sums, number of examples truncated): sums (n, 4) float64, the log-probability of each ending, on every rank.
+    """(sums, num_truncated): log-probability of each ending in nats, (n, 4) float64, the same on every rank.
 
-    Returns None if a stop is requested meanwhile. encoded: from hellaswag.tokenize; the batches are split over the ranks.
-    batch_tokens: positions in the network at a time. hidden: model.hidden, or a compiled one. progress(this rank's sums so
-    far, fraction done) is called after each batch.
+    encoded: [(context, [4 endings]), ...] from hellaswag.tokenize; its batches are split over the ranks. hidden: a compiled
+    model.hidden. progress(sums of this rank so far, fraction done) is called after each batch. If a stop is requested,
+    scoring ends before the next batch and returns None. Raises ValueError for a vocabulary smaller than GPT-2's.
     """
     if model.config.vocab_size < NUM_TOKENS:
-        raise ValueError(f"the model's vocabulary has {model.config.vocab_size} tokens, GPT-2's text needs {NUM_TOKENS}:"
-                         " HellaSwag cannot be scored")
-    batch_tokens = batch_tokens or (4096 if ranks.device == "cpu" else 32768)
-    rows, num_cut = pack(encoded, model.config.block_size)
-    batches = make_batches(rows, batch_tokens)
+        raise ValueError(f"this model's vocabulary has {model.config.vocab_size} tokens; HellaSwag needs GPT-2's {NUM_TOKENS}")
+    rows, num_truncated = pack(encoded, model.config.block_size)
+    batches = make_batches(rows, batch_tokens or BATCH_TOKENS[ranks.device_type])
     sums = np.zeros(4 * len(encoded))
     was_training = model.training
     model.eval()
     try:
-        with autocast(ranks.device, dtype):  # around all batches: it caches the weights it casts until the region ends
-            for start in range(0, len(batches), ranks.world_size):  # the same number of times on every rank
+        with autocast(ranks.device, dtype):  # one region for all batches: it caches the weights that it casts
+            for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # equally often on every rank
                 if stop_requested(ranks):
                     return None
-                i = start + ranks.rank
                 if i < len(batches):
-                    number, logprobs = score_batch(model, hidden or model.hidden, batches[i])
-                    np.add.at(sums, number, logprobs)
+                    ending_ids, logprobs = score_batch(model, hidden or model.hidden, *batches[i])
+                    np.add.at(sums, ending_ids, logprobs)
                 if progress:
-                    progress(sums.reshape(-1, 4), min(start + ranks.world_size, len(batches)) / len(batches))
+                    progress(sums.reshape(-1, 4), min(i + ranks.world_size, len(batches)) / len(batches))
     finally:
         model.train(was_training)
-    # each ending was scored on one rank and is 0 on the others: the sum is exact in any order
+    # each ending is scored on one rank and is 0 on the others, so the sum is exact; mps has no float64
     total = torch.from_numpy(sums).to(ranks.device, torch.float32 if ranks.device == "mps" else torch.float64)
-    return all_reduce_sum(total, ranks).cpu().double().numpy().reshape(-1, 4), num_cut
+    return all_reduce_sum(total, ranks).cpu().double().numpy().reshape(-1, 4), num_truncated

@@ -1,20 +1,22 @@
 """
-Where fineweb.py's text comes from: local files and folders, or a dataset on the Hugging Face Hub.
+The text that fineweb.py tokenizes: local files and folders, or a dataset on the Hugging Face Hub.
 
-A Source lists files; pieces() cuts them, in order, into Pieces that a worker reads and tokenizes alone:
+A Source is a list of files. pieces() splits them, in order, into Pieces; a worker reads and tokenizes each Piece
+independently of the others:
 
-    .parquet        a row group; FineWeb's have about 1,000 documents
-    .jsonl, .json   some whole lines, one document each
-    .txt            a stretch of text; the file is one document, of any length
-    other formats   rows, as the datasets library gives them
+    .parquet        one row group; FineWeb's have about 1,000 documents
+    .jsonl, .json   about 1 MB of lines, each a JSON object with one document
+    .txt            about 1 MB of text; the whole file is one document, of any length
 
-.jsonl and .txt may be compressed (.gz, .zst). Nothing larger than a piece is held. A file that ends too early or is
-damaged gives a BadFile, pyarrow's or Unicode's error: is_damage() tells it from a failing disk or network.
+.jsonl, .json and .txt files may be compressed (.gz, .zst). Memory use does not depend on the size of the files. A damaged
+or truncated file raises BadFile or an error from pyarrow or the UTF-8 decoder; is_damage() separates these from disk and
+network errors.
 """
 import codecs
 import functools
 import io
 import json
+import operator
 import os
 import re
 import time
@@ -24,59 +26,71 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-BATCH_ROWS = 16           # documents tokenized in one call: enough to make Python's part small
-PIECE_BYTES = 8 << 20     # text of the largest row group that a worker holds; FineWeb's have about 5 MB
+BATCH_ROWS = 16           # documents tokenized in one call: enough to make Python's overhead small
+PIECE_BYTES = 8 << 20     # text of the largest row group that is read as one piece; FineWeb's have about 5 MB
 BLOCK_BYTES = 1 << 20     # text of a piece of other files
-HUB_WAITS = (10, 30, 60, 120, 300)  # seconds; beyond the retries that huggingface_hub makes by itself
+TOKENS_PER_BYTE = 0.2     # of English text, a low estimate: GPT-2's tokens have about 4.5 bytes
+HUB_WAITS = (10, 30, 60, 120, 300)  # seconds, in addition to the retries of huggingface_hub itself
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-READ_ERRORS = (OSError, pa.ArrowInvalid, UnicodeDecodeError)  # among them: a file cut short or damaged
+SUFFIXES = (".parquet", *(kind + codec for kind in (".jsonl", ".json", ".txt") for codec in ("", *CODECS)))
 
 
 class BadFile(Exception):
-    """A file of the source that cannot be read to its end."""
+    """A file of the source is damaged or truncated."""
+
+
+def is_damage(error):
+    """Whether an exception reports damaged contents of a file, not a failing disk (errno) or network (response)."""
+    if isinstance(error, OSError):  # pyarrow's: "Truncated compressed stream", "Corrupt snappy compressed data", ...
+        return error.errno is None and not hasattr(error, "response")
+    return isinstance(error, (BadFile, pa.ArrowInvalid, UnicodeDecodeError))
 
 
 # -----------------------------------------------------------------------------
-# files of text
+# reading files in pieces
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the source that one worker tokenizes: file and number are its place in it."""
-    file: int
-    number: int
-    read: object         # function: an iterable of lists of texts (None and other things for what is no text)
-    begins: bool = True  # False: it goes on with the document of the piece before
+    """A part of a file that a worker reads and tokenizes."""
+    file: int            # index of the file in the source
+    number: int          # index of the piece in the file
+    read: object         # function that returns an iterable of lists of texts; a value that is not a str is not text
+    begins: bool = True  # False: the piece continues the document of the previous piece
 
 
 @dataclass(frozen=True)
 class Source:
-    description: dict    # for the manifest
+    """Files to read, in order."""
+    description: dict    # what manifest.json records
     names: list          # of the files
-    sizes: list          # bytes, on disk or on the Hub
+    sizes: list          # of the files, bytes on disk or on the Hub
     open: object         # function: name -> binary file
-    rows: object = None  # instead, for formats only the datasets library reads: function of the column -> lists of texts
-    retry: object = staticmethod(lambda function: function())  # calls what reads, again when the network failed
-
-
-def text_column(schema, column, name):
-    """Checks that a parquet file has a column of text."""
-    if column not in schema.names:
-        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}: choose by --text-column")
-    kind = schema.field(column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise ValueError(f"column {column!r} of {name} holds {kind}, not text; choose another by --text-column")
+    retry: object = operator.call  # calls a function that reads; with_retries on the Hub
 
 
 def text_bytes(metadata, column, i):
-    """Bytes that the text of row group i takes, uncompressed."""
+    """Uncompressed size of the column in row group i, in bytes."""
     group = metadata.row_group(i)
     return sum(group.column(c).total_uncompressed_size for c in range(group.num_columns)
                if group.column(c).path_in_schema == column)
 
 
+def read_footer(open_file, name, column):
+    """Metadata of a parquet file; raises ValueError unless it has the column and the column is text."""
+    with open_file() as f:
+        metadata = pq.ParquetFile(f).metadata
+    schema = metadata.schema.to_arrow_schema()
+    if column not in schema.names:
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}: choose one with --text-column")
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise ValueError(f"column {column!r} of {name} holds {kind}, not text; choose another with --text-column")
+    return metadata
+
+
 def read_row_group(open_file, metadata, i, column):
-    """Yields the texts of row group i in lists; holds little more than the compressed column and one list."""
+    """Yields the texts of row group i in lists; holds the compressed column and one list in memory."""
     with open_file() as f:
         file = pq.ParquetFile(f, metadata=metadata, pre_buffer=False,
                               buffer_size=BLOCK_BYTES if text_bytes(metadata, column, i) > PIECE_BYTES else 0)
@@ -84,16 +98,8 @@ def read_row_group(open_file, metadata, i, column):
             yield batch.column(0).to_pylist()
 
 
-def read_footer(open_file, name, column):
-    """Metadata of a parquet file, after a check that it has a column of text."""
-    with open_file() as f:
-        file = pq.ParquetFile(f)
-        text_column(file.schema_arrow, column, name)
-        return file.metadata
-
-
 def parquet_pieces(open_file, metadata, column):
-    """(function that reads a piece, True) for every row group; a large one comes in small pieces, read here."""
+    """Yields (function that reads a piece, True) for each row group; a large one is read here and yielded in parts."""
     for i in range(metadata.num_row_groups):
         read = functools.partial(read_row_group, open_file, metadata, i, column)
         if text_bytes(metadata, column, i) <= PIECE_BYTES:
@@ -103,7 +109,7 @@ def parquet_pieces(open_file, metadata, column):
 
 
 def json_texts(lines, name, first, column):
-    """[texts] of JSON lines; first is the number of the first one. Raises BadFile for what is not JSON."""
+    """[texts] of JSON lines, numbered from first; raises BadFile for a line that is not a JSON object."""
     texts = []
     for number, line in enumerate(lines, first):
         try:
@@ -112,12 +118,12 @@ def json_texts(lines, name, first, column):
         except (ValueError, AttributeError) as e:
             raise BadFile(f"line {number} is not a JSON object ({e})") from e
         if number == 1 and column not in row:
-            raise ValueError(f"{name} has no field {column!r}; it has {', '.join(row)}: choose by --text-column")
+            raise ValueError(f"{name} has no field {column!r}; it has {', '.join(row)}: choose one with --text-column")
     return [texts]
 
 
 def jsonl_pieces(f, name, column):
-    """(function that reads a piece, True) for every BLOCK_BYTES of whole lines."""
+    """Yields (function that reads a piece, True) for every BLOCK_BYTES of whole lines."""
     first = 1
     while lines := f.readlines(BLOCK_BYTES):
         yield functools.partial(json_texts, lines, name, first, column), True
@@ -125,9 +131,10 @@ def jsonl_pieces(f, name, column):
 
 
 def txt_pieces(f):
-    """(function that reads a piece, whether it begins the document): a text file is one document, of any length.
+    """Yields (function that reads a piece, whether it begins the document) for a text file, which is one document.
 
-    It is cut before single spaces between words, where GPT-2's pattern always cuts: the tokens are those of the whole.
+    The text is cut before a single space between two words. GPT-2's pattern splits there in any case, so the tokens are
+    the same as without the cut.
     """
     decoder, text, begins, block = codecs.getincrementaldecoder("utf-8")(), "", True, b"?"
     while block:
@@ -135,36 +142,15 @@ def txt_pieces(f):
         text += decoder.decode(block, final=not block)
         cut = len(text)
         if block:
-            tail = max(0, cut - 4096)  # a window; where it has no such space, the piece grows by a block
+            tail = max(0, cut - 4096)  # search the last 4,096 characters; without such a space, read another block
             cut = max((tail + m.start() for m in re.finditer(r"(?<=\S) (?=\S)", text[tail:])), default=0)
         if cut > 0 or not block and begins:
             yield functools.partial(list, [[text[:cut]]]), begins
             text, begins = text[cut:], False
 
 
-def pieces(source, column, bad_files, file=0, number=0):
-    """Yields the Pieces of a source from a place on, in order. A file that cannot be read gives one Piece that raises
-    BadFile; one that is in bad_files ({index: error}, which may grow meanwhile) is not read on."""
-    for i in range(file, len(source.names)):
-        skip, last = number if i == file else 0, -1
-        try:
-            for last, (read, begins) in enumerate(file_pieces(source, i, column)):
-                if i in bad_files:
-                    break
-                if last >= skip:
-                    yield Piece(i, last, read, begins)
-        except READ_ERRORS as e:
-            if not is_damage(e):
-                raise
-            yield Piece(i, last + 1, functools.partial(raise_error, e))
-
-
-def file_pieces(source, i, column):
-    """(function that reads a piece, whether it begins a document) for all of file i, by the suffix of its name."""
-    name = source.names[i]
-    if source.rows:
-        yield from ((functools.partial(list, [texts]), True) for texts in source.rows(column))
-        return
+def file_pieces(source, name, column):
+    """Yields (function that reads a piece, whether it begins a document) for a file; its suffix selects the format."""
     open_file = functools.partial(source.open, name)
     stem, suffix = os.path.splitext(name)
     if suffix == ".parquet":
@@ -173,116 +159,120 @@ def file_pieces(source, i, column):
         return
     with open_file() as f:
         if suffix in CODECS:
-            f, suffix = io.BufferedReader(pa.CompressedInputStream(f, CODECS[suffix])), os.path.splitext(stem)[1]
+            f, suffix = pa.CompressedInputStream(f, CODECS[suffix]), os.path.splitext(stem)[1]
+        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readlines(limit)
         yield from txt_pieces(f) if suffix == ".txt" else jsonl_pieces(f, name, column)
 
 
-def is_damage(error):
-    """Whether an error in reading speaks of the file's contents, not of the disk (errno) or the network (response)."""
-    if isinstance(error, OSError):  # pyarrow's: "Truncated compressed stream", "Corrupt snappy compressed data", ...
-        return error.errno is None and not hasattr(error, "response")
-    return isinstance(error, (BadFile, pa.ArrowInvalid, UnicodeDecodeError))
+def pieces(source, column, bad_files, file=0, number=0):
+    """Yields the Pieces of a source in order, starting with piece `number` of file `file`.
 
+    If a file turns out to be damaged, its last Piece raises the error in read(). The rest of a file whose index is in
+    bad_files is skipped; the caller adds to this set while it reads.
+    """
+    for i in range(file, len(source.names)):
+        skip, last = number if i == file else 0, -1
+        try:
+            for last, (read, begins) in enumerate(file_pieces(source, source.names[i], column)):
+                if i in bad_files:
+                    break
+                if last >= skip:
+                    yield Piece(i, last, read, begins)
+        except Exception as e:
+            if not is_damage(e):
+                raise
 
-def raise_error(error):
-    """raise, as an expression."""
-    raise error
+            def read_damaged(error=e):
+                raise error
+            yield Piece(i, last + 1, read_damaged)
 
 
 # -----------------------------------------------------------------------------
 # sources
 
 def local_source(paths):
-    """The Source of files and folders (searched through, in the order of their names); FileNotFoundError if none is there."""
-    suffixes = tuple(kind + codec for kind in (".jsonl", ".json", ".txt") for codec in ("", *CODECS)) + (".parquet",)
+    """The Source of local files and folders; folders are searched recursively, in the order of the file names."""
     names, labels = [], []
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no input at {path}; --input takes files ({', '.join(suffixes)}) and folders of them")
-        inside = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files
-                        if name.endswith(suffixes) and not name.startswith("."))
-        if os.path.isfile(path) and not path.endswith(suffixes) or os.path.isdir(path) and not inside:
-            raise ValueError(f"--input {path}: nothing there is called *{', *'.join(suffixes)}")
-        root = path if os.path.isdir(path) else os.path.dirname(path)
-        names += inside or [path]
-        labels += [os.path.relpath(name, root or ".").replace(os.sep, "/") for name in inside or [path]]
+            raise FileNotFoundError(f"no input at {path}; --input takes files ({', '.join(SUFFIXES)}) and folders of them")
+        files = [os.path.join(folder, name) for folder, _, inside in os.walk(path) for name in inside if name[0] != "."]
+        files = sorted(name for name in (files if os.path.isdir(path) else [path]) if name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"--input {path}: no file of a supported format ({', '.join(SUFFIXES)})")
+        root = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        names += files
+        labels += [os.path.relpath(name, root).replace(os.sep, "/") for name in files]
     sizes = [os.path.getsize(name) for name in names]
     return Source({"files": [list(f) for f in zip(labels, sizes)]}, names, sizes, functools.partial(open, mode="rb"))
 
 
-def patiently(function):
-    """function(), tried again and again for about nine minutes while the Hub does not answer, refuses (429) or fails."""
+def with_retries(function):
+    """function(), retried for about nine minutes while the Hub is unreachable or answers 408, 429 or 5xx."""
     import httpx2
     for wait in (*HUB_WAITS, None):
         try:
             return function()
         except (httpx2.HTTPError, ConnectionError) as e:
-            response = getattr(e, "response", None)
+            response, what = getattr(e, "response", None), " ".join(str(e).split())[:200] or type(e).__name__
             if wait is None or response is not None and response.status_code < 500 and response.status_code not in (408, 429):
-                what = " ".join(str(e).split())[:200] or type(e).__name__
-                raise ValueError(f"the Hub does not give what was asked for ({what}). Finished shards are kept: run the"
-                                 " same command again later, or copy the files here and name them with --input") from e
-            tqdm.write(f"the Hub: {type(e).__name__} {str(e).splitlines()[0][:120]}; trying again in {wait} s (Ctrl-C stops;"
-                       " --input takes local copies)")
+                raise ValueError(f"the request to the Hub failed ({what}). Finished shards are kept: run the same command"
+                                 " again later, or download the files and use --input") from e
+            tqdm.write(f"the request to the Hub failed ({what}); retrying in {wait} s (Ctrl-C stops)")
             time.sleep(wait)
 
 
 def hub_source(dataset, name, split, revision, commit=None):
-    """The Source of a dataset on the Hub, found by the datasets library: its files, or its rows if they are of a kind
-    that only that library reads. commit: what revision stood for when the work began."""
+    """The Source of a dataset on the Hub: the files that the datasets library finds for a config and a split.
+
+    commit: what revision referred to when the output folder was created, to resume it. Raises ValueError for a split that
+    does not exist and for files of an unsupported format.
+    """
     import datasets
     from huggingface_hub import HfApi, HfFileSystem
     datasets.disable_progress_bars()
-    builder = patiently(lambda: datasets.load_dataset_builder(dataset, name, revision=commit or revision))
+    builder = with_retries(lambda: datasets.load_dataset_builder(dataset, name, revision=commit or revision))
     found = builder.config.data_files or {}
     if split not in found:
         raise ValueError(f"{dataset} {name} has no split {split!r}; it has {', '.join(map(str, found)) or 'none'}")
     urls = [re.fullmatch(r"hf://datasets/(?P<repo>.+)@(?P<commit>[^/]+)/(?P<path>.+)", url) for url in found[split]]
     commit, paths = urls[0]["commit"], [url["path"] for url in urls]
-    infos = patiently(lambda: HfApi().get_paths_info(dataset, paths, revision=commit, repo_type="dataset"))
-    size_of = {info.path: info.size for info in infos}
-    sizes = [size_of[path] for path in paths]
+    if other := [path for path in paths if not path.endswith(SUFFIXES)]:
+        raise ValueError(f"{dataset} has files of an unsupported format ({other[0]}); supported are {', '.join(SUFFIXES)}:"
+                         " convert the files to one of these and use --input")
+    infos = with_retries(lambda: HfApi().get_paths_info(dataset, paths, revision=commit, repo_type="dataset"))
+    sizes = {info.path: info.size for info in infos}
     description = {"dataset": dataset, "name": name, "split": split, "revision": revision, "commit": commit,
-                   "files": [list(f) for f in zip(paths, sizes)]}
-    if not all(re.search(r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$", path) for path in paths):
-        def rows(column):
-            stream = builder.as_streaming_dataset(split=split)
-            for batch in stream.iter(BATCH_ROWS):
-                if column not in batch:
-                    raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(batch)}: --text-column")
-                yield batch[column]
-        return Source(description, [dataset], [sum(sizes)], None, rows, patiently)
+                   "files": [[path, sizes[path]] for path in paths]}
 
     def open_file(path):
-        # a whole row group in one request; of other files, blocks in order
-        cache = "none" if path.endswith(".parquet") else "readahead"
+        cache = "none" if path.endswith(".parquet") else "readahead"  # parquet: one request per row group
         return HfFileSystem().open(f"datasets/{dataset}@{commit}/{path}", "rb", cache_type=cache)
-    return Source(description, paths, sizes, open_file, None, patiently)
+    return Source(description, paths, [sizes[path] for path in paths], open_file, with_retries)
 
 
 def estimate_tokens(source, column):
-    """About how many tokens a source has, rather fewer than more: from the first file, where the format tells."""
-    name, tokens_per_byte = source.names[0], 0.2  # of English text, about 4.5 bytes a token
+    """Estimated number of tokens in a source, from its first file; rather too low than too high."""
+    name, tokens_per_byte = source.names[0], TOKENS_PER_BYTE
     if name.endswith(".parquet"):
-        open_file = functools.partial(source.open, name)
         try:
-            metadata = source.retry(functools.partial(read_footer, open_file, name, column))
-            counts = source.retry(functools.partial(token_counts, open_file)) if metadata.num_row_groups else None
-        except READ_ERRORS as e:
+            tokens = source.retry(functools.partial(estimate_parquet, functools.partial(source.open, name), name, column))
+        except Exception as e:
             if not is_damage(e):
                 raise
-            return 0  # the reading proper will say what is wrong with it
-        sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
-        per_byte = counts / sizes[0] if counts else tokens_per_byte
-        tokens_per_byte = per_byte * sum(sizes) / source.sizes[0]
+            return 0  # fineweb.make_shards reports the damage
+        tokens_per_byte = tokens / source.sizes[0]
     elif name.endswith(tuple(CODECS)):
-        tokens_per_byte *= 2  # compressed to half, or less
+        tokens_per_byte *= 2  # text compresses to half its size or less
     return int(tokens_per_byte * sum(source.sizes))
 
 
-def token_counts(open_file):
-    """Sum of FineWeb's column token_count (by GPT-2's tokenizer) in the first row group, or None if there is none."""
-    with open_file() as f:
-        file = pq.ParquetFile(f)
-        if "token_count" in file.schema_arrow.names:
-            return int(file.read_row_group(0, columns=["token_count"])["token_count"].to_numpy().sum())
+def estimate_parquet(open_file, name, column):
+    """Estimated number of tokens in a parquet file, from FineWeb's column token_count (GPT-2's tokens) if it has one."""
+    metadata, tokens_per_byte = read_footer(open_file, name, column), TOKENS_PER_BYTE
+    sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
+    if sizes and "token_count" in metadata.schema.to_arrow_schema().names:
+        with open_file() as f:
+            counts = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])["token_count"]
+        tokens_per_byte = int(counts.to_numpy().sum()) / sizes[0] or tokens_per_byte
+    return tokens_per_byte * sum(sizes)

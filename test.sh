@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Passes the tests: makes .venv, installs what is needed, checks the style, runs pytest.
+# Creates .venv, installs requirements-dev.txt, checks the style, and runs pytest.
 #
-#   ./test.sh                   the suite
-#   ./test.sh --all             and the slow tests
+#   ./test.sh                   the fast tests
+#   ./test.sh --all             all tests
 #   ./test.sh tests/test_data.py -k permute     other arguments go to pytest
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

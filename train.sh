@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From an empty machine to a trained GPT-2: makes .venv, installs what is needed, trains on every GPU there is.
+# Creates .venv, installs requirements.txt, and trains a GPT-2 on every GPU of this machine, or on the CPU.
 #
 #   ./train.sh                               on edu_fineweb10B/ if it holds shards, else on input.txt
 #   ./train.sh --preset gpt2-350M --dry-run  all arguments go to train_gpt2.py (--help lists them)
-#   PYTHON=python3.12 ./train.sh             another interpreter for .venv
+#   PYTHON=python3.12 ./train.sh             the interpreter for .venv
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements.txt

@@ -1,4 +1,4 @@
-"""One thread a process: the models of the tests are too small for more, and threads that wait spin."""
+"""One thread per process: the tests' models are too small for more, and waiting threads spin."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

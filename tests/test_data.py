@@ -1,10 +1,10 @@
 """
-The data path: tokenizer against tiktoken's own r50k_base and transformers' GPT2Tokenizer, shard formats to the byte, and
-the loader's promise, for random shard lengths, B, T, ranks and accumulation, against windows cut with plain slices.
+data.py: the tokenizer against tiktoken's r50k_base and transformers' GPT2Tokenizer, the shard formats byte by byte, and
+the order of the data for random shard lengths, B, T, ranks and gradient accumulation, against windows sliced from a list.
 
-    .venv/bin/python -m pytest tests/test_data.py
+    python -m pytest tests/test_data.py
 
-Needs nothing but requirements-dev.txt: all data is made here, no network is used.
+Needs no network: all data is created here.
 """
 import base64
 import json
@@ -39,11 +39,40 @@ TEXTS = ["", "Hello, I'm a language model,", "  two  spaces\t\ttabs\r\n\r\nlines
 
 
 # -----------------------------------------------------------------------------
+# files
+
+@pytest.mark.parametrize("mode, old, new", [("wb", b"old", b"new"), ("w", "alt: \u00e4\n", "neu: \u00fc\r\n")])
+def test_atomic_write_replaces_the_file_only_when_it_is_complete(tmp_path, mode, old, new):
+    path = tmp_path / "file"
+    with data.atomic_write(str(path), mode) as f:
+        f.write(old)
+    with data.atomic_write(str(path), mode) as f:
+        f.write(new)
+        f.flush()
+        assert sorted(os.listdir(tmp_path)) == ["file", f"file.{os.getpid()}.tmp"]
+        assert path.read_bytes() == (old if mode == "wb" else old.encode())
+    assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == (new if mode == "wb" else new.encode())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_exception_within_atomic_write_leaves_no_file_or_the_old_one(tmp_path, error, exists):
+    path = tmp_path / "file"
+    if exists:
+        path.write_bytes(b"old")
+    with pytest.raises(error):
+        with data.atomic_write(str(path)) as f:
+            f.write(b"new " * 100_000)
+            raise error
+    assert os.listdir(tmp_path) == ["file"] * exists and (not exists or path.read_bytes() == b"old")
+
+
+# -----------------------------------------------------------------------------
 # the tokenizer
 
 @pytest.fixture(scope="module")
 def reference():
-    """tiktoken's own r50k_base, which is GPT-2's encoding, with the one file it would download handed to it."""
+    """tiktoken's r50k_base, which is GPT-2's encoding; the file that it would download is read from disk."""
     def read_file(url):
         assert url.endswith("/r50k_base.tiktoken"), url
         with open(data.TOKENIZER_FILE, "rb") as f:
@@ -57,10 +86,10 @@ def reference():
 
 @pytest.fixture(scope="module")
 def hf_tokenizer():
-    """transformers' GPT2Tokenizer, from a vocab.json and merges.txt rebuilt out of the ranks."""
+    """transformers' GPT2Tokenizer, with a vocabulary and merges reconstructed from the ranks."""
     with open(data.TOKENIZER_FILE, "rb") as f:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # openai/gpt-2 encoder.py's bytes_to_unicode
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes_to_unicode in openai/gpt-2, src/encoder.py
     others = [b for b in range(256) if b not in printable]
     characters = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
@@ -70,7 +99,7 @@ def hf_tokenizer():
     merges = []
     for token, rank in ranks.items():
         parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # merge as one would without this token: its last two parts are the merge that made it
+        while len(parts) > 2:  # apply the merges of lower rank; the two parts that remain are this token's merge
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
@@ -78,7 +107,7 @@ def hf_tokenizer():
     return GPT2Tokenizer(vocab={**{show(token): rank for token, rank in ranks.items()}, "<|endoftext|>": EOT}, merges=merges)
 
 
-def test_vocabulary_is_tiktokens(reference):
+def test_the_vocabulary_equals_tiktokens(reference):
     ours = get_tokenizer()
     assert ours.n_vocab == reference.n_vocab == data.NUM_TOKENS and ours.eot_token == EOT
     assert [ours.decode_single_token_bytes(i) for i in range(EOT + 1)] == \
@@ -87,14 +116,14 @@ def test_vocabulary_is_tiktokens(reference):
 
 @given(st.text(max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_random_text_encodes_as_in_tiktoken_and_comes_back(reference, text):
+def test_random_text_encodes_as_in_tiktoken_and_decodes_to_itself(reference, text):
     tokens = get_tokenizer().encode_ordinary(text)
     assert tokens == reference.encode_ordinary(text)
     assert get_tokenizer().decode(tokens) == text.encode("utf-8", "replace").decode()
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_awkward_text_encodes_as_in_tiktoken_and_comes_back(reference, text):
+def test_unusual_text_encodes_as_in_tiktoken_and_decodes_to_itself(reference, text):
     tokens = get_tokenizer().encode_ordinary(text)
     assert tokens == reference.encode_ordinary(text)
     assert EOT not in tokens and get_tokenizer().decode(tokens) == text
@@ -104,7 +133,7 @@ def test_text_encodes_as_in_transformers(hf_tokenizer):
     with open(os.path.join(ROOT, "input.txt"), encoding="utf-8") as f:
         play = f.read(20000)
     for text in [*TEXTS, play]:
-        if "<|endoftext|>" not in text:  # transformers takes it for the special token, we for text
+        if "<|endoftext|>" not in text:  # the special token in transformers, ordinary text here
             assert get_tokenizer().encode_ordinary(text) == hf_tokenizer(text)["input_ids"], text[:40]
 
 
@@ -114,8 +143,7 @@ def test_every_byte_has_a_token():
         assert get_tokenizer().decode_single_token_bytes(token) == bytes([b]) and token < 256
 
 
-def test_known_ids():
-    # from the lecture: "Hello, I'm a language model," are these eight
+def test_ids_of_the_lectures_example():
     assert get_tokenizer().encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
 
 
@@ -136,7 +164,7 @@ def test_a_damaged_or_missing_tokenizer_file_is_an_error(tmp_path, monkeypatch):
 TOKENS = np.array([50256, 0, 1, 258, 50255], dtype=np.uint16)
 
 
-def test_npy_shards_are_numpys_own(tmp_path):
+def test_npy_shards_are_standard_numpy_files(tmp_path):
     write_shard(str(tmp_path / "ours.npy"), TOKENS)
     read = np.load(tmp_path / "ours.npy")
     assert read.dtype == np.uint16 and read.tolist() == TOKENS.tolist()
@@ -144,25 +172,25 @@ def test_npy_shards_are_numpys_own(tmp_path):
     assert TokenStream([str(tmp_path / "numpys.npy")]).read(0, 5).tolist() == TOKENS.tolist()
 
 
-def test_bin_shards_are_llm_cs_to_the_byte(tmp_path):
+def test_bin_shards_are_byte_identical_to_llm_cs(tmp_path):
     path = str(tmp_path / "x_train_000001.bin")
     write_shard(path, TOKENS)
     contents = (tmp_path / "x_train_000001.bin").read_bytes()
-    # llm.c: 256 int32, little-endian: 20240520, version 1, count, zeros; then uint16
+    # llm.c: 256 little-endian int32 (20240520, version 1, count, zeros), then uint16
     assert contents[:12] == bytes.fromhex("88d83401") + bytes.fromhex("01000000") + bytes.fromhex("05000000")
     assert contents[12:1024] == bytes(1012)
     assert contents[1024:] == bytes.fromhex("50c4" "0000" "0100" "0201" "4fc4")
     assert TokenStream([path]).read(1, 3).tolist() == [0, 1, 258]
 
 
-def test_nanogpts_bare_bin_is_read(tmp_path):
+def test_nanogpts_bin_without_header_is_read(tmp_path):
     for name in ("train.bin", "val.bin"):
         TOKENS.tofile(tmp_path / name)
     train, val = prepare_data(str(tmp_path))
     assert TokenStream(train).read(0, 5).tolist() == TokenStream(val).read(0, 5).tolist() == TOKENS.tolist()
 
 
-def test_find_shards_takes_all_formats_in_order_and_nothing_else(tmp_path):
+def test_find_shards_returns_all_formats_in_order_and_nothing_else(tmp_path):
     names = ["edufineweb_train_000002.npy", "edufineweb_train_000001.npy", "edufineweb_val_000000.npy", "train_notes.txt",
              "fineweb_train_000010.bin", "xtrain_000001.npy", "a_train_000001.npy.12.tmp", "manifest.json"]
     for name in names:
@@ -180,9 +208,10 @@ def bin_header(*values):
 @pytest.mark.parametrize("contents, words", [
     (bin_header(20240521, 1, 2) + bytes(4), "magic 20240520"), (bin_header(20240520, 2, 2) + bytes(4), "version 1"),
     (bin_header(20240520, 1, 3) + bytes(4), "should hold 3 tokens"), (bin_header(20240520, 1, 1) + bytes(4), "should hold 1"),
-    (bin_header(20240520, 1, -1), "should hold -1"), (b"", "does not begin"), (b"\x88\xd8\x34\x01\x01", "does not begin"),
+    (bin_header(20240520, 1, -1), "should hold -1"), (b"", "no valid llm.c header"),
+    (b"\x88\xd8\x34\x01\x01", "no valid llm.c header"),
 ])
-def test_a_bin_with_a_wrong_header_or_length_is_named(tmp_path, contents, words):
+def test_a_bin_with_a_wrong_header_or_length_is_an_error_with_its_name(tmp_path, contents, words):
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(contents)
     with pytest.raises(ValueError, match=f"x_train_000001.bin.*{words}"):
@@ -193,13 +222,13 @@ def test_a_bin_with_a_wrong_header_or_length_is_named(tmp_path, contents, words)
     (TOKENS.astype(np.int64), "int64"), (TOKENS.astype(">u2"), ">u2"), (TOKENS.astype(np.float32), "float32"),
     (TOKENS.reshape(1, 5), r"\(1, 5\)"),
 ])
-def test_an_npy_of_another_dtype_or_rank_is_named(tmp_path, array, words):
+def test_an_npy_of_another_dtype_or_rank_is_an_error_with_its_name(tmp_path, array, words):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ValueError, match=f"x.npy holds .*{words}.*1-D uint16"):
         open_shard(str(tmp_path / "x.npy"))
 
 
-def test_an_npy_cut_anywhere_is_named(tmp_path):
+def test_a_truncated_npy_is_an_error_with_its_name(tmp_path):
     np.save(tmp_path / "x.npy", TOKENS)
     whole = (tmp_path / "x.npy").read_bytes()
     for length in (0, 3, 9, 60, len(whole) - 2, len(whole) - 1):
@@ -208,13 +237,13 @@ def test_an_npy_cut_anywhere_is_named(tmp_path):
             open_shard(str(tmp_path / "x.npy"))
 
 
-def test_an_odd_bare_bin_is_named(tmp_path):
+def test_a_bin_of_an_odd_number_of_bytes_is_an_error_with_its_name(tmp_path):
     (tmp_path / "train.bin").write_bytes(bytes(7))
     with pytest.raises(ValueError, match="train.bin.*7 bytes"):
         open_shard(str(tmp_path / "train.bin"))
 
 
-def test_an_id_outside_the_vocabulary_is_an_error_naming_the_shard(tmp_path):
+def test_an_id_outside_the_vocabulary_is_an_error_with_the_shards_name(tmp_path):
     write_shard(str(tmp_path / "a.npy"), TOKENS)
     stream = TokenStream([str(tmp_path / "a.npy")], vocab_size=50256)
     assert stream.read(1, 4).tolist() == TOKENS[1:].tolist()
@@ -234,7 +263,7 @@ def test_a_failed_write_leaves_the_old_shard_and_no_other_file(tmp_path, monkeyp
 # the stream and the loader
 
 def make_stream(folder, lengths):
-    """(TokenStream over shards of these lengths, all its tokens in an array); token i is i mod 50000."""
+    """(TokenStream over shards of these lengths, all of its tokens as an array); token i is i % 50000."""
     tokens = (np.arange(sum(lengths)) % 50000).astype(np.uint16)
     paths = []
     for i, part in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
@@ -248,7 +277,7 @@ shard_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lamb
 
 @given(shard_lengths, st.data())
 @quick
-def test_a_stream_reads_across_shard_borders_as_one_array(tmp_path_factory, lengths, draw):
+def test_a_stream_reads_across_shard_boundaries(tmp_path_factory, lengths, draw):
     stream, tokens = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     assert len(stream) == len(tokens)
     start = draw.draw(st.integers(0, len(tokens) - 1))
@@ -272,19 +301,19 @@ def test_permute_differs_between_epochs_and_seeds_and_looks_random():
     n = 10000
     orders = [permute(np.arange(n), n, key) for key in ((1337, 0), (1337, 1), (1338, 0))]
     for i in range(3):
-        # a random permutation has one fixed point on average, and neighbours n/3 apart (standard error n/4/sqrt(n) = 25)
+        # a random permutation has one fixed point and a distance of n/3 between neighbours on average (standard error 25)
         assert (orders[i] == np.arange(n)).sum() < 12
         assert abs(np.abs(np.diff(orders[i])).mean() - n / 3) < 150
         assert (orders[i] == orders[(i + 1) % 3]).sum() < 12
 
 
-def test_permute_needs_no_memory_for_n():
+def test_the_memory_of_permute_does_not_depend_on_n():
     positions = permute(np.arange(5), 10**15, (0, 0))
     assert len(set(positions.tolist())) == 5 and (0 <= positions).all() and (positions < 10**15).all()
 
 
 def rows_of(loaders, num_steps, grad_accum_steps):
-    """[rows read by all ranks in step 0, in step 1, ...]: a row is x's tokens and y's last."""
+    """[rows read by all ranks in step 0, in step 1, ...]; a row is the tokens of x and the last one of y."""
     steps = []
     for _ in range(num_steps):
         rows = []
@@ -309,7 +338,7 @@ def close(loaders):
 
 @given(shard_lengths, st.integers(1, 7), st.sampled_from([1, 2, 4, 6, 12]), st.booleans(), st.integers(0, 2**31), st.data())
 @quick
-def test_a_step_reads_exactly_its_windows_of_the_epochs_order_for_every_B_and_W(
+def test_each_step_reads_its_windows_of_the_epochs_permutation_for_any_B_and_W(
         tmp_path_factory, lengths, T, G, shuffle, seed, draw):
     stream, tokens = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     n = (len(tokens) - 1) // T  # windows of T+1 tokens with stride T
@@ -334,25 +363,25 @@ def test_a_step_reads_exactly_its_windows_of_the_epochs_order_for_every_B_and_W(
 
 @given(shard_lengths, st.integers(1, 6), st.integers(0, 9), st.booleans(), st.data())
 @settings(quick, max_examples=20)
-def test_a_restored_loader_goes_on_where_the_other_stopped_at_any_B_and_W(tmp_path_factory, lengths, T, k, shuffle, draw):
+def test_a_restored_loader_continues_at_the_saved_position_for_any_B_and_W(tmp_path_factory, lengths, T, k, shuffle, draw):
     stream, _ = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     arrangements = st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (1, 2)])  # (B, W) for G = 4
     (B1, W1), (B2, W2) = draw.draw(arrangements), draw.draw(arrangements)
-    unbroken = make_loaders(stream, B1, T, W1, shuffle=shuffle)
+    original = make_loaders(stream, B1, T, W1, shuffle=shuffle)
     restored = make_loaders(stream, B2, T, W2, shuffle=shuffle)
     try:
-        rows_of(unbroken, k, 4 // (B1 * W1))
-        state = json.loads(json.dumps(unbroken[0].state_dict()))  # plain values
-        assert all(loader.state_dict() == state for loader in unbroken)
-        rows_of(restored, 1, 4 // (B2 * W2))  # it may have begun to read ahead elsewhere
+        rows_of(original, k, 4 // (B1 * W1))
+        state = json.loads(json.dumps(original[0].state_dict()))  # plain values
+        assert all(loader.state_dict() == state for loader in original)
+        rows_of(restored, 1, 4 // (B2 * W2))  # has already prefetched from another position
         for loader in restored:
             loader.load_state_dict(state)
-        want, got = rows_of(unbroken, 5, 4 // (B1 * W1)), rows_of(restored, 5, 4 // (B2 * W2))
+        want, got = rows_of(original, 5, 4 // (B1 * W1)), rows_of(restored, 5, 4 // (B2 * W2))
         assert [sorted(rows) for rows in got] == [sorted(rows) for rows in want]
         if (B1, W1) == (B2, W2):
             assert got == want
     finally:
-        close(unbroken + restored)
+        close(original + restored)
 
 
 def test_two_epochs_have_different_orders_and_the_same_windows(tmp_path):
@@ -363,12 +392,12 @@ def test_two_epochs_have_different_orders_and_the_same_windows(tmp_path):
     assert first != second and sorted(first) == sorted(second) and len(set(first)) == 40
 
 
-def test_a_state_of_other_data_is_refused_with_both_values(tmp_path):
+def test_a_state_of_other_data_is_an_error_with_both_values(tmp_path):
     stream, _ = make_stream(str(tmp_path), [100])
     state = DataLoaderLite(stream, 2, 5).state_dict()
-    with pytest.raises(ValueError, match="T 5 there, 4 here"):
+    with pytest.raises(ValueError, match="T was 5, is 4"):
         DataLoaderLite(stream, 2, 4).load_state_dict(state)
-    with pytest.raises(ValueError, match="seed 1337 there, 7 here"):
+    with pytest.raises(ValueError, match="seed was 1337, is 7"):
         DataLoaderLite(stream, 2, 5, seed=7).load_state_dict(state)
 
 
@@ -381,7 +410,7 @@ def test_too_few_tokens_for_one_window_is_an_error(tmp_path):
 
 @given(shard_lengths, st.integers(1, 5), st.integers(1, 7), st.integers(1, 300), st.integers(1, 5))
 @quick
-def test_validation_covers_each_window_once_for_any_B_and_W(tmp_path_factory, lengths, T, B, max_tokens, W):
+def test_iterate_batches_yields_each_window_once_for_any_B_and_W(tmp_path_factory, lengths, T, B, max_tokens, W):
     stream, tokens = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     rows = [row for rank in range(W) for x, y in iterate_batches(stream, B, T, max_tokens, rank, W)
             for row in torch.cat([x, y[:, -1:]], dim=1).tolist()]
@@ -390,7 +419,7 @@ def test_validation_covers_each_window_once_for_any_B_and_W(tmp_path_factory, le
 
 
 # -----------------------------------------------------------------------------
-# trouble under a running loader
+# errors while a loader runs
 
 def next_batches_until_error(loader):
     with pytest.raises(ValueError) as error:
@@ -399,24 +428,24 @@ def next_batches_until_error(loader):
     return str(error.value)
 
 
-@pytest.mark.parametrize("trouble", ["cut", "replaced by a longer one", "removed", "holds a wrong id"])
-def test_a_shard_that_changes_under_a_running_loader_is_an_error_of_next_batch(tmp_path, trouble):
+@pytest.mark.parametrize("change", ["truncated", "extended", "removed", "invalid id"])
+def test_next_batch_raises_when_a_shard_has_changed(tmp_path, change):
     stream, _ = make_stream(str(tmp_path), [300, 300])
     loader = DataLoaderLite(stream, 2, 10, shuffle=False)
     loader.next_batch()
     path = str(tmp_path / "x_train_000001.bin")
-    if trouble == "removed":
+    if change == "removed":
         os.remove(path)
-    elif trouble == "holds a wrong id":
+    elif change == "invalid id":
         write_shard(path, np.full(300, 60000, dtype=np.uint16))
     else:
-        write_shard(path, np.zeros(30 if trouble == "cut" else 900, dtype=np.uint16))
+        write_shard(path, np.zeros(30 if change == "truncated" else 900, dtype=np.uint16))
     message = next_batches_until_error(loader)
-    assert path in message and ("60000" in message if trouble == "holds a wrong id" else "changed" in message)
+    assert path in message and ("60000" in message if change == "invalid id" else "changed" in message)
 
 
-def test_next_batch_after_an_error_raises_again_and_goes_on_once_the_data_is_back(tmp_path):
-    """The reading thread ends with its first error; a second next_batch once waited for it for ever."""
+def test_next_batch_raises_again_after_an_error_and_continues_when_the_shard_is_back(tmp_path):
+    """The prefetch thread ends with its first error; a second next_batch once waited for it forever."""
     stream, tokens = make_stream(str(tmp_path), [300])
     path = stream.shards[0].path
     loader = DataLoaderLite(stream, 2, 10, shuffle=False)
@@ -432,7 +461,7 @@ READ_200_MB = """
 import os, sys, psutil
 from data import DataLoaderLite, TokenStream
 stream = TokenStream([sys.argv[1]])
-loader, process = DataLoaderLite(stream, 64, 8192), psutil.Process()  # 1 MB a batch
+loader, process = DataLoaderLite(stream, 64, 8192), psutil.Process()  # 1 MB per batch
 for _ in range(20):
     loader.next_batch()
 before = process.memory_info().rss
@@ -442,13 +471,13 @@ print((process.memory_info().rss - before) / 1e6)
 """
 
 
-def test_resident_memory_does_not_grow_with_what_is_read(tmp_path):
+def test_resident_memory_does_not_grow_with_the_tokens_read(tmp_path):
     path = tmp_path / "train.bin"
     with open(path, "wb") as f:
-        f.truncate(200_000_000)  # sparse: zeros that take no disk
+        f.truncate(200_000_000)  # sparse: zeros that take no disk space
     done = subprocess.run([sys.executable, "-c", READ_200_MB, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 50  # MB; a map kept open would have added the 180 MB read
+    assert float(done.stdout) < 50  # MB; an open memory map would add the 180 MB read
 
 
 # -----------------------------------------------------------------------------
@@ -462,7 +491,7 @@ def tokens_of(paths):
 PLAY = "".join(f"SPEAKER {i}:\nWhat light, what light?\nIt is the {i}th.\n\n" for i in range(40))
 
 
-def test_a_text_file_becomes_two_shards_that_hold_all_of_it(tmp_path):
+def test_a_text_file_becomes_a_train_and_a_val_shard_with_all_of_its_text(tmp_path):
     (tmp_path / "play.txt").write_text(PLAY)
     train, val = (tokens_of(paths) for paths in prepare_data(str(tmp_path / "play.txt")))
     assert train[0] == val[0] == EOT and EOT not in train[1:] + val[1:]
@@ -471,24 +500,24 @@ def test_a_text_file_becomes_two_shards_that_hold_all_of_it(tmp_path):
     assert 0.85 < len(texts[0]) / len(PLAY) <= 0.9
 
 
-def test_carriage_returns_and_unicode_survive(tmp_path):
+def test_carriage_returns_and_unicode_are_preserved(tmp_path):
     text = "línea uno\r\nzwei 日本\r\n\r\n" * 30
     (tmp_path / "t.txt").write_bytes(text.encode())
     assert "".join(get_tokenizer().decode(tokens_of(paths)[1:]) for paths in prepare_data(str(tmp_path / "t.txt"))) == text
 
 
-def test_a_folder_of_texts_becomes_documents_each_after_endoftext(tmp_path):
+def test_each_text_file_of_a_folder_is_a_document_after_endoftext(tmp_path):
     documents = [f"document {i} " + "word " * 20 for i in range(20)]
     for i, text in enumerate(documents):
         (tmp_path / f"{i:02d}.txt").write_text(text)
-    (tmp_path / "notes.md").write_text("not text to train on")
+    (tmp_path / "notes.md").write_text("not a .txt file")
     train, val = prepare_data(str(tmp_path))
     tokens = tokens_of(train) + tokens_of(val)
     assert tokens == [token for text in documents for token in (EOT, *get_tokenizer().encode_ordinary(text))]
     assert tokens_of(train).count(EOT) == 18 and tokens_of(val).count(EOT) == 2
 
 
-def test_a_second_call_tokenizes_nothing_and_a_changed_file_is_tokenized_anew(tmp_path, monkeypatch):
+def test_text_is_tokenized_again_only_if_the_file_has_changed(tmp_path, monkeypatch):
     path = tmp_path / "play.txt"
     path.write_text(PLAY)
     first = prepare_data(str(path))
@@ -498,36 +527,36 @@ def test_a_second_call_tokenizes_nothing_and_a_changed_file_is_tokenized_anew(tm
     path.write_text(PLAY + "THE END\n" * 20)
     again = prepare_data(str(path))
     assert again != first and get_tokenizer().decode(tokens_of(again[1])).endswith("THE END\n")
-    # same size, another time: an edit of one letter counts too
+    # the same size but another modification time
     os.utime(path, ns=(1, 1))
     assert prepare_data(str(path)) != again
 
 
-PREPARE_AND_DIE = """
+PREPARE_AND_KILL = """
 import os, signal, sys, data
-write, calls = data.write_shard, []
-def write_then_die(path, tokens):
+write = data.write_shard
+def write_then_kill(path, tokens):
     write(path, tokens)
     os.kill(os.getpid(), signal.SIGKILL)
-data.write_shard = write_then_die
+data.write_shard = write_then_kill
 data.prepare_data(sys.argv[1])
 """
 
 
-def test_a_kill_while_tokenizing_leaves_nothing_that_passes_for_the_cache(tmp_path, monkeypatch):
+def test_a_process_killed_while_tokenizing_leaves_no_cache_folder(tmp_path, monkeypatch):
     path = tmp_path / "play.txt"
     path.write_text(PLAY)
-    killed = subprocess.Popen([sys.executable, "-c", PREPARE_AND_DIE, str(path)], cwd=ROOT)
+    killed = subprocess.Popen([sys.executable, "-c", PREPARE_AND_KILL, str(path)], cwd=ROOT)
     assert killed.wait(timeout=120) == -signal.SIGKILL
     left, = os.listdir(tmp_path / ".tokens")
     assert left.endswith(".tmp")
-    monkeypatch.setattr(os, "getpid", lambda: killed.pid)  # in a container the next process may well have the same number
+    monkeypatch.setattr(os, "getpid", lambda: killed.pid)  # in a container the next process may have the same id
     train, val = prepare_data(str(path))
     assert "".join(get_tokenizer().decode(tokens_of(paths)[1:]) for paths in (train, val)) == PLAY
     assert len(os.listdir(tmp_path / ".tokens")) == 1
 
 
-def test_a_folder_of_shards_is_taken_as_it_is(tmp_path):
+def test_prepare_data_returns_the_shards_of_a_folder(tmp_path):
     for name in ("x_train_000001.npy", "x_train_000002.npy", "x_val_000000.npy"):
         write_shard(str(tmp_path / name), TOKENS)
     (tmp_path / "readme.txt").write_text("about these shards")
@@ -535,7 +564,7 @@ def test_a_folder_of_shards_is_taken_as_it_is(tmp_path):
     assert [os.path.basename(p) for p in train + val] == ["x_train_000001.npy", "x_train_000002.npy", "x_val_000000.npy"]
 
 
-def test_what_cannot_be_trained_on_is_one_clear_error(tmp_path):
+def test_prepare_data_raises_for_paths_without_training_data(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data at .*nowhere"):
         prepare_data(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="neither shards .* nor .txt"):
@@ -556,7 +585,7 @@ def test_what_cannot_be_trained_on_is_one_clear_error(tmp_path):
 
 @given(st.lists(st.text("ab \n", max_size=80), min_size=1, max_size=8).filter(lambda texts: sum(map(len, texts)) >= 2))
 @settings(max_examples=300, deadline=None)
-def test_a_split_loses_nothing_and_val_is_a_tenth_to_a_fifth(texts):
+def test_a_split_keeps_all_text_and_val_is_10_to_20_percent(texts):
     train, val = split_texts(texts)
     assert "".join(train + val) == "".join(texts)
     total, in_val = len("".join(texts)), len("".join(val))
@@ -565,7 +594,7 @@ def test_a_split_loses_nothing_and_val_is_a_tenth_to_a_fifth(texts):
     assert train + val == texts or len(train + val) == len(texts) + 1 and train[-1] + val[0] in texts
 
 
-def test_a_split_prefers_a_documents_border_then_a_blank_line_then_a_lines_end():
+def test_a_split_prefers_document_boundaries_then_blank_lines_then_line_ends():
     assert split_texts(["a line\n" * 10]) == (["a line\n" * 9], ["a line\n"])
     text = "x" * 83 + "\n\n" + "y" * 4 + "\n" + "z" * 10
     assert split_texts([text]) == ([text[:85]], [text[85:]])
@@ -575,16 +604,16 @@ def test_a_split_prefers_a_documents_border_then_a_blank_line_then_a_lines_end()
     assert split_texts(["x" * 85, "y\n" * 7 + "y"]) == (["x" * 85], ["y\n" * 7 + "y"])
 
 
-def test_an_early_blank_line_or_a_long_last_document_does_not_swell_val():
-    """One blank line just past the middle once made the second half validation, as did the second of two books."""
+def test_val_stays_small_with_an_early_blank_line_or_a_long_last_document():
+    """A blank line just after the middle once put the second half into val, and so did the second of two books."""
     text = "a\n" * 55 + "\n" + "b\n" * 45
     assert len(split_texts([text])[1][0]) < 25
     train, val = split_texts(["a\n" * 50, "b\n" * 50])
     assert (train, val) == (["a\n" * 50, "b\n" * 40], ["b\n" * 10])
 
 
-def test_512_ranks_read_each_window_of_a_step_once_and_the_steps_go_on_from_each_other():
-    """The index arithmetic of 512 processes over an epoch's end, against one process that reads all."""
+def test_512_ranks_read_the_same_windows_as_one_process():
+    """window_indices of 512 ranks across the end of an epoch, against one rank with the same total batch."""
     class Stream:
         def __len__(self):
             return 5_000 * 16 + 1
@@ -592,19 +621,19 @@ def test_512_ranks_read_each_window_of_a_step_once_and_the_steps_go_on_from_each
         def fingerprint(self):
             return ""
     ranks = [data.DataLoaderLite(Stream(), 2, 16, rank, 512, True, 7) for rank in range(512)]
-    alone = data.DataLoaderLite(Stream(), 1024, 16, 0, 1, True, 7)
+    single = data.DataLoaderLite(Stream(), 1024, 16, 0, 1, True, 7)
     seen = []
     for step in range(10):
         position = step * 1024
         together = np.concatenate([rank.window_indices(position) for rank in ranks])
-        assert (together == alone.window_indices(position)).all()
+        assert (together == single.window_indices(position)).all()
         seen.append(together)
     seen = np.concatenate(seen)
     assert sorted(seen[:5000].tolist()) == list(range(5000)) == sorted(seen[5000:10000].tolist())
     assert seen[:5000].tolist() != seen[5000:10000].tolist()
 
 
-def test_ranks_yield_equally_many_batches_and_each_window_once():
+def test_all_ranks_yield_the_same_number_of_batches():
     tokens = np.arange(8 * 11 + 1, dtype=np.uint16)
 
     class Stream:
@@ -620,7 +649,7 @@ def test_ranks_yield_equally_many_batches_and_each_window_once():
         assert firsts == [8 * i for i in range(11)], (world, B)
 
 
-def test_the_fingerprint_tells_other_data_of_the_same_length(tmp_path):
+def test_the_fingerprint_differs_for_other_data_of_the_same_length(tmp_path):
     rng = np.random.default_rng(0)
     prints = []
     for name, sizes in (("a", (50, 30)), ("b", (50, 30)), ("c", (30, 50))):

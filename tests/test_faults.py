@@ -1,10 +1,11 @@
 """
 Runs that cannot be lost: real processes, real signals, real torchrun, damaged files, full disks.
 
-    ./test.sh tests/test_faults.py            # the signals; no network, no GPU
-    ./test.sh --all tests/test_faults.py -s   # all of it, with a table of what was survived at the end
+    ./test.sh tests/test_faults.py            # signals and damaged files; no network, no GPU
+    ./test.sh --all tests/test_faults.py -s   # all of it; prints a table of the faults survived
 
-Every process has a wall-clock limit. "As the unbroken run" is to the last bit: losses, norms, learning rates, weights.
+Every process has a wall-clock limit. A run equals the uninterrupted one if losses, norms, learning rates and weights are
+bitwise identical.
 """
 import glob
 import os
@@ -28,8 +29,8 @@ import data
 from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
 
 STEPS = 24
-FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # some 50 ms a step
-SURVIVED = {}  # what: how many, printed when the module is done
+FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # 50 ms per step
+SURVIVED = {}  # fault: number of times, printed at the end of the module
 
 
 def survived(what, count=1):
@@ -38,28 +39,28 @@ def survived(what, count=1):
 
 @pytest.fixture(scope="module", autouse=True)
 def table():
-    """Prints what was survived once all tests are done."""
+    """Prints the faults survived, after all tests."""
     yield
     for what, count in SURVIVED.items():
         print(f"\n  {count:3d} x {what}", end="")
 
 
 @pytest.fixture(scope="module")
-def unbroken(text, tmp_path_factory):  # noqa: F811
-    """Folder of a run of STEPS steps that nothing happened to."""
-    cwd = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(text, tmp_path_factory):  # noqa: F811
+    """Folder of an uninterrupted run of STEPS steps."""
+    cwd = tmp_path_factory.mktemp("uninterrupted")
     process = train(cwd, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
     return os.path.join(cwd, "log", "shakespeare")
 
 
-def assert_as_unbroken(run_dir, unbroken, exact=True):  # noqa: F811
-    """The run's log and last weights are those of the unbroken one: to the bit, or the losses to 1e-5."""
+def assert_equals_uninterrupted(run_dir, uninterrupted, exact=True):  # noqa: F811
+    """The run's log and last weights equal those of the uninterrupted one: bitwise, or if not exact the losses to 1e-4."""
     streams = ("train", "val", "norm", "lr")
-    ours, theirs = log_of(run_dir, *streams), log_of(unbroken, *streams)
+    ours, theirs = log_of(run_dir, *streams), log_of(uninterrupted, *streams)
     if exact:
         assert ours == theirs
-        a, b = (torch.load(os.path.join(folder, f"model_{STEPS:05d}.pt"))["model"] for folder in (run_dir, unbroken))
+        a, b = (torch.load(os.path.join(folder, f"model_{STEPS:05d}.pt"))["model"] for folder in (run_dir, uninterrupted))
         assert all(torch.equal(a[name], b[name]) for name in b)
         return
     assert [line.split()[:2] for line in ours] == [line.split()[:2] for line in theirs]
@@ -80,8 +81,8 @@ def wait_for(process, pattern):
 # -----------------------------------------------------------------------------
 # signals
 
-def test_signals_finish_the_step_save_and_say_how_to_go_on(unbroken, text, tmp_path):  # noqa: F811
-    """Three signals in three lives of one run, whose end is that of the unbroken one."""
+def test_signals_finish_the_step_save_and_exit_with_their_status(uninterrupted, text, tmp_path):  # noqa: F811
+    """One run, stopped by three signals in turn."""
     run_dir = tmp_path / "log" / "shakespeare"
     for number, status, step in ((signal.SIGTERM, 0, 3), (signal.SIGUSR1, 75, 9), (signal.SIGINT, 130, 15)):
         process = start(tmp_path, "--data", text, *FLAGS, "--save-every", "1000")
@@ -94,20 +95,20 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(unbroken, text, tmp_p
         survived(f"{number.name} while training")
     process = train(tmp_path, *FLAGS)
     assert process.returncode == 0, process.stderr
-    assert_as_unbroken(run_dir, unbroken)
+    assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
-def test_a_second_run_in_a_live_folder_is_refused_and_a_dead_one_keeps_no_lock(text, tmp_path):  # noqa: F811
+def test_a_second_run_in_a_folder_is_refused_until_the_first_process_ends(text, tmp_path):  # noqa: F811
     process = start(tmp_path, "--data", text, "--max-steps", "100000")
     wait_for(process, r"step +2/")
     second = train(tmp_path, "--data", text)
-    assert second.returncode == 2 and "is being trained by another process" in second.stderr, second.stderr
+    assert second.returncode == 2 and "is in use by another training process" in second.stderr, second.stderr
     assert second.stderr.count("\n") == 1
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
     third = train(tmp_path, "--data", text)
     assert third.returncode == 0, third.stderr
-    survived("second run refused in a live folder")
+    survived("second run in the same folder refused")
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
     wait_for(process, "step +0 | val")
     time.sleep(0.5)  # until it is in its first step
     os.kill(process.pid, signal.SIGINT)
-    wait_for(process, "again to stop at once")
+    wait_for(process, "again stops at once")
     time.sleep(0.7)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=5)
@@ -127,8 +128,8 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_at_any_moment_loses_nothing(number, unbroken, text, tmp_path):  # noqa: F811
-    """Before the first step it ends the process with nothing to save; from there on it saves: in steps, evaluations, saves."""
+def test_a_signal_at_a_random_moment_loses_nothing(number, uninterrupted, text, tmp_path):  # noqa: F811
+    """Before the loop there is nothing to save; then a signal saves, in steps, evaluations and saves."""
     rng, lives = random.Random(int(number)), 0
     for _ in range(40):
         process = start(tmp_path, "--data", text, *FLAGS)
@@ -142,7 +143,7 @@ def test_a_signal_at_any_moment_loses_nothing(number, unbroken, text, tmp_path):
             break
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
-    assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken)
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
     survived(f"{number.name} at a random moment", lives)
 
 
@@ -151,7 +152,7 @@ def test_a_signal_at_any_moment_loses_nothing(number, unbroken, text, tmp_path):
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(text, tmp_path):  # noqa: F811
-    """SIGKILL anywhere: in set-up, steps, validation, and (with a save a step) in saving, pruning and writing the log."""
+    """SIGKILL anywhere: in startup, steps, validation, and, as each step saves, in saving, pruning and logging."""
     steps = ["--max-steps", "150", "--val-every", "5", "--save-every", "1", "--n-embd", "64", "--sample-every", "0"]
     whole = tmp_path / "whole"
     os.mkdir(whole)
@@ -176,7 +177,7 @@ def test_thirty_kills_at_random_moments_change_nothing(text, tmp_path):  # noqa:
         assert log_of(run_dir, stream) == log_of(whole / "log" / "shakespeare", stream)
     assert not glob.glob(str(run_dir / "*.tmp")) and not glob.glob(str(run_dir / "*.aside"))
     survived("SIGKILL at a random moment", kills)
-    survived("of these in the middle of writing a checkpoint", inside)
+    survived("of these while writing a checkpoint", inside)
 
 
 def ranks_of(process):
@@ -201,8 +202,8 @@ def torchrun(cwd, *flags, nproc=2, launcher=("--standalone",)):
 
 
 @pytest.fixture(scope="module")
-def unbroken_pair(text, tmp_path_factory):  # noqa: F811
-    """Folder of an unbroken run on two ranks."""
+def uninterrupted_pair(text, tmp_path_factory):  # noqa: F811
+    """Folder of an uninterrupted run on two ranks."""
     cwd = tmp_path_factory.mktemp("pair")
     process = torchrun(cwd, "--data", text, *FLAGS)
     out = process.communicate(timeout=180)[0]
@@ -212,22 +213,22 @@ def unbroken_pair(text, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["step +7/", "step +9/", "saved .*model_00012"])
-def test_torchrun_restarts_after_a_rank_is_killed(moment, unbroken_pair, text, tmp_path):  # noqa: F811
-    """In a step, in the evaluation that comes at step 10, at a save; the group starts again by itself and ends as if
-    unbroken. (torchrun's store outlives the ranks that died: runtime.store_of_this_start.)"""
+def test_torchrun_restarts_after_a_rank_is_killed(moment, uninterrupted_pair, text, tmp_path):  # noqa: F811
+    """In a step, in the evaluation at step 10, at a save. torchrun restarts the group, although its store outlives the
+    ranks that died (parallel.store_of_this_start)."""
     process = torchrun(tmp_path, "--data", text, *FLAGS)
     wait_for(process, moment)
     ranks_of(process)[1].kill()
     out = process.communicate(timeout=180)[0]
     assert process.returncode == 0, out
-    assert "going on with" in out
-    assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
+    assert "resuming" in out
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
     survived("rank of two killed, restarted by torchrun")
 
 
 @pytest.mark.slow
-def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  # noqa: F811
-    """Two torchrun agents that meet at a c10d rendezvous on 127.0.0.1, as two machines would."""
+def test_two_nodes_survive_the_loss_of_a_rank(uninterrupted_pair, text, tmp_path):  # noqa: F811
+    """Two torchrun agents with a c10d rendezvous on 127.0.0.1, as on two machines."""
     port = random.Random(os.getpid()).randrange(20000, 40000)
     agents = [torchrun(tmp_path, "--data", text, *FLAGS, nproc=1, launcher=(
         "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=faults",
@@ -245,13 +246,13 @@ def test_two_nodes_survive_the_loss_of_a_rank(unbroken_pair, text, tmp_path):  #
     victim.kill()
     outputs = [agent.communicate(timeout=180)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
     survived("rank killed on one of two nodes")
 
 
 @pytest.mark.slow
-def test_train_sbatch_saves_at_its_signal_and_is_requeued(unbroken_pair, text, tmp_path):  # noqa: F811
-    """The batch script of Slurm with stand-ins for srun, scontrol and scancel: one node, two ranks."""
+def test_train_sbatch_saves_at_slurms_signal_and_requeues(uninterrupted_pair, text, tmp_path):  # noqa: F811
+    """The Slurm batch script with stand-ins for srun, scontrol and scancel: one node, two ranks."""
     stand_ins = {"srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
                  "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 && exit; kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
                              f'echo "$@" >> {tmp_path}/requeued',
@@ -274,21 +275,21 @@ def test_train_sbatch_saves_at_its_signal_and_is_requeued(unbroken_pair, text, t
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     job = submit()
     wait_for(job, r"step +7/")
-    os.kill(job.pid, signal.SIGUSR1)  # to the script alone, as --signal=B: has it
+    os.kill(job.pid, signal.SIGUSR1)  # to the script only, as --signal=B: does
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0 and "stopped at step" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     job = submit()
     out = job.communicate(timeout=180)[0]
-    assert job.returncode == 0 and "going on with" in out, out
+    assert job.returncode == 0 and "resuming" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # done: not once more
-    assert_as_unbroken(tmp_path / "log" / "shakespeare", unbroken_pair)
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
     survived("Slurm's signal, saved and requeued")
 
 
 @pytest.mark.slow
-def test_the_number_of_ranks_may_change_between_lives(text, tmp_path):  # noqa: F811
-    """1 -> 2 -> 1 ranks: the same windows in the same order, and losses as on one rank all along."""
+def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
+    """1 -> 2 -> 1 ranks: the same windows in the same order, so the losses of one rank throughout."""
     flags = ["--data", text, *FLAGS, "--dropout", "0"]
     whole = tmp_path / "whole"
     os.mkdir(whole)
@@ -300,11 +301,11 @@ def test_the_number_of_ranks_may_change_between_lives(text, tmp_path):  # noqa: 
         for child in ranks_of(process).values() if ranks > 1 and psutil.pid_exists(process.pid) else ():
             child.kill()
         process.wait(timeout=30)
-        time.sleep(3)  # torchrun's ranks are in sessions of their own: they notice that it is gone
+        time.sleep(3)  # torchrun's ranks have their own sessions and take a while to notice that it is gone
         subprocess.run(["pkill", "-9", "-f", f"--data {text} "], check=False)
     process = train(tmp_path, *flags)
     assert process.returncode == 0 and "1 processes, were 2" in process.stdout, process.stderr + process.stdout
-    assert_as_unbroken(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare", exact=False)
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare", exact=False)
     survived("change of the number of ranks", 2)
 
 
@@ -312,7 +313,7 @@ def test_the_number_of_ranks_may_change_between_lives(text, tmp_path):  # noqa: 
 # damage
 
 class Evil:
-    """Unpickled as code would be: makes a file."""
+    """Runs code when it is unpickled: creates a folder."""
 
     def __reduce__(self):
         return (os.mkdir, ("evil",))
@@ -355,14 +356,14 @@ def damages(path):
             "another step's": lambda: write({**torch.load(path), "step": 99}), "noise": lambda: write(b"noise")}
 
 
-def test_every_damage_is_passed_over_by_name_and_none_runs_code(unbroken, tmp_path, monkeypatch):
-    """Each file of the newest pair, each kind of damage: the pair before it is taken, or the same contents where a flipped
-    bit lies between what the file holds."""
+def test_every_damaged_file_is_skipped_by_name_and_runs_no_code(uninterrupted, tmp_path, monkeypatch):
+    """Each file of the newest checkpoint, each kind of damage: the previous checkpoint is loaded, or the same contents if a
+    flipped bit is in the file's padding."""
     monkeypatch.chdir(tmp_path)
-    steps = checkpoint.saved_steps(unbroken)[-2:]
+    steps = checkpoint.saved_steps(uninterrupted)[-2:]
     run_dir = str(tmp_path / "run")
-    original = {path: checkpoint.load_file(path) for step in steps for path in checkpoint.paths(unbroken, step)}
-    newest = checkpoint.paths(unbroken, steps[1])
+    original = {path: checkpoint.load_file(path) for step in steps for path in checkpoint.paths(uninterrupted, step)}
+    newest = checkpoint.paths(uninterrupted, steps[1])
     for k, source in enumerate(newest):
         for name in damages(source):
             os.makedirs(run_dir)
@@ -371,58 +372,59 @@ def test_every_damage_is_passed_over_by_name_and_none_runs_code(unbroken, tmp_pa
             damaged = os.path.join(run_dir, os.path.basename(source))
             damages(damaged)[name]()
             model, state, messages = checkpoint.load_latest(run_dir)
-            if model["step"] == steps[1]:  # nothing of what counts was touched
+            if model["step"] == steps[1]:  # the flipped bit is not part of the contents
                 assert name.startswith("flipped") and not messages, name
                 assert all(torch.equal(v, original[newest[0]]["model"][n]) for n, v in model["model"].items())
                 assert str(state) == str(original[newest[1]])
             else:
                 assert model["step"] == state["step"] == steps[0] and len(messages) == 1, name
-                assert f"passing over step {steps[1]}: " in messages[0] and damaged in messages[0], (name, messages)
+                assert f"skipping step {steps[1]}: " in messages[0] and damaged in messages[0], (name, messages)
                 assert "\n" not in messages[0]
             survived(f"damaged {('model', 'state')[k]} file")
             shutil.rmtree(run_dir)
     assert not os.path.exists("evil")
 
 
-def test_a_run_goes_on_past_a_damaged_checkpoint_and_keeps_it_aside(unbroken, text, tmp_path):  # noqa: F811
+def test_a_run_resumes_before_a_damaged_checkpoint_and_renames_it(uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "log" / "shakespeare"
-    shutil.copytree(unbroken, run_dir)
+    shutil.copytree(uninterrupted, run_dir)
     newest = checkpoint.saved_steps(run_dir)[-1]
     os.truncate(checkpoint.paths(run_dir, newest)[0], 1000)
     process = train(tmp_path, "--data", text, *FLAGS)
-    assert process.returncode == 0 and f"passing over step {newest}" in process.stdout, process.stderr
+    assert process.returncode == 0 and f"skipping step {newest}" in process.stdout, process.stderr
     assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
-    assert_as_unbroken(run_dir, unbroken)
+    assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
 @pytest.mark.slow
-def test_resume_from_an_older_checkpoint_sets_the_newer_aside(unbroken, text, tmp_path):  # noqa: F811
+def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "moved" / "elsewhere"
-    shutil.copytree(unbroken, run_dir)
+    shutil.copytree(uninterrupted, run_dir)
     older, newest = checkpoint.saved_steps(run_dir)[-2:]
     process = train(tmp_path, "--resume", f"moved/elsewhere/model_{older:05d}.pt", *FLAGS)
     assert process.returncode == 0 and f"from step {older}" in process.stdout, process.stderr
     assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
-    assert_as_unbroken(run_dir, unbroken)
-    survived("older checkpoint gone on from")
+    assert_equals_uninterrupted(run_dir, uninterrupted)
+    survived("resumed from an older checkpoint")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--n-embd", "32"], "n_embd cannot change"),
-    (["--optimizer", "adamw"], "optimizer cannot change"),
-    (["--seed", "5"], "with another seed this would not be the same run; --force goes on"),
-    (["--total-batch-size", "256"], "with another total_batch_size"),
+    (["--n-embd", "32"], "n_embd cannot change when a run resumes"),
+    (["--optimizer", "adamw"], "optimizer cannot change when a run resumes"),
+    (["--seed", "5"], "changing seed makes it a different run; --force resumes anyway"),
+    (["--total-batch-size", "256"], "changing total_batch_size"),
     (["--resume", "never"], "already holds a run"),
-    (["--resume", "nowhere"], "--resume nowhere: not there"),
-    (["--resume", "log/shakespeare", "--exp-name", "x"], "leave --exp-name and --log-dir out"),
-    (["--resume", "log/shakespeare/log.txt"], "is not named as a run's checkpoint"),
+    (["--resume", "nowhere"], "--resume nowhere does not exist"),
+    (["--resume", "log/shakespeare", "--exp-name", "x"], "omit --exp-name and --log-dir"),
+    (["--resume", "log/shakespeare/log.txt"], "is not named like a checkpoint"),
     (["--batch-size", "3"], "--batch-size that would fit: [1, 2, 4, 8, 16, 32]"),
 ])
-def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, unbroken, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, uninterrupted, text, tmp_path,  # noqa: F811
+                                                               monkeypatch, capsys):
     import runtime
     import train_gpt2
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(unbroken, "log/shakespeare")
+    shutil.copytree(uninterrupted, "log/shakespeare")
     before = {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--preset", "shakespeare", "--max-steps", "30", *flags])
     with pytest.raises(SystemExit) as e:
@@ -433,10 +435,10 @@ def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, u
 
 
 @pytest.mark.slow
-def test_other_data_is_refused_and_forced(unbroken, tmp_path):
-    """A text of the same length in tokens, so that the count of windows does not tell it."""
+def test_other_data_is_refused_and_forced(uninterrupted, tmp_path):
+    """A text with the same number of tokens, which the number of windows does not reveal."""
     run_dir = tmp_path / "log" / "shakespeare"
-    shutil.copytree(unbroken, run_dir)
+    shutil.copytree(uninterrupted, run_dir)
     state_config = checkpoint.load_latest(run_dir)[1]["train_config"]
     shards = tmp_path / "shards"
     os.mkdir(shards)
@@ -477,24 +479,24 @@ def test_shards_damaged_under_a_running_loader_stop_it_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(unbroken, text, tmp_path):  # noqa: F811
-    """A tmpfs with room for one checkpoint and a bit; with more room the run goes on as if nothing had happened."""
+def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_path):  # noqa: F811
+    """A tmpfs with room for one checkpoint; with more room the run resumes."""
     disk = tmp_path / "disk"
     os.mkdir(disk)
-    size = sum(os.path.getsize(path) for path in checkpoint.paths(unbroken, STEPS))
+    size = sum(os.path.getsize(path) for path in checkpoint.paths(uninterrupted, STEPS))
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-        assert "takes" in process.stderr and "are free" in process.stderr
+        assert "needs" in process.stderr and "are free" in process.stderr
         saved = checkpoint.load_latest(disk / "log" / "shakespeare")
         assert saved[1]["step"] == 2 and not glob.glob(str(disk / "log" / "shakespeare" / "*.tmp"))
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 0, process.stderr
-        assert_as_unbroken(disk / "log" / "shakespeare", unbroken)
+        assert_equals_uninterrupted(disk / "log" / "shakespeare", uninterrupted)
         survived("disk full")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,14 +1,15 @@
 """
-fineweb.py: packing, sources, continuation, faults.
+fineweb.py and sources.py: packing, tokenization, input formats, resume, damaged files, the Hub.
 
-    python -m pytest tests/test_fineweb.py               # without -m "not slow": the twenty kills too
-    GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # with DIR/fineweb_edu_like/*.parquet too
+    python -m pytest tests/test_fineweb.py -m "not slow"
+    GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # also tests on DIR/fineweb_edu_like/*.parquet
 
-Offline: text is made in tmp_path, the Hub is an HTTP server of this file on 127.0.0.1. The outside truth is tiktoken,
-document by document, and a packing written over Python lists.
+Needs no network: texts are created in tmp_path, and the Hub is an HTTP server in this file on 127.0.0.1. The results
+are compared with tiktoken, one document at a time, and with a naive packing of Python lists.
 """
 import gzip
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -40,7 +41,7 @@ WORDS = "the of a model learns tokens, 1984 naïve 北京 \n\n  don't x=1; emoji
 
 
 def make_texts(n, seed=0):
-    """n documents of very different length, reproducible."""
+    """n documents of very different lengths, from a seed."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.choice((1, 5, 40, 400)))) or "x" for _ in range(n)]
 
@@ -50,22 +51,23 @@ def write_parquet(path, texts, rows=20, **columns):
 
 
 def true_tokens(texts):
-    """The stream that the shards should hold, by tiktoken, one document at a time."""
+    """The expected tokens in all shards, from tiktoken, one document at a time."""
     return [t for text in texts for t in [EOT, *get_tokenizer().encode_ordinary(text)]]
 
 
 def read_stream(out):
-    """(val tokens, train tokens) as data.py reads them."""
-    return [data.TokenStream(data.find_shards(out, split)).read(0, len(data.TokenStream(data.find_shards(out, split)))).tolist()
-            for split in ("val", "train")]
+    """[val tokens, train tokens], read with data.TokenStream."""
+    streams = [data.TokenStream(data.find_shards(out, split)) for split in ("val", "train")]
+    return [stream.read(0, len(stream)).tolist() for stream in streams]
 
 
 def contents(out):
-    """{file name: bytes} of a finished folder; unfinished files count too."""
+    """{file name: bytes} of all files in a folder, temporary ones too."""
     return {name: open(os.path.join(out, name), "rb").read() for name in sorted(os.listdir(out))}
 
 
 def command(*args, **env):
+    """fineweb.py in a new process."""
     return subprocess.run([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=120)
 
@@ -78,7 +80,7 @@ def run(monkeypatch, *args):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """(folder with two parquet files, their texts)."""
+    """(folder of two parquet files, their texts)."""
     texts = make_texts(120)
     os.makedirs(tmp_path / "corpus")
     write_parquet(tmp_path / "corpus" / "000.parquet", texts[:70])
@@ -90,13 +92,13 @@ def corpus(tmp_path):
 # packing
 
 def naive_pack(stream, shard_size, val_tokens):
-    """[(split, tokens), ...] of pack's docstring, over a whole list."""
-    borders = [i for i, t in enumerate(stream) if t == EOT]
+    """[(split, tokens), ...] as pack's docstring defines them, computed on a list; None if train would be empty."""
+    boundaries = [i for i, t in enumerate(stream) if t == EOT]
     end = None
     if len(stream) >= val_tokens:
         first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
-        inside = [b for b in borders if first <= b < val_tokens and b > 0]
-        after = [b for b in borders if b >= val_tokens]
+        inside = [b for b in boundaries if first <= b < val_tokens and b > 0]
+        after = [b for b in boundaries if b >= val_tokens]
         end = inside[-1] if inside else after[0] if after else None
     if end is None:
         return None
@@ -105,6 +107,7 @@ def naive_pack(stream, shard_size, val_tokens):
 
 
 def cut(stream, cuts):
+    """The stream as arrays, cut at the positions cuts (modulo its length)."""
     places = [0, *sorted(c % (len(stream) + 1) for c in cuts), len(stream)]
     return [np.array(stream[a:b], dtype=np.uint16) for a, b in zip(places, places[1:])]
 
@@ -114,7 +117,7 @@ documents = st.lists(st.integers(0, 35).map(lambda n: [EOT, *range(n)]), min_siz
 
 @settings(max_examples=300, deadline=None)
 @given(documents, st.integers(1, 45), st.lists(st.integers(0, 400), max_size=6), st.integers(2, 12))
-def test_pack_equals_a_naive_packing_however_the_stream_is_cut(documents, val_tokens, cuts, shard_size):
+def test_pack_equals_a_naive_packing_for_any_chunks(documents, val_tokens, cuts, shard_size):
     stream = [t for document in documents for t in document]
     expected = naive_pack(stream, shard_size, val_tokens)
     if expected is None:
@@ -123,14 +126,14 @@ def test_pack_equals_a_naive_packing_however_the_stream_is_cut(documents, val_to
         return
     shards = list(fineweb.pack(cut(stream, cuts), shard_size, val_tokens))
     assert [(split, tokens.tolist()) for split, tokens, _ in shards] == expected
-    # begun again after any shard, it gives the rest
+    # resumed after any shard, it yields the rest
     for i in range(1, len(shards)):
         done = sum(len(tokens) for _, tokens, _ in shards[:i])
         rest = fineweb.pack(cut(stream[done:], cuts), shard_size, val_tokens, shards[i - 1][2], done)
         assert [(split, tokens.tolist()) for split, tokens, _ in rest] == expected[i:]
 
 
-def test_pack_of_the_docstring():
+def test_pack_matches_its_docstring_example():
     chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
     shards = [(split, tokens.tolist()) for split, tokens, _ in fineweb.pack([chunk], 5, 5)]
     assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
@@ -142,23 +145,22 @@ def test_pack_of_the_docstring():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(min_size=1) | st.sampled_from([" <|endoftext|> ", "<|endoftext|", "|>", "a \n", " b", "\ud800"]),
                 min_size=1, max_size=6))
-def test_documents_tokenized_together_equal_tiktoken_one_by_one(texts):
+def test_encoding_documents_together_equals_tiktoken_one_by_one(texts):
     assert fineweb.encode(texts).tolist() == true_tokens(texts)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
-def test_a_text_file_read_in_blocks_equals_the_whole(text):
+def test_a_text_file_read_in_blocks_has_the_tokens_of_the_whole_file(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BLOCK_BYTES", 7)
-        import io
         parts = [(read()[0][0], begins) for read, begins in sources.txt_pieces(io.BytesIO(text.encode()))]
     tokens = np.concatenate([fineweb.encode([part], begins) for part, begins in parts])
     assert tokens.tolist() == true_tokens([text])
     assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
 
 
-def test_an_id_that_is_not_gpt2s_is_not_written(monkeypatch):
+def test_an_id_outside_the_vocabulary_is_an_assertion_error(monkeypatch):
     class Tokenizer:
         def encode_to_numpy(self, text, **kwargs):
             return np.array([70000], dtype=np.uint32)
@@ -168,13 +170,13 @@ def test_an_id_that_is_not_gpt2s_is_not_written(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# whole runs on local files
+# complete runs on local files
 
 FLAGS = ("--shard-size", 1000, "--val-tokens", 1500)
 
 
 @pytest.mark.parametrize("format", ["npy", "bin"])
-def test_shards_hold_tiktokens_tokens_for_any_number_of_workers(corpus, tmp_path, monkeypatch, format):
+def test_shards_contain_tiktokens_tokens_for_any_number_of_workers(corpus, tmp_path, monkeypatch, format):
     folder, texts = corpus
     for workers in (1, 2, 5):
         os.makedirs(tmp_path / str(workers))
@@ -188,8 +190,8 @@ def test_shards_hold_tiktokens_tokens_for_any_number_of_workers(corpus, tmp_path
     assert names[1] == f"mine_train_000002.{format}" and names[-1] == f"mine_val_000001.{format}"
 
 
-def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
-    texts = [text for text in make_texts(40, seed=1)]
+def test_all_file_formats_give_the_same_documents(tmp_path, monkeypatch):
+    texts = make_texts(40, seed=1)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     folder = tmp_path / "in"
     os.makedirs(folder / "sub")
@@ -200,14 +202,14 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch):
         f.write(lines)
     (folder / "e.txt").write_bytes(texts[3].encode() + b"\r\n")
     (folder / "sub" / "f.txt.gz").write_bytes(gzip.compress(texts[4].encode()))
-    (folder / "readme.md").write_text("not text to train on")
+    (folder / "readme.md").write_text("not a supported format")
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     val, train = read_stream(tmp_path / "out")
     assert val + train == true_tokens(texts * 4 + [texts[3] + "\r\n", texts[4]])
 
 
-def test_a_row_group_too_large_for_a_worker_is_read_in_pieces(corpus, tmp_path, monkeypatch):
+def test_a_large_row_group_is_split_into_pieces(corpus, tmp_path, monkeypatch):
     folder, texts = corpus
     monkeypatch.setattr(sources, "PIECE_BYTES", 10)
     monkeypatch.setattr(sources, "BATCH_ROWS", 3)
@@ -215,7 +217,7 @@ def test_a_row_group_too_large_for_a_worker_is_read_in_pieces(corpus, tmp_path, 
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
 
-def test_what_is_no_text_is_skipped_and_counted(tmp_path, monkeypatch):
+def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypatch):
     good = ["says <|endoftext|> in a text", "long " * 3000, "b" * 50]
     with open(tmp_path / "a.jsonl", "w") as f:
         for value in [good[0], None, "", 7, good[1], ["x"], good[2]]:
@@ -231,7 +233,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path, monkeypatch):
     assert max(shard["tokens"] for shard in manifest["shards"]) == 500
 
 
-def test_max_tokens_ends_in_the_middle_of_a_document(corpus, tmp_path, monkeypatch):
+def test_max_tokens_may_end_within_a_document(corpus, tmp_path, monkeypatch):
     folder, texts = corpus
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS, "--max-tokens", 4321)
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)[:4321]
@@ -240,30 +242,32 @@ def test_max_tokens_ends_in_the_middle_of_a_document(corpus, tmp_path, monkeypat
 @pytest.mark.parametrize("flags, message", [
     (("--text-column", "body"), "no column 'body'; it has text, score"),
     (("--text-column", "score"), "'score' of .* holds int64"),
-    (("--val-tokens", 10**6), "nothing is left to train on"),
-    (("--shard-size", 1), "must be 2 or more"),
+    (("--val-tokens", 10**6), "no tokens are left for the train split"),
+    (("--shard-size", 1), "--shard-size 1: must be 2 or more"),
+    (("--max-tokens", -1), "--max-tokens -1: must be 0 or more"),
+    (("--val-tokens", 0), "--val-tokens 0: must be 1 or more"),
     (("--input", "nowhere"), "no input at nowhere"),
 ])
-def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, message):
+def test_invalid_input_is_an_error(tmp_path, monkeypatch, flags, message):
     write_parquet(tmp_path / "a.parquet", ["x y z"] * 10, score=pa.array(range(10)))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
 
 
-def test_an_error_is_one_line_and_status_2(tmp_path):
+def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     result = command("--input", tmp_path / "nowhere.txt", "--out", tmp_path / "out")
     assert result.returncode == 2 and re.fullmatch("error: no input at .*nowhere.txt.*\n", result.stderr), result.stderr
 
 
-def test_a_folder_without_room_is_refused_before_anything_is_written(corpus, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_any_shard_is_written(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(ValueError, match="room for"):
+    with pytest.raises(ValueError, match="0.00 GB of free disk space"):
         run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
     assert not data.find_shards(tmp_path / "out", "val")
 
 
 def damage(folder, texts):
-    """Files of each kind, damaged, between whole ones."""
+    """Writes a damaged file of each format, and an intact file before and after them."""
     write_parquet(folder / "a.parquet", texts)
     whole = (folder / "a.parquet").read_bytes()
     (folder / "b.parquet").write_bytes(whole[:-100])
@@ -277,11 +281,11 @@ def damage(folder, texts):
     write_parquet(folder / "z.parquet", texts)
 
 
-def test_damaged_files_are_named_and_left_out_only_when_asked(tmp_path, monkeypatch):
+def test_damaged_files_are_an_error_unless_skip_bad_files_is_given(tmp_path, monkeypatch):
     texts = make_texts(60, seed=2)
     os.makedirs(tmp_path / "in")
     damage(tmp_path / "in", texts)
-    with pytest.raises(ValueError, match="b.parquet is damaged or cut short .*--skip-bad-files"):
+    with pytest.raises(ValueError, match="b.parquet is damaged or truncated .*--skip-bad-files"):
         run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "out", *FLAGS)
     run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "skip", *FLAGS, "--skip-bad-files")
     manifest = fineweb.load_manifest(tmp_path / "skip")
@@ -290,7 +294,7 @@ def test_damaged_files_are_named_and_left_out_only_when_asked(tmp_path, monkeypa
     assert stream[:len(true)] == true and stream[-len(true):] == true
 
 
-def test_of_a_damaged_file_what_stands_before_the_damage_is_kept_and_nothing_after_it(tmp_path, monkeypatch):
+def test_documents_before_the_damage_are_kept_and_all_after_it_skipped(tmp_path, monkeypatch):
     texts = make_texts(60, seed=4)
     write_parquet(tmp_path / "a.parquet", texts)
     write_parquet(tmp_path / "b.parquet", texts)
@@ -303,7 +307,7 @@ def test_of_a_damaged_file_what_stands_before_the_damage_is_kept_and_nothing_aft
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
 
 
-def test_a_manifest_of_other_flags_is_refused_with_the_difference(corpus, tmp_path, monkeypatch):
+def test_a_folder_of_other_settings_is_not_resumed_and_the_difference_is_printed(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     before = contents(tmp_path / "out")
@@ -315,61 +319,62 @@ def test_a_manifest_of_other_flags_is_refused_with_the_difference(corpus, tmp_pa
     assert contents(tmp_path / "out") == before
 
 
-def test_shards_of_others_are_not_overwritten(corpus, tmp_path, monkeypatch):
+def test_shards_without_a_manifest_are_not_overwritten(corpus, tmp_path, monkeypatch):
     os.makedirs(tmp_path / "out")
     data.write_shard(str(tmp_path / "out" / "edufineweb_train_000001.npy"), np.zeros(5, dtype=np.uint16))
     with pytest.raises(ValueError, match="without a manifest.json"):
         run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
 
 
-def test_verify_passes_and_notices_one_flipped_byte(corpus, tmp_path, monkeypatch, capsys):
+def test_verify_prints_statistics_and_detects_one_flipped_bit(corpus, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
     run(monkeypatch, "--verify", tmp_path / "out")
     printed = capsys.readouterr().out
     val, train = read_stream(tmp_path / "out")
     assert f"train: {train.count(EOT):,} documents, {len(train):,} tokens, " in printed
     size = sum(len(text.encode()) for text in corpus[1])
-    sizes = [float(x) * (len(t) - t.count(EOT)) for x, t in zip(re.findall(r"([\d.]+) bytes a token", printed), (train, val))]
+    sizes = [float(x) * (len(t) - t.count(EOT)) for x, t in zip(re.findall(r"([\d.]+) bytes per token", printed), (train, val))]
     assert abs(sum(sizes) - size) < 0.001 * size
     longest = max(len(true_tokens([text])) for text in corpus[1])
-    assert f"longest {longest:,}" in printed
+    assert f"max {longest:,}\n" in printed
     assert f"mean {len(val + train) / len(corpus[1]):,.0f}," in printed
     path = data.find_shards(tmp_path / "out", "train")[1]
     raw = bytearray(open(path, "rb").read())
     raw[900] ^= 1
     open(path, "wb").write(raw)
-    with pytest.raises(ValueError, match="sha256 differs"):
+    with pytest.raises(ValueError, match="_000003.npy has changed: sha256 was "):
         run(monkeypatch, "--verify", tmp_path / "out")
 
 
 # -----------------------------------------------------------------------------
-# interrupted
+# resume
 
-def test_it_goes_on_from_any_shard_with_the_same_bytes_and_rewrites_none(corpus, tmp_path, monkeypatch):
+def test_resuming_after_any_shard_is_bitwise_identical_and_rewrites_no_shard(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     damage(folder, make_texts(30, seed=3))
-    (folder / "0.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "of the first piece"}\n')
+    (folder / "0.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "in the first piece"}\n')
     flags = ("--input", folder, *FLAGS, "--skip-bad-files", "--max-tokens", 30000, "--out")
     run(monkeypatch, *flags, tmp_path / "whole" / "o")
-    whole, write_one, written = contents(tmp_path / "whole" / "o"), fineweb.write_one, []
+    whole, add_shard, written = contents(tmp_path / "whole" / "o"), fineweb.add_shard, []
 
-    def write_and_die(*args):
-        write_one(*args)
+    def add_and_fail(*args):
+        add_shard(*args)
         written.append(args[2])
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(fineweb, "write_one", write_and_die)
+    monkeypatch.setattr(fineweb, "add_shard", add_and_fail)
     for _ in range(100):
         try:
             run(monkeypatch, *flags, tmp_path / "o")
             break
         except OSError:
-            (tmp_path / "o" / "o_train_000777.npy.123.tmp").write_text("half a shard")
+            for name in ("o_train_000777.npy", "o_train_000778.npy.123.tmp", "manifest.json.123.tmp", "manifest.json.tmp"):
+                (tmp_path / "o" / name).write_text("left by a killed process")
     shards = [name for name in whole if name != "manifest.json"]
     assert contents(tmp_path / "o") == whole and sorted(written) == shards and len(shards) > 10
 
 
-def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path, monkeypatch):
+def test_ctrl_c_exits_with_status_130_and_a_second_run_completes(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
     args = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 4000, "--out"]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args), str(tmp_path / "out")],
@@ -386,25 +391,35 @@ def test_ctrl_c_ends_with_130_and_a_second_run_finishes(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
 
 
-ALWAYS_IN_ARROW = """
+READ_FOREVER = """
 import pyarrow.parquet as pq, runpy, sources, sys
-def read_for_ever(open_file, *_):
+read_row_group = sources.read_row_group
+def read_forever(open_file, metadata, i, column):
+    if i == 0:
+        return (yield from read_row_group(open_file, metadata, i, column))
     print("reading", file=sys.stderr, flush=True)
     while True:
         with open_file() as f:
             for _ in pq.ParquetFile(f, pre_buffer=False).iter_batches(10, use_threads=False):
                 pass
-sources.read_row_group = read_for_ever
+sources.read_row_group = read_forever
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_ctrl_c_is_no_abort_while_threads_read_in_arrow(tmp_path):
+@pytest.fixture
+def endless(tmp_path):
+    """Popen arguments of a run whose worker threads never return, except from the first row group."""
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=5), rows=50)
-    args = [os.path.join(ROOT, "fineweb.py"), "--input", tmp_path / "a.parquet", "--workers", 8, "--out", tmp_path / "out"]
-    for _ in range(2):  # each was an abort in two of three tries
-        process = subprocess.Popen([sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {ALWAYS_IN_ARROW}",
-                                    *map(str, args)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return [sys.executable, "-c", READ_FOREVER, os.path.join(ROOT, "fineweb.py"), "--input", str(tmp_path / "a.parquet"),
+            "--workers", "8", "--out", str(tmp_path / "out")]
+
+
+def test_ctrl_c_exits_at_once_while_threads_are_inside_arrow(endless):
+    """Interpreter shutdown would wait for these threads forever; when they were daemon threads, it aborted the process."""
+    for _ in range(2):  # the abort happened in two of three runs
+        process = subprocess.Popen(endless, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         while "reading" not in process.stderr.readline():
             assert process.poll() is None
         time.sleep(0.2)
@@ -413,14 +428,21 @@ def test_ctrl_c_is_no_abort_while_threads_read_in_arrow(tmp_path):
         assert process.returncode == 130 and "interrupted" in error, error
 
 
+def test_a_run_that_reaches_max_tokens_does_not_wait_for_its_threads(endless, tmp_path):
+    done = subprocess.run([*endless, "--max-tokens", "2000", "--val-tokens", "100"], capture_output=True, text=True, cwd=ROOT,
+                          timeout=60)
+    assert done.returncode == 0 and "2 shards, 2,000 tokens" in done.stdout, done.stderr
+    assert fineweb.load_manifest(tmp_path / "out")["complete"]
+
+
 @pytest.mark.slow
-def test_twenty_sigkills_at_random_times_change_no_byte_and_rewrite_no_shard(tmp_path, monkeypatch):
+def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_rewritten(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
     flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
     os.makedirs(tmp_path / "w")
-    began = time.time()
+    start = time.time()
     run(monkeypatch, *flags, tmp_path / "w" / "out")
-    whole, wall, kills, rng, mtimes = contents(tmp_path / "w" / "out"), time.time() - began, 0, random.Random(7), {}
+    whole, wall, kills, rng, mtimes = contents(tmp_path / "w" / "out"), time.time() - start, 0, random.Random(7), {}
     while kills < 20:
         monkeypatch.setattr(sys, "argv", ["fineweb.py", *map(str, flags), str(tmp_path / "out")])
         process = multiprocessing.get_context("fork").Process(target=fineweb.main)
@@ -443,10 +465,10 @@ def test_twenty_sigkills_at_random_times_change_no_byte_and_rewrite_no_shard(tmp
 
 
 # -----------------------------------------------------------------------------
-# workers
+# worker threads
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_it_works_inside_a_process_started_by_any_method(corpus, tmp_path, method, monkeypatch):
+def test_it_works_in_a_process_of_any_start_method(corpus, tmp_path, method, monkeypatch):
     folder, texts = corpus
     monkeypatch.setattr(sys, "argv", ["fineweb.py", "--input", str(folder), "--out", str(tmp_path / "out"), *map(str, FLAGS)])
     process = multiprocessing.get_context(method).Process(target=fineweb.main)
@@ -456,23 +478,23 @@ def test_it_works_inside_a_process_started_by_any_method(corpus, tmp_path, metho
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
 
-def test_a_worker_that_dies_is_noticed_and_nothing_is_left_half(corpus, tmp_path, monkeypatch):
+def test_an_exception_in_a_worker_is_raised_and_leaves_no_temporary_file(corpus, tmp_path, monkeypatch):
     class Panic(BaseException):
-        """As tiktoken's Rust raises: no Exception."""
+        """Like a panic in tiktoken's Rust code: not a subclass of Exception."""
     calls, encode = Counter(), fineweb.encode
 
-    def dies(*args):
+    def encode_and_panic(*args):
         calls["n"] += 1
         if calls["n"] == 5:
             raise Panic("worker")
         return encode(*args)
-    monkeypatch.setattr(fineweb, "encode", dies)
+    monkeypatch.setattr(fineweb, "encode", encode_and_panic)
     with pytest.raises(Panic, match="worker"):
         run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
 
 
-def test_results_are_in_order_and_no_more_is_read_than_may_be_in_hand():
+def test_map_in_order_keeps_the_order_and_reads_a_bounded_number_of_items_ahead():
     read, rng = [], random.Random(0)
     delays = [rng.random() / 200 for _ in range(60)]
 
@@ -488,8 +510,8 @@ def test_results_are_in_order_and_no_more_is_read_than_may_be_in_hand():
         assert result == n * n and len(read) <= n + 8
 
 
-def test_a_hundred_threads_stay_under_a_gigabyte_and_a_half(tmp_path):
-    """Threads share the interpreter, the tokenizer and the buffers; a hundred processes would need 10 GB."""
+def test_a_hundred_workers_use_less_than_1500_megabytes(tmp_path):
+    """Threads share the interpreter, the tokenizer and the buffers; a hundred processes would use 10 GB."""
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=8) + ["word " * 200_000] * 10, rows=500)
     args = ["--input", tmp_path / "a.parquet", "--out", tmp_path / "out", "--val-tokens", 1000, "--workers", 100]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "fineweb.py"), *map(str, args)], stderr=subprocess.DEVNULL)
@@ -519,7 +541,7 @@ configs:
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """Answers as the Hub does for one dataset repository; faults are taken from a list, one by each download."""
+    """Answers like the Hub for one dataset repository; faults: what goes wrong in each download, "" for nothing."""
 
     def __init__(self, repo, files, faults=()):
         super().__init__(("127.0.0.1", 0), FakeHubHandler)
@@ -614,7 +636,7 @@ def parquet_bytes(tmp_path, texts):
     return (tmp_path / "x.parquet").read_bytes()
 
 
-def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path):
+def test_fineweb_edu_is_read_from_the_hub_despite_429_500_and_a_broken_connection(tmp_path):
     texts = make_texts(100)
     files = {f"sample/10BT/{i:03d}_00000.parquet": parquet_bytes(tmp_path, texts[50 * i:50 * i + 50]) for i in range(2)}
     files["data/other.parquet"] = parquet_bytes(tmp_path, ["of another config"])
@@ -623,7 +645,7 @@ def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path)
     assert result.returncode == 0, result.stderr
     assert hub.seen["429"] == hub.seen["500"] == hub.seen["cut"] == 1
     refused = next(i for i, (_, fault) in enumerate(hub.times) if fault == "429")
-    assert hub.times[refused + 1][0] - hub.times[refused][0] >= 2  # as Retry-After says; without it the first wait is 1 s
+    assert hub.times[refused + 1][0] - hub.times[refused][0] >= 2  # the Retry-After header; the default is 1 s
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
     names = sorted(os.listdir(tmp_path / "out"))
     assert names[0] == "edufineweb_train_000002.npy" and "edufineweb_val_000000.npy" in names
@@ -632,7 +654,7 @@ def test_fineweb_edu_from_the_hub_through_429_500_and_a_cut_connection(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_was_begun_goes_on_with_its_own_commit_when_the_branch_has_moved(tmp_path):
+def test_a_resumed_run_reads_the_commit_it_started_with_after_the_branch_has_moved(tmp_path):
     hub = FakeHub("me/texts", {"data/a.parquet": parquet_bytes(tmp_path, make_texts(80))})
     flags = ["--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out"]
     assert command(*flags, **hub.env(tmp_path)).returncode == 0
@@ -646,39 +668,49 @@ def test_what_was_begun_goes_on_with_its_own_commit_when_the_branch_has_moved(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv"])
-def test_other_formats_on_the_hub(tmp_path, suffix):
-    texts = [text.replace("\n", " ").replace("\r", " ") for text in make_texts(40)]
-    if suffix == "csv":
-        body = "".join(f'{i},"{text}"\n' for i, text in [("id", "text"), *enumerate(texts)]).encode()
-    else:
-        body = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    hub = FakeHub("me/texts", {f"data/a.{suffix}": body})
+@pytest.mark.parametrize("suffix", ["json", "jsonl.gz"])
+def test_json_lines_are_read_from_the_hub(tmp_path, suffix):
+    """Uncompressed files once failed: readlines of the Hub's file objects takes no argument."""
+    texts = make_texts(40)
+    body = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    hub = FakeHub("me/texts", {f"data/a.{suffix}": gzip.compress(body) if suffix.endswith("gz") else body})
     result = command("--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out", **hub.env(tmp_path))
     assert result.returncode == 0, result.stderr
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
 
-def test_a_hub_that_stays_away_ends_with_a_clear_line(monkeypatch):
+@pytest.mark.slow
+def test_an_unsupported_format_on_the_hub_is_one_error_line(tmp_path):
+    hub = FakeHub("me/texts", {"data/a.csv": b"id,text\n1,a document\n"})
+    result = command("--dataset", "me/texts", *FLAGS, "--out", tmp_path / "out", **hub.env(tmp_path))
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: me/texts .* unsupported format \(data/a.csv\); supported are .parquet, .jsonl, .jsonl.gz, "
+                        r".* convert .* --input\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("text, printed", [("no route to host", "no route to host"), ("", "ReadTimeout")])
+def test_a_hub_that_stays_unreachable_is_one_error_after_all_retries(monkeypatch, text, printed):
+    """httpx raises timeouts with an empty text; the message about the retry once failed on them."""
     import httpx2
-    waits = []
+    waits, calls = [], Counter()
     monkeypatch.setattr(sources.time, "sleep", waits.append)
 
-    def away():
-        raise httpx2.ConnectError("no route to host")
-    with pytest.raises(ValueError, match="no route to host.*run the same command again later.*--input"):
-        sources.patiently(away)
-    assert waits == list(sources.HUB_WAITS)
+    def read():
+        calls["n"] += 1
+        raise httpx2.ReadTimeout(text)
+    with pytest.raises(ValueError, match=f"{printed}.*run the same command again later.*--input"):
+        sources.with_retries(read)
+    assert waits == list(sources.HUB_WAITS) and calls["n"] == len(waits) + 1
 
 
 @pytest.mark.slow
-def test_a_dataset_that_is_not_there_is_named(tmp_path):
+def test_a_dataset_that_does_not_exist_is_an_error_with_its_name(tmp_path):
     hub = FakeHub("me/texts", {})
     result = command("--dataset", "me/absent", "--out", tmp_path / "out", **hub.env(tmp_path))
     assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path, monkeypatch):
+def test_prepared_shards_are_downloaded_checked_and_resumed(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "made")
     files = {}
     for name in ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin"):
@@ -688,7 +720,7 @@ def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path, monke
     flags = ["--prepared", hub.repo, "--out", tmp_path / "out"]
     few = command(*flags, "--max-tokens", 900, **hub.env(tmp_path))
     assert few.returncode == 0 and not (tmp_path / "out" / "fw_train_000002.bin").exists(), few.stderr
-    (tmp_path / "out" / "fw_train_000001.bin").write_bytes(files["fw_train_000001.bin"][:-7])  # damaged meanwhile
+    (tmp_path / "out" / "fw_train_000001.bin").write_bytes(files["fw_train_000001.bin"][:-7])  # truncated since
     assert command(*flags, **hub.env(tmp_path)).returncode == 0
     assert hub.seen["cut"] == 1 and hub.seen["fw_val_000000.bin"] == 1
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
@@ -700,7 +732,7 @@ def test_prepared_shards_are_downloaded_checked_and_gone_on_with(tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.skipif("GPT2_REAL_DATA" not in os.environ, reason="GPT2_REAL_DATA is unset")
-def test_real_parquet_becomes_shards_that_train(tmp_path):
+def test_shards_of_real_parquet_files_can_be_trained_on(tmp_path):
     source = os.path.join(os.environ["GPT2_REAL_DATA"], "fineweb_edu_like")
     assert command("--input", source, "--out", tmp_path / "real").returncode == 0
     assert command("--verify", tmp_path / "real").returncode == 0

@@ -1,14 +1,15 @@
 """
-What ranks share out: ddp, zero and fsdp compute the same and save the same, and what each needs in memory.
+Sharding modes: ddp, zero and fsdp compute the same, save the same, evaluate the same; and what each needs in memory.
 
-    .venv/bin/python -m pytest tests/test_parallel.py
+    ./test.sh tests/test_parallel.py        # no network, no GPU: real gloo ranks on the CPU
 
-Needs no GPU: real gloo ranks on the CPU. torchrun runs this file itself; its main() below is what the ranks do, many checks
-in one start of the processes, and their figures come back as JSON.
+torchrun starts this file itself: main() below is what the ranks do, several checks in one start of the processes; their
+results come back as JSON. The last tests run train_gpt2.py under torchrun.
 """
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -18,18 +19,19 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # for the ranks, whom pytest.ini does not reach
+sys.path.insert(0, ROOT)  # for the ranks, which do not read pytest.ini
 
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
-from config import PRESETS, TrainConfig, estimate_memory, memory_table, parse_args  # noqa: E402
+from config import PRESETS, TrainConfig, estimate_memory, parse_args  # noqa: E402
 from model import GPT  # noqa: E402
-from runtime import Ranks, run_main, setup, teardown  # noqa: E402
+from parallel import Ranks, setup, teardown  # noqa: E402
+from runtime import run_main  # noqa: E402
 from train_gpt2 import evaluate_loss, train_step  # noqa: E402
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
 MODES = ["ddp", "zero", "fsdp"]
-MOVES = [("one", "zero"), ("zero", "fsdp"), ("fsdp", "ddp")]  # all files hold the same, so each way in is tried once
+MOVES = [("one", "zero"), ("zero", "fsdp"), ("fsdp", "ddp")]  # all files have the same contents, so each mode is loaded once
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=64, total_batch_size=128, batch_size=2, device="cpu",
             compile="off", dtype="float32")
 
@@ -49,7 +51,7 @@ class SharedLoader:
 
 
 def start(ranks, saved=None, step=0, **changes):
-    """A training of the tiny model, from its beginning or from full_state's (weights, optimizer states)."""
+    """A training of the tiny model, new or from full_state's (weights, optimizer states)."""
     config = TrainConfig(**{**TINY, **changes})
     torch.manual_seed(0)
     raw_model = GPT(config.gpt_config())
@@ -66,15 +68,15 @@ def start(ranks, saved=None, step=0, **changes):
 
 def train(run, steps):
     """[[loss, norm], ...] of that many steps."""
-    return [train_step(run.model, run.raw_model, run.optimizers, run.scaler, run.loader, 0.01, 4 // run.ranks.world_size, 1.0,
-                       run.config.dtype, run.ranks) for _ in range(steps)]
+    return [train_step(step, run.model, run.raw_model, run.optimizers, run.scaler, run.loader, 0.01,
+                       4 // run.ranks.world_size, 1.0, run.config.dtype, run.ranks) for step in range(steps)]
 
 
 # -----------------------------------------------------------------------------
 # what the ranks do, under torchrun
 
 class UnequalStream:
-    """A val split of 5 windows: with one row a batch, rank 0 of 2 has two batches, rank 1 three."""
+    """A val split of 5 windows: with one row per batch, rank 0 of 2 has two batches, rank 1 three."""
 
     def __len__(self):
         return 5 * 16 + 1
@@ -84,28 +86,29 @@ class UnequalStream:
 
 
 def check_losses(ranks, folder):
-    """20 steps in each way, saved after 10, continued for 5 in another; and an evaluation."""
-    figures = {}
+    """20 steps in each mode, saved after 10, resumed for 5 in another mode; and an evaluation."""
+    results = {}
     for mode, again in itertools.product(MODES, (False, True)):
         run = start(ranks, parallel=mode, activation_checkpointing=again)
         name = f"{mode}{'+ac' * again}"
-        figures[name] = train(run, 10)
+        results[name] = train(run, 10)
         saved = parallel.full_state(run.raw_model, run.optimizers, ranks)
         if not again:
             if ranks.master_process:
                 checkpoint.save_file(saved, os.path.join(folder, f"{mode}.pt"))
-            figures[name] += train(run, 10)
-            figures[f"val {mode}"] = evaluate_loss(parallel.whole(run.raw_model), UnequalStream(), 1, 16, 80, "float32", ranks)
-            figures[f"bytes {mode}"] = local_bytes(run)
+            results[name] += train(run, 10)
+            model = parallel.unsharded_model(run.raw_model)
+            results[f"val {mode}"] = evaluate_loss(model, UnequalStream(), 1, 16, 80, "float32", ranks)
+            results[f"bytes {mode}"] = local_bytes(run)
     for before, after in MOVES:
         saved = checkpoint.load_file(os.path.join(folder, f"{before}.pt"))
-        figures[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)
-    return figures
+        results[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)
+    return results
 
 
 def check_float16(ranks, _):
-    """Steps in float16 with an overflow on one rank alone: all must leave that step out, and lower the scale."""
-    figures = {}
+    """Steps in float16 with an overflow on one rank only: every rank must skip that update and lower the scale."""
+    results = {}
     for mode in MODES:
         run = start(ranks, parallel=mode, dtype="float16")
         losses = train(run, 2)
@@ -116,12 +119,12 @@ def check_float16(ranks, _):
             infinite.append(1)
             return logits, loss * (1e30 if ranks.rank == 1 and len(infinite) == 1 else 1)
         run.model.forward = overflow
-        before = [parallel.full(p).clone() for p in run.raw_model.parameters()]
+        before = [parallel.unsharded_tensor(p).clone() for p in run.raw_model.parameters()]
         losses += train(run, 1)
-        same = all(torch.equal(a, parallel.full(b)) for a, b in zip(before, run.raw_model.parameters()))
+        same = all(torch.equal(a, parallel.unsharded_tensor(b)) for a, b in zip(before, run.raw_model.parameters()))
         run.model.forward = forward
-        figures[mode] = {"losses": losses + train(run, 2), "left out": same, "scale": run.scaler.get_scale()}
-    return figures
+        results[mode] = {"losses": losses + train(run, 2), "skipped": same, "scale": run.scaler.get_scale()}
+    return results
 
 
 def local_bytes(run):
@@ -134,13 +137,11 @@ def local_bytes(run):
 
 def main():
     ranks = setup("cpu")
-    try:
-        figures = globals()[sys.argv[1]](ranks, sys.argv[2])
-        if ranks.master_process:
-            with open(os.path.join(sys.argv[2], "figures.json"), "w") as f:
-                json.dump(figures, f)
-    finally:
-        teardown()
+    results = globals()[sys.argv[1]](ranks, sys.argv[2])
+    if ranks.master_process:
+        with open(os.path.join(sys.argv[2], "results.json"), "w") as f:
+            json.dump(results, f)
+    teardown()
 
 
 def torchrun(*command, ranks=2, timeout=240, cwd=None):
@@ -151,10 +152,10 @@ def torchrun(*command, ranks=2, timeout=240, cwd=None):
 
 
 def ranks_do(check, folder):
-    """The figures of one of the functions above, in two ranks."""
+    """The results of one of the functions above in two ranks."""
     process = torchrun(os.path.abspath(__file__), check, str(folder))
     assert process.returncode == 0, process.stderr[-3000:]
-    with open(os.path.join(folder, "figures.json")) as f:
+    with open(os.path.join(folder, "results.json")) as f:
         return json.load(f)
 
 
@@ -163,7 +164,7 @@ def ranks_do(check, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """(figures of check_losses, [loss, norm] of 20 steps of one process, folder with the checkpoints)."""
+    """(results of check_losses, [loss, norm] of 20 steps of one process, folder with the checkpoints)."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = start(ALONE)
     losses = train(alone, 10)
@@ -172,23 +173,23 @@ def two_ranks(tmp_path_factory):
     return ranks_do("check_losses", folder), losses, folder
 
 
-def near(figures, expected, within=1e-5):
-    return torch.allclose(torch.tensor(figures), torch.tensor(expected), rtol=0, atol=within)
+def near(results, expected, within=1e-5):
+    return torch.allclose(torch.tensor(results), torch.tensor(expected), rtol=0, atol=within)
 
 
-def test_every_way_trains_like_one_process(two_ranks):
-    figures, alone, _ = two_ranks
+def test_every_mode_trains_like_one_process(two_ranks):
+    results, alone, _ = two_ranks
     for mode in MODES:
-        assert len(figures[mode]) == 20 and near(figures[mode], alone), mode
-    assert figures["ddp"][-1][0] < figures["ddp"][0][0] - 1  # something was learnt, so that the updates counted
+        assert len(results[mode]) == 20 and near(results[mode], alone), mode
+    assert results["ddp"][-1][0] < results["ddp"][0][0] - 1  # the loss fell: the updates had an effect
     for mode in MODES:
-        assert near(figures[f"{mode}+ac"], figures[mode][:10], 1e-6), mode
+        assert near(results[f"{mode}+ac"], results[mode][:10], 1e-6), mode
 
 
-def test_a_checkpoint_moves_between_all_ways(two_ranks):
-    figures, alone, folder = two_ranks
+def test_a_checkpoint_resumes_in_every_mode(two_ranks):
+    results, alone, folder = two_ranks
     for before, after in MOVES:
-        assert near(figures[f"{before} to {after}"], alone[10:15]), (before, after)
+        assert near(results[f"{before} to {after}"], alone[10:15]), (before, after)
     for before in MODES:
         saved = checkpoint.load_file(str(folder / f"{before}.pt"))
         assert near(train(start(ALONE, saved, 10), 5), alone[10:15]), before
@@ -212,41 +213,41 @@ def assert_same(value, expected, where=""):
         assert value == expected, where
 
 
-def test_every_way_writes_the_file_of_one_process(two_ranks):
+def test_every_mode_writes_the_checkpoint_of_one_process(two_ranks):
     *_, folder = two_ranks
     one = checkpoint.load_file(str(folder / "one.pt"))
     for mode in MODES:
         assert_same(checkpoint.load_file(str(folder / f"{mode}.pt")), one, mode)
 
 
-def test_what_is_shared_out_is_held_once(two_ranks):
-    figures, *_ = two_ranks
-    weights, moments = figures["bytes ddp"]
-    assert moments == 2 * weights and figures["bytes zero"][0] == weights
-    assert figures["bytes zero"][1] == pytest.approx(moments / 2, rel=0.1)
-    assert figures["bytes fsdp"] == pytest.approx([weights / 2, moments / 2], rel=0.01)
+def test_what_is_sharded_is_held_once(two_ranks):
+    results, *_ = two_ranks
+    weights, moments = results["bytes ddp"]
+    assert moments == 2 * weights and results["bytes zero"][0] == weights
+    assert results["bytes zero"][1] == pytest.approx(moments / 2, rel=0.1)
+    assert results["bytes fsdp"] == pytest.approx([weights / 2, moments / 2], rel=0.01)
 
 
 def test_an_evaluation_needs_no_equal_number_of_batches(two_ranks):
-    figures, *_ = two_ranks
-    assert figures["val zero"] == pytest.approx(figures["val ddp"], abs=1e-5)
-    assert figures["val fsdp"] == pytest.approx(figures["val ddp"], abs=1e-5)
+    results, *_ = two_ranks
+    assert results["val zero"] == pytest.approx(results["val ddp"], abs=1e-5)
+    assert results["val fsdp"] == pytest.approx(results["val ddp"], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_float16_overflow_on_one_rank_is_left_out_by_all(tmp_path):
-    figures = ranks_do("check_float16", tmp_path)
+def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
+    results = ranks_do("check_float16", tmp_path)
     for mode in MODES:
-        assert figures[mode]["left out"] and figures[mode]["scale"] == 512, mode
+        assert results[mode]["skipped"] and results[mode]["scale"] == 512, mode
         for step in (0, 1, 3, 4):
-            assert near(figures[mode]["losses"][step], figures["ddp"]["losses"][step], 1e-3), (mode, step)
+            assert near(results[mode]["losses"][step], results["ddp"]["losses"][step], 1e-3), (mode, step)
 
 
 # -----------------------------------------------------------------------------
 # activation checkpointing
 
 @pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("float32", 0.2), ("bfloat16", 0.2)])
-def test_activation_checkpointing_changes_no_bit(dtype, dropout):
+def test_activation_checkpointing_is_bitwise_identical(dtype, dropout):
     runs = []
     for again in (False, True):
         torch.manual_seed(1)
@@ -257,7 +258,7 @@ def test_activation_checkpointing_changes_no_bit(dtype, dropout):
     assert torch.equal(runs[0][2], runs[1][2])
 
 
-def test_activation_checkpointing_keeps_only_the_blocks_inputs():
+def test_activation_checkpointing_stores_only_the_blocks_inputs():
     def kept(again):
         run, sizes = start(ALONE, activation_checkpointing=again, n_layer=8), {}
         weights = {p.untyped_storage().data_ptr() for p in run.raw_model.parameters()}
@@ -277,17 +278,17 @@ def test_activation_checkpointing_keeps_only_the_blocks_inputs():
 # -----------------------------------------------------------------------------
 # refusals
 
-def test_muon_cannot_be_shared_out():
+def test_muon_cannot_be_sharded():
     for mode in ("zero", "fsdp"):
-        with pytest.raises(ValueError, match="give --optimizer adamw or --parallel ddp"):
+        with pytest.raises(ValueError, match="use --optimizer adamw or --parallel ddp"):
             TrainConfig(optimizer="muon", parallel=mode)
     assert TrainConfig(optimizer="muon", parallel="ddp").parallel == "ddp"
 
 
-def test_one_process_says_that_it_has_nobody_to_share_with(capsys):
+def test_a_sharding_mode_is_ignored_on_a_single_process(capsys):
     run = start(ALONE, parallel="fsdp")
-    assert "nobody to share with" in capsys.readouterr().out
-    assert run.model is run.raw_model and parallel.whole(run.raw_model) is run.raw_model
+    assert "--parallel fsdp is ignored on a single process" in capsys.readouterr().out
+    assert run.model is run.raw_model and parallel.unsharded_model(run.raw_model) is run.raw_model
 
 
 # -----------------------------------------------------------------------------
@@ -299,17 +300,17 @@ NUM_PARAMS = {"gpt2-124M": 124_475_904, "gpt2-1558M": 1_557_686_400}  # of a voc
 def needs(preset, B, W, dtype="bfloat16", **changes):
     """estimate_memory of a preset on GPUs, GB."""
     config = TrainConfig(**{**PRESETS[preset], "optimizer": "adamw", **changes})
-    return estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, on_cpu=False) / 1e9
+    return sum(estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, on_cpu=False).values()) / 1e9
 
 
-def test_the_sizes_fit_the_cards_that_they_are_meant_for():
+def test_the_sizes_fit_the_gpus_they_are_meant_for():
     assert needs("gpt2-124M", 4, 1) < 0.85 * 8
     assert needs("gpt2-124M", 64, 8) < 0.9 * 80                                # the lecture's
     assert needs("gpt2-1558M", 4, 8) > 24                                      # ddp
     assert needs("gpt2-1558M", 4, 4, parallel="fsdp", activation_checkpointing=True) < 0.85 * 24
 
 
-def test_sharing_out_needs_less_the_more_there_are():
+def test_sharding_over_more_ranks_needs_less_memory():
     for again in (False, True):
         for W in (2, 4, 8):
             ddp, zero, fsdp = (needs("gpt2-1558M", 4, W, parallel=mode, activation_checkpointing=again) for mode in MODES)
@@ -318,22 +319,20 @@ def test_sharing_out_needs_less_the_more_there_are():
     for mode in MODES:
         less = needs("gpt2-1558M", 4, 8, parallel=mode, activation_checkpointing=True)
         assert needs("gpt2-1558M", 4, 8, parallel=mode) > less
-        assert needs("gpt2-1558M", 4, 1, parallel=mode) == needs("gpt2-1558M", 4, 1)  # nobody to share with
+        assert needs("gpt2-1558M", 4, 1, parallel=mode) == needs("gpt2-1558M", 4, 1)  # nothing to shard
 
 
-def test_the_table_has_a_line_a_way_and_a_column_a_number_of_processes():
-    config = TrainConfig()
-    plan = config, NUM_PARAMS["gpt2-124M"], 4, "bfloat16"
-    lines = memory_table(*plan, 3, False).splitlines()
-    assert lines[0].split()[-5:] == ["1", "2", "3", "4", "8"] and len(lines) == 7
-    assert len({len(line) for line in lines}) == 1
-    assert float(lines[1].split()[-1]) == pytest.approx(estimate_memory(*plan, 8, False) / 1e9, abs=0.05)
+def test_the_optimizer_state_is_16_bytes_per_parameter_divided_by_the_ranks_that_shard_it():
+    config = TrainConfig(parallel="fsdp")
+    for W in (2, 8):
+        needed = estimate_memory(config, NUM_PARAMS["gpt2-124M"], 4, "bfloat16", W, on_cpu=False)
+        assert needed["state"] == 16 * NUM_PARAMS["gpt2-124M"] / W
 
 
 MEASURE = """
 import sys
 import train_gpt2
-train_gpt2.keep_freed_memory = lambda: None  # what is resident is then what is in use
+train_gpt2.keep_freed_memory = lambda: None  # so that resident memory is memory in use
 def status(name):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
@@ -353,22 +352,76 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "
 @pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (2, ["--parallel", "fsdp"]),
                                       (2, ["--parallel", "zero"])])
 def test_the_estimate_is_what_a_real_training_takes(W, flags, tmp_path):
-    """The largest resident memory of 124M's processes in three steps, above that of Python with torch: within 15%.
+    """The peak resident memory of 124M's processes in three steps, less that of Python with torch, is within 15%.
 
-    glibc is told to give back what is freed; else it keeps up to twice as much, which no arithmetic foretells."""
+    glibc is set to return freed memory to the kernel; by default it keeps up to twice as much."""
     (tmp_path / "text.txt").write_text("the king and his queen will not come to this house " * 3000)
     (tmp_path / "measure.py").write_text(MEASURE)
     argv = ["--preset", "gpt2-124M", "--data", "text.txt", "--sequence-length", "256", "--batch-size", "1", "--device", "cpu",
             "--total-batch-size", str(2 * W * 256), "--max-steps", "3", "--val-every", "0", "--hella-every", "0",
-            "--sample-every", "0", "--save-every", "0", "--save-minutes", "0", "--dtype", "float32", "--compile", "off", *flags]
+            "--sample-every", "0", "--save-every", "0", "--dtype", "float32", "--compile", "off", *flags]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"] if W > 1 else []
     process = subprocess.run([sys.executable, *launcher, "measure.py", *argv], cwd=tmp_path, capture_output=True, text=True,
                              timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **GIVE_BACK})
     assert process.returncode == 0, process.stderr[-3000:]
     config = TrainConfig(**{**PRESETS["gpt2-124M"], **parse_args(argv)})
-    estimate = estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, on_cpu=True)
+    estimate = sum(estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, on_cpu=True).values())
     for line in re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE):
         assert int(line) == pytest.approx(estimate, rel=0.15)
+
+
+# -----------------------------------------------------------------------------
+# train_gpt2.py under torchrun
+
+WORDS = "the king and his queen will not come to this house tonight for love or war my lord".split()
+SMALL = ["--preset", "shakespeare", "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
+         "--total-batch-size", "192", "--batch-size", "2", "--max-steps", "4", "--val-every", "2", "--sample-every", "2",
+         "--save-every", "2", "--hella-every", "2", "--hellaswag", "hellaswag.jsonl", "--val-tokens", "80", "--compile", "off",
+         "--device", "cpu", "--dtype", "float32", "--optimizer", "adamw", "--lr", "0.01", "--data", "text.txt"]
+
+
+def write_inputs(folder):
+    """A text, and five HellaSwag examples: an odd number of both validation windows (80 / 16) and examples."""
+    rng = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(WORDS, k=8)) for _ in range(400)))
+    endings = ["is king.", "will come to this house.", "is not", "and my lord"]
+    examples = [{"ctx": f"the queen {label}", "activity_label": "Reigning", "label": label, "endings": endings}
+                for label in (0, 1, 2, 3, 1)]
+    (folder / "hellaswag.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
+def log_values(run_dir, *streams):
+    """{(step, stream): value} of a run's log."""
+    return {(step, stream): value for stream in streams for step, value in checkpoint.read_log(run_dir / "log.txt")[stream]}
+
+
+def train_py(*flags, ranks, cwd):
+    """Runs train_gpt2.py to its end, on its own or under torchrun; the finished process."""
+    script = os.path.join(ROOT, "train_gpt2.py")
+    if ranks > 1:
+        return torchrun(script, *SMALL, *flags, ranks=ranks, cwd=cwd)
+    return subprocess.run([sys.executable, script, *SMALL, *flags], capture_output=True, text=True, timeout=240, cwd=cwd)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_fsdp_evaluates_samples_and_resumes_like_one_process(ranks, tmp_path):
+    """Once train_gpt2.py evaluated the sharded model: 3 ranks with samples crashed ("mixed torch.Tensor and DTensor"), 2
+    ranks with an odd number of validation windows hung, since the ranks ran different numbers of batches."""
+    write_inputs(tmp_path)
+    streams = ("train", "norm", "val", "hella", "hella_lm_eval")
+    whole = train_py("--exp-name", "one", ranks=1, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    half = train_py("--exp-name", "fsdp", "--parallel", "fsdp", "--max-steps", "2", ranks=ranks, cwd=tmp_path)
+    assert half.returncode == 0, half.stderr[-3000:]
+    rest = train_py("--exp-name", "fsdp", ranks=ranks, cwd=tmp_path)
+    assert rest.returncode == 0 and "resuming" in rest.stdout, rest.stderr[-3000:]
+    one, fsdp = (log_values(tmp_path / "log" / name, *streams) for name in ("one", "fsdp"))
+    assert fsdp.keys() == one.keys() and len(one) == 2 * 4 + 3 * 3
+    for key, value in one.items():
+        assert fsdp[key] == pytest.approx(value, abs=1e-4), key
+    samples = re.findall(r"^sample \d: .*", rest.stdout, re.MULTILINE)
+    assert sorted(samples) == sorted(re.findall(r"^sample \d: .*", whole.stdout, re.MULTILINE)[-len(samples):])
+    assert len(samples) == 8  # four at step 2, which are printed again, and four at step 4
 
 
 if __name__ == "__main__":

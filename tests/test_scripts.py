@@ -1,9 +1,9 @@
 """
-train.sh and test.sh: they install once, work from any folder, and pass their arguments on.
+train.sh and test.sh: they install once, work from any folder, and forward their arguments.
 
     ./test.sh tests/test_scripts.py     # no network: pip's index is a closed port
 
-The real installation from nothing is what a clean clone does.
+A clean clone tests the real installation.
 """
 import os
 import shutil
@@ -37,7 +37,7 @@ def run(clone, *arguments, **env):
                           env={**NO_NETWORK, **env})
 
 
-def test_a_second_call_needs_no_network_and_passes_its_arguments_on(clone):
+def test_a_second_call_needs_no_network_and_forwards_its_arguments(clone):
     process = run(clone, "--lr", "0.1", "--prompt", "two words")
     assert process.returncode == 0, process.stderr
     assert f"trains ['--lr', '0.1', '--prompt', 'two words'] {clone}" in process.stdout
@@ -50,7 +50,7 @@ def test_changed_requirements_are_installed_again(clone):
     process = run(clone)
     assert "installing requirements.txt" in process.stdout
     assert process.returncode != 0 and "trains" not in process.stdout
-    assert run(clone).returncode != 0  # a failed installation is not taken for a done one
+    assert run(clone).returncode != 0  # a failed installation is repeated
 
 
 def test_a_python_that_is_too_old_or_missing_is_one_line(clone):

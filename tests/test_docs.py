@@ -1,0 +1,147 @@
+"""
+README.md and docs/: every command is known, those that can run offline run, and every name they mention exists.
+
+    ./test.sh tests/test_docs.py            # the names and the list of commands
+    ./test.sh --all tests/test_docs.py      # and the commands, in a folder of their own with a run of two steps
+"""
+import ast
+import glob
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+
+# Commands that the test does not run, as regular expressions, and why.
+NOT_RUN = {
+    r"\./train\.sh.*": "installs and trains for minutes",
+    r"\./test\.sh.*": "is what runs this test",
+    r"source .*": "only changes the shell",
+    r"python fineweb\.py( --dataset .*| --prepared .*)?": "downloads from the Hub",
+    r"python hellaswag\.py": "downloads the examples",
+    r"python sample\.py gpt2-xl .*": "downloads OpenAI's weights",
+    r"python train_gpt2\.py --init-from gpt2 .*": "downloads OpenAI's weights",
+    r"torchrun .*": "needs several GPUs or machines; tests/test_parallel.py runs two ranks",
+    r"sbatch .*": "needs Slurm; tests/test_faults.py runs it with stand-ins",
+    r"python -m bench .*": "takes minutes; tests/test_bench.py runs the package",
+    r"python train_gpt2\.py --data SHARDS .*": "takes minutes",
+}
+
+
+def read(page):
+    with open(os.path.join(ROOT, page), encoding="utf-8") as f:
+        return f.read()
+
+
+def commands(page):
+    """The lines of a page's sh blocks."""
+    return [line for block in re.findall(r"^```sh\n(.*?)^```", read(page), re.M | re.S) for line in block.splitlines()]
+
+
+def is_run(command):
+    return not any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
+
+
+def names_in(path):
+    """Functions and classes of a Python file, methods as Class.method, and its constants."""
+    names = set()
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").encode()) <= 12 * 1024
+
+
+def test_there_are_commands_of_both_kinds():
+    found = [command for page in PAGES for command in commands(page)]
+    assert sum(map(is_run, found)) >= 12 and sum(not is_run(command) for command in found) >= 12
+    for pattern in NOT_RUN:
+        assert any(re.fullmatch(pattern, command) for command in found), pattern
+
+
+def test_every_flag_of_a_command_exists():
+    for page in PAGES:
+        for command in commands(page):
+            script = re.search(r"(\w+\.py)\b(.*)", command)
+            if script and "=" not in script[1]:
+                text = read(script[1]) + (read("config.py") if script[1] == "train_gpt2.py" else "")
+                for flag in re.findall(r" --([a-z][a-z-]*)", script[2]):
+                    assert f'"--{flag}"' in text or f'    {flag.replace("-", "_")}: ' in text, (command, flag)
+
+
+def test_the_file_table_names_every_tracked_file():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode != 0:
+        pytest.skip("not a git repository")
+    table = read("README.md").split("## The files")[1].split("##")[0]
+    top = {name.split("/")[0] + "/" * ("/" in name) for name in files.stdout.split()}
+    hidden = {name for name in top if name.startswith(".")}
+    for name in top - hidden - {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "constraints.txt",
+                                "pytest.ini", "ruff.toml"}:
+        assert f"`{name}`" in table, name
+    for name in re.findall(r"`([\w/.]+)`", table):
+        assert name.rstrip("/") in {item.rstrip("/") for item in top} or name == "DataLoaderLite", name
+
+
+def test_every_row_of_the_lecture_map_is_found():
+    rows = read("README.md").split("## From the lecture to the code")[1].split("\n##")[0]
+    checked = 0
+    for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", rows):
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in names_in(path), (path, name)
+            checked += 1
+    assert checked > 30
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", read(page)):
+            if not target.startswith("https://"):
+                assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), target)), (page, target)
+
+
+@pytest.mark.slow
+def test_every_command_that_can_run_offline_runs(tmp_path):
+    """In a folder with input.txt, the files that the commands name, and a run of two steps as log/shakespeare."""
+    shutil.copy(os.path.join(ROOT, "input.txt"), tmp_path)
+    shutil.copy(os.path.join(ROOT, "input.txt"), tmp_path / "my_book.txt")
+    os.makedirs(tmp_path / "my_texts")
+    for i in range(20):
+        (tmp_path / "my_texts" / f"{i}.txt").write_text("the king and his queen will not come to this house\n" * 200)
+    os.makedirs(tmp_path / "hellaswag")
+    endings = ["is king.", "will come to this house.", "is not", "and my lord"]
+    with open(tmp_path / "hellaswag" / "hellaswag_val.jsonl", "w", encoding="utf-8") as f:
+        for label in range(4):
+            f.write(json.dumps({"ctx": "the queen", "activity_label": "Reigning", "label": label, "endings": endings}) + "\n")
+
+    def run(command, *more):
+        _, *arguments = shlex.split(command)
+        arguments[0] = os.path.join(ROOT, arguments[0])
+        return subprocess.run([sys.executable, *arguments, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                              input="Once upon a time\n", env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    short = ["--max-steps", "2", "--val-tokens", "2048", "--sample-every", "0", "--compile", "off"]
+    process = run("python train_gpt2.py --preset shakespeare", *short)
+    assert process.returncode == 0, process.stderr
+    shutil.copytree(tmp_path / "log" / "shakespeare", tmp_path / "log" / "gpt2-124M")
+    for page in PAGES:
+        for command in filter(is_run, commands(page)):
+            trains = "train_gpt2.py" in command and "--resume" not in command and "--dry-run" not in command
+            more = short if trains else ["--overwrite"] if "convert.py" in command and "info" not in command else []
+            process = run(command, *more)
+            assert process.returncode == 0, (command, process.stderr[-2000:])
+            assert process.stdout, command
