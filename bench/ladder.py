@@ -23,7 +23,7 @@ def rungs(dtype, device, world_size):
             ("flash attention", {"flash": True}, None),
             ("vocabulary 50304", {"vocab_size": 50304}, None),
             ("fused AdamW", {"fused": True}, None if on_cuda or device == "cpu" else "not used on this device"),
-            ("keep freed memory, detach logits", {"ours": True}, None),
+            ("memory kept, logits detached", {"ours": True}, None),
             ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
             (f"DDP x {world_size}", {"world_size": world_size}, None if world_size > 1 else "one process; use --ranks")):
         if reason is None:
