@@ -15,6 +15,7 @@ half is dropped, and the newer half is processed again from position 0: see cont
 import codecs
 import platform
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -186,16 +187,18 @@ def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
 # the command
 
 def read_prompt(args):
-    """The prompt that the flags give, a str. ValueError for more than one, and for stdin that is not UTF-8."""
-    if (args.stdin is not None) + (args.prompt is not None) + args.interactive > 1:
-        raise ValueError("give only one of --prompt, - (stdin) and --interactive")
-    if args.stdin is None:
+    """The prompt that the flags give, a str. ValueError for more than one, and for a file or stdin that is not UTF-8."""
+    if sum(given is not None for given in (args.stdin, args.prompt, args.prompt_file)) + args.interactive > 1:
+        raise ValueError("give only one of --prompt, --prompt-file, - (stdin) and --interactive")
+    if args.stdin is None and args.prompt_file is None:
         return args.prompt or ""
+    prompt = sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()
     try:
-        # the final line break, which echo adds, is not part of the prompt
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        # the final line break, which editors and echo add, is not part of the prompt
+        return prompt.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as e:
-        raise ValueError(f"stdin is not valid UTF-8 at byte {e.start + 1}; convert it first (iconv -t UTF-8)") from e
+        raise ValueError(f"{args.prompt_file or 'stdin'} is not valid UTF-8 at byte {e.start + 1}; convert it first"
+                         " (iconv -t UTF-8)") from e
 
 
 def warn_if_cut(prompt, block_size):
@@ -251,6 +254,7 @@ def main():
     parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("stdin", nargs="?", metavar="-", choices=["-"], help="read the prompt from stdin")
     parser.add_argument("--prompt", help="text to continue (default: start a document)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="continue the text in this file, UTF-8")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
     parser.add_argument("--num-samples", type=int, default=4, help="number of samples (default 4)")
     parser.add_argument("--stream", action="store_true", help="print each token as it is generated, one sample at a time")

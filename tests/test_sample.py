@@ -459,6 +459,17 @@ def test_a_prompt_from_stdin_equals_that_of_the_flag(run_dir, capsys, monkeypatc
     assert piped == run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt", "Wörld")
 
 
+@pytest.mark.parametrize("line_break", ["", "\n", "\r\n"])
+def test_a_prompt_from_a_file_equals_that_of_the_flag(line_break, run_dir, tmp_path, capsys, monkeypatch):
+    path, flags = tmp_path / "prompt.txt", [*PLAIN, "--num-samples", 1, "--max-new-tokens", 5]
+    path.write_bytes(("Wörld" + line_break).encode())
+    filed = run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt-file", path)
+    assert filed == run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt", "Wörld")
+    path.write_bytes(b"W\xf6rld")
+    status, _, stderr = run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt-file", path)
+    assert status == 2 and f"{path} is not valid UTF-8 at byte 2" in stderr and stderr.count("\n") == 1
+
+
 def test_a_prompt_from_stdin_must_be_utf8(run_dir, capsys, monkeypatch):
     set_stdin(monkeypatch, b"W\xf6rld")
     status, _, stderr = run_sample(capsys, monkeypatch, run_dir, "-")
@@ -508,6 +519,8 @@ def test_a_prompt_longer_than_the_context_is_reported_and_printed_whole(run_dir,
     (["--top-k", "-1"], "--top-k -1"), (["--top-p", "0"], "--top-p 0.0: must be more than 0 and at most 1"),
     (["--top-p", "1.5"], "--top-p 1.5"), (["--top-p", "nan"], "--top-p nan"),
     (["--prompt", "a\udcff"], "not valid UTF-8 at character 2"), (["--prompt", "a", "-"], "give only one of"),
+    (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    (["--prompt", "a", "--prompt-file", "b"], "give only one of"),
     (["-", "--interactive"], "give only one of"), (["x"], "invalid choice: 'x'"),
     (["--top-k", "many"], "invalid int value: 'many'"), (["--tokens", "5"], "unrecognized arguments: --tokens 5"),
     (["--max-new", "5"], "unrecognized arguments: --max-new 5"), (["--device", "tpu"], "'tpu' is not available"),
