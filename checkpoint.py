@@ -66,7 +66,7 @@ def load_file(path, mmap=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
             ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename:  # missing or not readable: its message says so
+        if isinstance(e, OSError) and e.filename:  # missing or not readable: the message is clear
             raise
         why = "it is truncated, damaged or not a checkpoint"
         if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
@@ -158,6 +158,8 @@ def kept_log(run_dir, step):
     size, last, evaluated = 0, -1, set()
     with contextlib.suppress(FileNotFoundError), open(os.path.join(run_dir, "log.txt"), "rb") as f:
         for line in f:
+            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
+                break
             words = line.decode(errors="replace").split()
             if len(words) == 3 and words[0].isdigit():
                 at, stream = int(words[0]), words[1]
@@ -165,8 +167,6 @@ def kept_log(run_dir, step):
                     break
                 last = at if stream in TRAINING_STREAMS else last
                 evaluated |= {stream} if at == step else set()
-            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
-                break
             size += len(line)
     if last < step - 1:
         print0(f"{run_dir}/log.txt is incomplete: it ends at step {last}, the checkpoint is of step {step}")
@@ -324,7 +324,7 @@ def prune(run_dir, keep_last, best=None):
 def rename_newer(run_dir, step):
     """Renames the checkpoints after step to *.aside, so that the run resumed at step does not take them for its own.
 
-    Returns their old names. A state file alone, which a kill during a save leaves, stays: it is no checkpoint, and the run
+    Returns their old names. A state file without its model file, which a kill during a save leaves behind, is kept: the run
     overwrites or prunes it.
     """
     newer = [path for s in sorted(steps_of(run_dir, "model")) if s > step

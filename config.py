@@ -96,6 +96,7 @@ class TrainConfig:
         self.sequence_length = self.sequence_length or self.block_size
         self.exp_name = self.exp_name or self.preset
         self.gpt_config()  # checks the model's fields
+        checkpoint.check_tracker(self.tracker)
         if self.sequence_length > self.block_size:
             raise ValueError(f"--sequence-length {self.sequence_length} is over --block-size {self.block_size}")
         if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:

@@ -202,7 +202,7 @@ def permute(positions, n, key):
 
     A Feistel network over the smallest even number of bits that holds n permutes all numbers of that many bits; a
     result outside range(n) is encrypted again until it is inside ("cycle walking", Black and Rogaway 2002). Memory
-    depends on positions alone: an epoch of 350B tokens costs no more than one of 10M.
+    depends on positions only: an epoch of 350B tokens costs no more than one of 10M.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)   # bits in each half
     mask = np.uint64((1 << half) - 1)

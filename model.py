@@ -228,8 +228,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Keeps the first block_size positions; ValueError for more than there are."""
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size {block_size} is over these weights'"
-                             f" {self.config.block_size} positions; use that many or fewer")
+            raise ValueError(f"block_size {block_size} is over the {self.config.block_size}"
+                             " positions of these weights; use that many or fewer")
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)

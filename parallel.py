@@ -184,11 +184,11 @@ def wrap(raw_model, config, steps, B, dtype, ranks):
 
 
 def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
-    """torch.compile(raw_model), warmed up by one forward and backward, or raw_model itself.
+    """torch.compile(raw_model) after one forward and backward to warm it up, or raw_model itself.
 
-    mode: "on", "off", or "auto": if a compiler is available and the run is long enough to earn the time back; if auto
-    then fails, one line says so. The warm-up makes each rank compile before the first gradient all-reduce, whose
-    timeout a slow compiler would exceed.
+    mode: "on", "off", or "auto": if a compiler is available and the run is long enough to pay for the compilation; if it
+    fails, a message is printed and training is eager. The warmup makes each rank compile before the first gradient
+    all-reduce, whose timeout a slow compiler would exceed.
     """
     has_compiler = device.startswith("cuda") or device == "cpu" and bool(shutil.which("g++") or shutil.which("clang++"))
     if mode == "off" or mode == "auto" and not (has_compiler and steps >= 100):
@@ -316,7 +316,7 @@ def gather_zero(optimizer, ranks):
 def full_state(raw_model, optimizers, ranks):
     """(raw_model's state dict, [state dict of each optimizer]) as one unsharded process has them, copied to the CPU.
 
-    Every rank must call it; rank 0 alone gets the values. Sharded tensors are gathered one by one, so that no device
+    Every rank must call it; only rank 0 gets the values. Sharded tensors are gathered one by one, so that no device
     ever holds all of them.
     """
     def collect(value):

@@ -56,7 +56,7 @@ def check_minimums(values, **minimums):
     Example: check_minimums({"top_k": -1}, top_k=0) raises "--top-k -1: must be 0 or more".
     """
     for name, minimum in minimums.items():
-        if values[name] is not None and values[name] < minimum:
+        if values[name] is not None and not values[name] >= minimum:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be {minimum} or more")
 
 
@@ -113,7 +113,7 @@ class StopSignals:
     """
     # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, "try again later": a batch system can requeue on it.
     STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130}
-    received = None  # of the whole process, as signal handlers are
+    received = None  # a class attribute: signal handlers, too, exist once per process
 
     def __enter__(self):
         # Python runs signal handlers between two bytecodes of the main thread, which may be inside a long operation.

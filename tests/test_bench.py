@@ -1,9 +1,9 @@
 """
-bench.py: what it measures is what it says, its table, its JSON, its comparison of two results.
+python -m bench: the variants and references compute the same as the model, the ladder, the tables, the JSON, --compare.
 
     ./test.sh tests/test_bench.py        # no network, no GPU; a model of two blocks and 32 channels
 
-No test asserts a time. The references are checked against the model they stand beside; slow tests run the command itself.
+No test asserts a time. Slow tests run the command.
 """
 import argparse
 import json
@@ -15,154 +15,244 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bench
-import bench_checkpoint
-import bench_data
-import bench_hellaswag
-import bench_ladder
-import bench_limits
-import bench_train
+import bench.__main__ as command
+import bench.checkpoint
+import bench.data
+import bench.hellaswag
+import bench.ladder
+import bench.sample
+import bench.train
 import hellaswag
 import model as model_module
-import runtime
-from bench_train import Step, build_step
+import sample
+from bench import measure
+from bench.train import Variant, build_step
+from model import GPTConfig
+from parallel import Ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ALONE = runtime.Ranks(0, 0, 1, "cpu", False)
+ONE_RANK = Ranks(0, 0, 1, "cpu", False)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A size "tiny" for what runs in this process; sets torch's float32 precision back afterwards."""
+    """Adds a size "tiny" in this process; restores torch's float32 matmul precision afterwards."""
     monkeypatch.setitem(model_module.SIZES, "tiny", (2, 2, 32, 64))
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
 
 
-def alone(monkeypatch, *modules):
-    """Lets modules run in this process what they would run in a fresh one."""
+def run_in_this_process(monkeypatch, *modules):
+    """Makes modules run in this process what they run in a fresh one."""
     for module in modules:
         monkeypatch.setattr(module, "in_fresh_process", lambda function, *args: function(*args))
 
 
 def tiny_args(**changes):
-    """The flags of a figure at the tiny size."""
-    flags = dict(size="tiny", batch_size=2, sequence_length=16, steps=2, ranks=0, picture=None, data=None, limit=2, repeats=1,
-                 device="cpu", dtype="float32")
+    """The flags of a benchmark at the tiny size."""
+    flags = dict(size="tiny", B=2, T=16, steps=2, ranks=0, picture=None, data=None, limit=2, repeats=1, device="cpu",
+                 dtype="float32")
     return argparse.Namespace(**{**flags, **changes})
 
 
 # -----------------------------------------------------------------------------
-# the variants of the step compute the same thing
+# the variants of a training step
 
-def losses(step, steps=3):
-    run, _, _ = build_step(step, "tiny", 2, 16, ALONE)
+def losses(variant, steps=3):
+    run, _, _ = build_step(variant, tiny_args(), ONE_RANK)
     return [run() for _ in range(steps)]
 
 
 @pytest.mark.parametrize("changes", [dict(flash=False), dict(ours=False), dict(fused=False), dict(grad_accum_steps=3),
                                      dict(flash=False, ours=False, fused=False)])
-def test_every_rung_trains_as_ours_does(changes):
-    """A rung changes how the step is computed, never what; the same batch three times over has the same mean gradient."""
-    assert losses(Step("float32", **changes)) == pytest.approx(losses(Step("float32")), abs=2e-4)
+def test_every_variant_has_the_same_losses(changes):
+    """A variant changes how a step is computed, not its result; three times the same batch has the same mean gradient."""
+    assert losses(Variant("float32", **changes)) == pytest.approx(losses(Variant("float32")), abs=2e-4)
 
 
-def test_written_out_attention_is_attention():
+def test_naive_attention_equals_flash_attention():
     q, k, v = torch.randn(3, 2, 3, 8, 4).unbind(0)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(bench_train.written_out_attention(q, k, v), expected, atol=1e-6)
+    assert torch.allclose(bench.train.naive_attention(q, k, v), bench.train.flash_attention(q, k, v), atol=1e-6)
 
 
-def test_a_step_is_built_of_what_it_says():
-    _, raw_model, optimizers = build_step(Step("float32", flash=False, vocab_size=50257, fused=False, ours=False), "tiny", 2,
-                                          16, ALONE)
+def test_a_step_is_built_as_its_variant_says():
+    changes = dict(flash=False, vocab_size=50257, fused=False, ours=False)
+    _, raw_model, optimizers = build_step(Variant("float32", **changes), tiny_args(), ONE_RANK)
     assert raw_model.config.vocab_size == 50257
-    assert {type(block.attn) for block in raw_model.transformer.h} == {bench_train.WrittenOutAttention}
+    assert {type(block.attn) for block in raw_model.transformer.h} == {bench.train.NaiveAttention}
     assert not optimizers[0].defaults["fused"] and not optimizers[0].param_groups[0]["fused"]
     logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
     assert logits.requires_grad
-    _, raw_model, optimizers = build_step(Step("float32"), "tiny", 2, 16, ALONE)
+    _, raw_model, optimizers = build_step(Variant("float32"), tiny_args(), ONE_RANK)
     logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
     assert not logits.requires_grad and optimizers[0].defaults["fused"]
 
 
-def test_the_limit_counts_every_matmul_and_attention_of_the_step(monkeypatch):
-    """Each call is said to take as many seconds as it has FLOPs: the sum must be what flops_per_token counts."""
+def test_the_roofline_counts_every_matmul_and_attention_of_the_step(monkeypatch):
+    """Each call takes as many seconds as it has FLOPs, so the sum must be what flops_per_token counts."""
     def flops(function, shapes, dtype, device, repeats):
         if function is F.linear:
             (rows, n_in), (n_out, _) = shapes
             return 6 * rows * n_in * n_out
         (B, nh, T, hs), _, _ = shapes
         return 12 * B * nh * T * T * hs
-    monkeypatch.setattr(bench_train, "forward_backward_seconds", flops)
-    _, raw_model, _ = build_step(Step("float32"), "tiny", 2, 16, ALONE)
+    monkeypatch.setattr(bench.train, "forward_backward_seconds", flops)
+    _, raw_model, _ = build_step(Variant("float32"), tiny_args(), ONE_RANK)
     matrices = sum(p.numel() for name, p in raw_model.named_parameters() if p.dim() == 2 and "wpe" not in name)
     expected = 2 * 16 * (6 * matrices + 12 * 2 * 32 * 16)
-    assert bench_train.time_matmuls_and_attention("tiny", 2, 16, "float32", "cpu", 1) == expected
+    assert bench.train.time_roofline(tiny_args()) == expected
+
+
+def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
+    """With a timer of our own: the lecture takes 4 s, ours eager 2 s, compiled 1 s; the roofline is 0.5 s."""
+    seconds = {(False, False): 4, (True, False): 2, (True, True): 1}
+
+    def time_step(variant, args):
+        s = seconds[variant.ours, variant.compile]
+        return {"ms/step": 1000 * s, "tok/s": 32 / s, "peak GB": 2.0, "GFLOP/s": 8 / s, "loss": 1.0}
+    monkeypatch.setattr(bench.train, "time_step", time_step)
+    monkeypatch.setattr(bench.train, "in_fresh_process", lambda function, *_: 16e9 if function is measure.matmul_peak else 0.5)
+    rows = bench.train.bench_train(tiny_args())
+    assert [row["x lecture"] for row in rows] == [1, 2, 4, 8]
+    assert [row["% of roofline"] for row in rows] == [12.5, 25, 50, 100]
+    assert [row["% of matmul peak"] for row in rows] == [12.5, 25, 50, 100]
 
 
 # -----------------------------------------------------------------------------
 # the ladder
 
-def test_the_ladder_climbs_from_float32_to_the_step_we_train_with():
-    steps = {name: step for name, step, _ in bench_ladder.climb("bfloat16", "cpu", 2)}
-    assert steps["float32"] == Step("float32", False, False, False, 50257, False, False)
-    assert steps["DDP x 2"] == Step("bfloat16", tf32=False, compile=True, grad_accum_steps=4, world_size=2)
-    assert steps["TF32"] is None  # a CPU has none
+def test_the_ladder_goes_from_float32_to_the_step_we_train_with():
+    variants = {name: variant for name, variant, reason in bench.ladder.rungs("bfloat16", "cpu", 2) if reason is None}
+    assert variants["float32"] == Variant("float32", False, False, False, 50257, False, False)
+    assert variants["DDP x 2"] == Variant("bfloat16", tf32=False, compile=True, grad_accum_steps=4, world_size=2)
+    assert "TF32" not in variants  # not on a CPU
 
 
-def test_a_rung_that_the_machine_lacks_says_why():
-    why = {name: note for name, step, note in bench_ladder.climb("float32", "mps", 1) if step is None}
-    assert why.keys() == {"TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"} and all(why.values())
+def test_a_rung_that_this_machine_cannot_run_has_a_reason():
+    reasons = {name: reason for name, _, reason in bench.ladder.rungs("float32", "mps", 1) if reason}
+    assert reasons.keys() == {"TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"}
 
 
-def test_ladder_rows_are_each_against_the_rung_before(monkeypatch, tmp_path):
-    """With clocks of our own: 100 s in float32, half of it from bf16 on, and a rung that does not fit in memory."""
-    def time_step(step, size, B, T, device, repeats, warmup):
-        if step.fused and not step.ours:
+def test_ladder_rows_are_relative_to_the_rung_before(monkeypatch, tmp_path, capsys):
+    """With a timer of our own: 100 s in float32, half of it from bf16 on, and a rung that runs out of memory."""
+    def time_step(variant, args):
+        if variant.fused and not variant.ours:
             raise MemoryError
-        return {"seconds": step.grad_accum_steps * (100 if step.dtype == "float32" else 50), "loss": 1.0, "memory": 2e9,
-                "flops": 6400 * step.grad_accum_steps}
-    monkeypatch.setattr(bench_ladder, "time_step", time_step)
-    monkeypatch.setattr(bench_ladder, "in_fresh_process", lambda function, *args: 640.0)
+        speed = 32 / (100 if variant.dtype == "float32" else 50)
+        return {"ms/step": 32e3 * variant.grad_accum_steps / speed, "tok/s": speed, "peak GB": 2.0, "GFLOP/s": 200 * speed,
+                "loss": 1.0}
+    monkeypatch.setattr(bench.ladder, "time_step", time_step)
+    monkeypatch.setattr(bench.ladder, "in_fresh_process", lambda function, *args: 640e9)
     picture = tmp_path / "ladder.png"
-    rows = {row["ladder"]: row for row in bench_ladder.bench_ladder(tiny_args(dtype="bfloat16", picture=str(picture)))}
+    rows = {row["ladder"]: row for row in bench.ladder.bench_ladder(tiny_args(dtype="bfloat16", picture=str(picture)))}
     assert rows["float32"]["tok/s"] == 0.32 and rows["float32"]["gain"] == 1 and rows["float32"]["% of matmul peak"] == 10
     assert rows["bfloat16 autocast"]["gain"] == 2 and rows["torch.compile"]["gain"] == 1
-    assert rows["fused AdamW"]["tok/s"] is None and rows["fused AdamW"]["note"] == "out of memory"
     last = rows["gradient accumulation x 4"]
     assert last["tok/s"] == 0.64 and last["x float32"] == 2 and last["% of matmul peak"] == 20 and last["MFU %"] is None
-    assert "7.6 x" in rows["flash attention"]["note"] and "2 x" in rows["torch.compile"]["note"]
+    assert "7.6x" in rows["flash attention"]["note"] and "2x" in rows["torch.compile"]["note"]
+    assert all(row["tok/s"] for row in rows.values())
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "not measured: TF32 (needs an NVIDIA GPU, Ampere or newer), fused AdamW (out of memory),"
+        " DDP x 1 (one process; use --ranks)")
     assert picture.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["ladder.png"]
 
 
+def test_a_ladder_without_memory_for_any_rung_is_an_error(monkeypatch):
+    def time_step(variant, args):
+        raise MemoryError
+    monkeypatch.setattr(bench.ladder, "time_step", time_step)
+    monkeypatch.setattr(bench.ladder, "in_fresh_process", lambda function, *args: 640e9)
+    with pytest.raises(ValueError, match="every rung ran out of memory; use a smaller --batch-size"):
+        bench.ladder.bench_ladder(tiny_args())
+
+
+def test_the_published_ladder_has_no_empty_rows():
+    with open(os.path.join(ROOT, "figures", "ladder.json"), encoding="utf-8") as f:
+        rows = json.load(f)["benchmarks"]["ladder"]
+    assert all(row["tok/s"] > 0 for row in rows)
+    names = {name for name, _, _ in bench.ladder.rungs("bfloat16", "cpu", 1)}
+    assert {row["ladder"] for row in rows} == names - {"TF32", "DDP x 1"}
+
+
 # -----------------------------------------------------------------------------
-# the other figures
+# the other benchmarks
 
 def test_loader_and_checkpoint_have_rows_for_a_tiny_model(monkeypatch):
-    alone(monkeypatch, bench_data, bench_checkpoint, bench_train)
-    rows = bench_data.bench_loader(tiny_args())
-    assert rows[-1]["% of a step"] == 100 and all(row["ms a batch"] > 0 for row in rows)
-    rows = bench_checkpoint.bench_checkpoint(tiny_args())
+    run_in_this_process(monkeypatch, bench.data, bench.checkpoint, bench.train)
+    rows = bench.data.bench_loader(tiny_args())
+    assert rows[-1]["% of step"] == 100 and all(row["ms/batch"] > 0 for row in rows)
+    rows = bench.checkpoint.bench_checkpoint(tiny_args())
     params = 50304 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
     assert rows[0]["GB"] == pytest.approx(3 * 4 * params / 1e9, rel=0.01)  # float32 weights and AdamW's two moments
 
 
-def test_examples_made_of_input_txt_are_what_hellaswag_reads():
-    examples = bench_hellaswag.examples_of_input_txt(5)
-    assert len({json.dumps(example) for example in examples}) == 5
-    for example in examples:
+def test_examples_made_from_input_txt_are_valid(tmp_path):
+    bench.hellaswag.write_examples(str(tmp_path / "examples.jsonl"), 5)
+    task = hellaswag.prepare(str(tmp_path / "examples.jsonl"))
+    assert len({json.dumps(example) for example in task.examples}) == 5
+    for example in task.examples:
         tokens, mask, _ = hellaswag.render_example(example)
         assert tokens.shape[0] == 4 and mask.any(dim=1).all()
 
 
-def test_documents_made_of_input_txt_are_the_text(tmp_path):
+def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
+    """All three scorings predict the same in float32, from every third of six examples on."""
+    path, scored = str(tmp_path / "examples.jsonl"), []
+    bench.hellaswag.write_examples(path, 6)
+    render = hellaswag.render_example
+    monkeypatch.setattr(hellaswag, "render_example", lambda example: scored.append(example["ctx"]) or render(example))
+    monkeypatch.setattr(model_module, "SIZES", {"tiny": (1, 1, 4, 256)})
+    monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
+    rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
+    assert [row["differ"] for row in rows] == [0, 0, 0] and {row["examples"] for row in rows} == {2}
+    with open(path, encoding="utf-8") as f:
+        contexts = [json.loads(line)["ctx"] for line in f]
+    assert scored[1:3] == [contexts[0], contexts[3]]  # after one for the warm-up
+
+
+def test_documents_made_from_input_txt_are_its_text(tmp_path):
     import pyarrow.parquet as pq
-    bench_data.write_input_txt_as_parquet(tmp_path, copies=2)
+    bench.data.write_input_txt_as_parquet(tmp_path)
     texts = ["".join(pq.read_table(path)["text"].to_pylist()) for path in sorted(tmp_path.iterdir())]
     with open(os.path.join(ROOT, "input.txt"), encoding="utf-8") as f:
-        assert texts == [f.read()] * 2
+        assert texts == [f.read() * 4] * 2
+
+
+@pytest.mark.parametrize("time_one", ["time_lecture", "time_transformers", "time_ours"])
+def test_sampling_counts_the_tokens_that_are_timed(time_one, monkeypatch):
+    tiny = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=32, vocab_size=50304)
+    monkeypatch.setattr(bench.sample, "config_for", lambda size, **changes: tiny)
+    monkeypatch.setattr(bench.sample.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
+    sampled, sample_next_token = [], sample.sample_next_token
+
+    def counting(logits, *args):
+        sampled.append(logits.size(0))
+        return sample_next_token(logits, *args)
+
+    monkeypatch.setattr(sample, "sample_next_token", counting)
+    seconds, tokens = getattr(bench.sample, time_one)(tiny_args(), 2, 16)
+    assert seconds > 0 and tokens == 2 * 16
+    assert sum(sampled) == (2 * (8 + 16) if time_one == "time_ours" else 0)  # the warm-up's eight steps are not counted
+
+
+def test_the_sampling_roofline_counts_each_weight_that_a_token_reads_once():
+    assert bench.sample.bytes_per_step("gpt2", "bfloat16") == 2 * (124_439_808 - 1024 * 768)
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+def test_timed_takes_the_median_after_the_warmup():
+    """With a clock of our own: calls take 100, 1, 5 and 2 s, the first one is the warm-up."""
+    now, durations = [0.0], iter([100, 1, 5, 2])
+
+    def work():
+        now[0] += next(durations)
+        return now[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.time, "perf_counter", lambda: now[0])
+        assert measure.timed(work, repeats=3, warmup=1) == (2, 108)
 
 
 def test_forward_backward_seconds_times_both_directions():
@@ -179,89 +269,109 @@ def test_forward_backward_seconds_times_both_directions():
         def backward(ctx, grad):
             calls.append("backward")
             return 2 * grad * ctx.saved_tensors[0]
-    assert bench_limits.forward_backward_seconds(Square.apply, [(4, 4)], "float32", "cpu", repeats=3) > 0
-    assert calls == ["forward", *["forward", "backward"] * 5]  # the gradient's shape, two to warm up, three
+    assert measure.forward_backward_seconds(Square.apply, [(4, 4)], "float32", "cpu", repeats=3) > 0
+    assert calls == ["forward", *["forward", "backward"] * 5]  # once for the shape of the gradient, 2 + 3 calls
+
+
+def test_a_table_is_aligned_and_omits_columns_without_values(capsys):
+    rows = [{"a": "x", "tok/s": 1234.5, "MFU %": None, "note": ""}, {"a": "longer", "tok/s": None, "MFU %": None, "note": "n"}]
+    assert measure.print_table(rows) is rows
+    assert capsys.readouterr().out.splitlines() == ["a          tok/s  note", "x       1,234.50", "longer         -  n"]
 
 
 # -----------------------------------------------------------------------------
 # the command
 
-def result(**figures):
-    return {"machine": {"device": "a"}, "settings": {"size": "gpt2"}, "figures": figures}
+def result(**benchmarks):
+    return {"machine": {"device": "a"}, "settings": {"size": "gpt2"}, "benchmarks": benchmarks}
 
 
-def test_compare_names_what_became_worse_whatever_the_unit():
-    old = result(train=[{"step": "eager", "tok/s": 100.0, "peak GB": 4.0, "loss": 9.0}, {"step": "gone", "tok/s": 1.0}],
-                 loader=[{"loader": "read", "ms a batch": 2.0}], limits=[{"limits": "copy", "GB/s": 10.0, "GFLOP/s": None}])
-    new = result(train=[{"step": "eager", "tok/s": 90.0, "peak GB": 2.0, "loss": 1.0}, {"step": "new", "tok/s": 1.0}],
-                 loader=[{"loader": "read", "ms a batch": 4.0}], limits=[{"limits": "copy", "GB/s": 10.2, "GFLOP/s": None}])
-    rows = {(row["figure"], row["unit"]): (row["ratio"], row["now"]) for row in bench.compare(old, new)}
-    assert rows == {("train: eager", "tok/s"): (0.9, "worse"), ("train: eager", "peak GB"): (2.0, "better"),
-                    ("loader: read", "ms a batch"): (0.5, "worse"), ("limits: copy", "GB/s"): (pytest.approx(1.02), "same")}
+def test_the_comparison_finds_what_is_worse_whatever_the_unit(capsys):
+    old = result(train=[{"train": "eager", "tok/s": 100.0, "peak GB": 4.0, "loss": 9.0}, {"train": "gone", "tok/s": 1.0}],
+                 loader=[{"loader": "read", "ms/batch": 2.0}], sample=[{"sample": "ours", "tok/s": 10.0, "x lecture": None}])
+    new = result(train=[{"train": "eager", "tok/s": 90.0, "peak GB": 2.0, "loss": 1.0}, {"train": "new", "tok/s": 1.0}],
+                 loader=[{"loader": "read", "ms/batch": 4.0}], sample=[{"sample": "ours", "tok/s": 10.2, "x lecture": None}])
+    command.print_comparison(old, new)
+    assert capsys.readouterr().out.splitlines() == [
+        "compared      unit      before    now  ratio",
+        "train: eager  tok/s     100.00  90.00   0.90",
+        "train: eager  peak GB     4.00   2.00   2.00",
+        "loader: read  ms/batch    2.00   4.00   0.50",
+        "sample: ours  tok/s      10.00  10.20   1.02",
+        "2 of 4 are worse by more than 5%: train: eager (tok/s), loader: read (ms/batch)"]
 
 
-def test_the_comparison_says_what_else_changed(capsys):
-    old, new = result(train=[{"step": "eager", "tok/s": 100.0}]), result(train=[{"step": "eager", "tok/s": 50.0}])
+def test_the_comparison_prints_settings_that_differ(capsys):
+    old, new = result(train=[{"train": "eager", "tok/s": 100.0}]), result(train=[{"train": "eager", "tok/s": 50.0}])
     new["machine"]["device"] = "b"
-    bench.print_comparison(old, new)
-    printed = capsys.readouterr().out
-    assert "another device: was 'a', is 'b'" in printed
-    assert "1 of 1 became worse by more than 5%: train: eager (tok/s)" in printed
-    with pytest.raises(ValueError, match="no figure in common"):
-        bench.print_comparison(old, result(loader=[]))
+    command.print_comparison(old, new)
+    assert "different device: 'a' before, 'b' now" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no measurement in common"):
+        command.print_comparison(old, result(loader=[]))
 
 
-def test_a_table_is_aligned_and_has_a_dash_for_what_was_not_measured(capsys):
-    bench.print_table([{"a": "x", "tok/s": 1234.5}, {"a": "longer", "tok/s": None}])
-    assert capsys.readouterr().out.splitlines() == ["a          tok/s", "x       1,234.50", "longer         -"]
-
-
-def test_main_writes_the_json_it_prints_and_compares_it(tmp_path, monkeypatch, capsys):
-    alone(monkeypatch, bench)
-    monkeypatch.setitem(bench.FIGURES, "limits", lambda args: [{"limits": "copy", "GB/s": float(args.steps)}])
+def test_main_writes_json_and_compares_with_it(tmp_path, monkeypatch, capsys):
+    run_in_this_process(monkeypatch, command)
+    monkeypatch.setitem(command.BENCHMARKS, "train", lambda args: [{"train": "eager", "tok/s": float(args.steps)}])
     path = tmp_path / "result.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "limits", "--device", "cpu", "--json", str(path)])
-    bench.main()
+    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--dtype", "float32", "--json", str(path)])
+    command.main()
     written = json.loads(path.read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == written
-    assert written["figures"] == {"limits": [{"limits": "copy", "GB/s": 6.0}]} and written["machine"]["torch"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", "limits", "--device", "cpu", "--quick", "--compare", str(path)])
-    bench.main()
-    assert "1 of 1 became worse by more than 5%: limits: copy (GB/s)" in capsys.readouterr().out  # 3 steps in --quick
+    assert written["benchmarks"] == {"train": [{"train": "eager", "tok/s": 6.0}]} and written["machine"]["torch"]
+    assert (written["settings"]["B"], written["settings"]["T"], written["settings"]["dtype"]) == (4, 512, "float32")
+    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--quick", "--compare", str(path)])
+    command.main()
+    assert "1 of 1 are worse by more than 5%: train: eager (tok/s)" in capsys.readouterr().out  # --quick has 3 steps
     assert os.listdir(tmp_path) == ["result.json"]
 
 
-@pytest.mark.parametrize("flags, message", [(["all", "--data", "x"], "--data"), (["train", "--steps", "0"], "--steps"),
-                                            (["train", "--batch-size", "-1"], "--steps"), (["nothing"], "invalid choice")])
-def test_flags_that_make_no_sense_are_refused(flags, message):
+def test_all_runs_every_benchmark_and_quick_skips_the_ladder(monkeypatch, capsys):
+    run_in_this_process(monkeypatch, command)
+    ran = []
+    for name in command.BENCHMARKS:
+        monkeypatch.setitem(command.BENCHMARKS, name, lambda args, name=name: ran.append(name) or [])
+    for flags in ([], ["--quick"]):
+        monkeypatch.setattr(sys, "argv", ["bench", "all", "--device", "cpu", *flags])
+        command.main()
+    every = ["train", "ladder", "hellaswag", "sample", "tokenize", "loader", "checkpoint"]
+    assert ran == [*every, *(name for name in every if name != "ladder")]
+
+
+@pytest.mark.parametrize("flags, message", [(["all", "--data", "x"], "all takes no --data"),
+                                            (["train", "--steps", "0"], "--steps 0: must be 1"),
+                                            (["train", "--batch-size", "-1"], "--batch-size -1: must be 0"),
+                                            (["nothing"], "invalid choice")])
+def test_invalid_flags_are_errors(flags, message):
     with pytest.raises(ValueError, match=message):
-        bench.parse_args(flags)
+        command.parse_args(flags)
 
 
-def test_what_is_no_result_cannot_be_compared_with(tmp_path):
-    for contents in ("[1]", "no JSON"):
-        (tmp_path / "old.json").write_text(contents)
-        with pytest.raises(ValueError, match="--compare takes what --json wrote"):
-            bench.read_result(str(tmp_path / "old.json"))
+@pytest.mark.parametrize("contents", ["[1]", "{}", "not JSON"])
+def test_comparing_with_another_file_is_an_error(contents, tmp_path):
+    (tmp_path / "old.json").write_text(contents)
+    with pytest.raises(ValueError, match="old.json is not a file that --json wrote"):
+        command.read_result(str(tmp_path / "old.json"))
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_an_error_and_not_a_wait():
+def test_a_process_that_is_killed_raises():
     with pytest.raises(MemoryError, match="was killed"):
-        bench_limits.in_fresh_process(os._exit, 1)
+        measure.in_fresh_process(os._exit, 1)
 
 
 @pytest.mark.slow
 def test_ranks_of_ddp_are_timed_together():
-    """Two gloo ranks of 124M at the smallest batch: their gradients are averaged, so both see the same loss."""
-    figures = bench_train.time_step(Step("float32", world_size=2), "gpt2", 1, 16, "cpu", 1, 1)
-    assert figures["seconds"] > 0 and 5 < figures["loss"] < 10.5  # one batch, twice
+    """Two gloo ranks of 124M at the smallest batch: their gradients are averaged, so both have the same loss."""
+    step = bench.train.time_step(Variant("float32", world_size=2), tiny_args(size="gpt2", B=1, steps=1))
+    assert step["ms/step"] > 0 and 5 < step["loss"] < 10.5  # of one batch, after two steps of warm-up
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_one_line_of_json(tmp_path):
-    process = subprocess.run([sys.executable, os.path.join(ROOT, "bench.py"), "limits"], cwd=tmp_path, capture_output=True,
-                             text=True, timeout=300)
+def test_the_command_prints_a_table(tmp_path):
+    flags = ["loader", "--batch-size", "1", "--sequence-length", "16", "--steps", "1", "--json", "result.json"]
+    process = subprocess.run([sys.executable, "-m", "bench", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                             env={**os.environ, "PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr
-    figures = json.loads(process.stdout.splitlines()[-1])["figures"]
-    assert [row["GFLOP/s"] is None for row in figures["limits"]] == [False, False, True]
+    rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["loader"]
+    assert [row["loader"] for row in rows] == ["read and cast a batch", "wait for a batch", "training step"]
+    assert process.stdout.splitlines()[-4].split() == ["loader", "ms/batch", "%", "of", "step"]

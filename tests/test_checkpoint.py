@@ -1,25 +1,33 @@
 """
-Checkpoints under attack: full disks, kills at every point of a save, cut and flipped files, pickles with code in them.
+Checkpoints on a full disk, after kills at every point of a save, damaged, and with code in their pickles; a run folder's lock
+and log, and the trackers that receive the log's values.
 
     .venv/bin/python -m pytest tests/test_checkpoint.py
 
-Needs nothing but requirements-dev.txt.
+Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls; W&B's is a
+module on the path of a real training process.
 """
+import atexit
+import importlib.util
+import json
 import os
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
+from checkpoint import Log, check_tracker, kept_log, read_log
 from model import GPT, GPTConfig
+from parallel import Ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=31)
-STATE = {"optimizers": [], "scaler": {}, "loader": {}, "rng": [], "log_bytes": 0, "train_config": {}}
+STATE = {"optimizers": [], "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
+ONE_PROCESS = Ranks(0, 0, 1, "cpu", False)
 
 
 def make_model(seed=0, **changes):
@@ -28,73 +36,98 @@ def make_model(seed=0, **changes):
 
 
 def save_step(run_dir, step, seed=None):
+    """Saves a checkpoint of step; returns its model."""
     model = make_model(step if seed is None else seed)
-    checkpoint.save(str(run_dir), step, checkpoint.contents_of(model, 3.5), {**STATE, "loader": {"position": 8 * step}})
+    checkpoint.save(str(run_dir), step, checkpoint.model_contents(model, 3.5), {**STATE, "loader": {"position": 8 * step}})
     return model
 
 
 def same_weights(a, b):
-    return all(torch.equal(p, b[name]) for name, p in a.items()) and a.keys() == b.keys()
+    return a.keys() == b.keys() and all(torch.equal(p, b[name]) for name, p in a.items())
 
 
-def run_python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+def run_python(code, *arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": ROOT})
 
 
 # -----------------------------------------------------------------------------
-# pairs of files
+# checkpoints: pairs of files
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_load_latest_returns_what_was_saved(tmp_path):
     save_step(tmp_path, 10)
     model = save_step(tmp_path, 20)
-    contents, state, messages = checkpoint.load_latest(str(tmp_path))
-    assert same_weights(contents["model"], model.state_dict())
-    assert contents["config"] == {**CONFIG, "bias": True, "dropout": 0.0}
-    assert (contents["step"], contents["val_loss"], messages) == (20, 3.5, [])
-    assert state == {**STATE, "loader": {"position": 160}, "step": 20}
+    loaded = checkpoint.load_latest(str(tmp_path))
+    assert same_weights(loaded.model["model"], model.state_dict())
+    assert loaded.model["config"] == {**CONFIG, "bias": True, "dropout": 0.0}
+    assert (loaded.step, loaded.model["step"], loaded.model["val_loss"], loaded.messages) == (20, 20, 3.5, [])
+    assert loaded.state == {**STATE, "loader": {"position": 160}, "step": 20}
     assert sorted(os.listdir(tmp_path)) == ["model_00010.pt", "model_00020.pt", "state_00010.pt", "state_00020.pt"]
+
+
+def test_model_contents_takes_other_weights_if_they_are_given():
+    model, other = make_model(), make_model(1)
+    contents = checkpoint.model_contents(model, None, other.state_dict())
+    assert same_weights(contents["model"], other.state_dict()) and contents["val_loss"] is None
+    assert same_weights(checkpoint.model_contents(model, 2.5)["model"], model.state_dict())
 
 
 def test_tied_weights_are_stored_once(tmp_path):
     wte_bytes = 4 * 1000 * 32
     model = make_model(vocab_size=1000, n_embd=32)
-    checkpoint.save(str(tmp_path), 1, checkpoint.contents_of(model, None), {})
+    checkpoint.save(str(tmp_path), 1, checkpoint.model_contents(model, None), {})
     assert os.path.getsize(tmp_path / "model_00001.pt") < 4 * model.num_params() + wte_bytes / 2
 
 
-def test_a_step_without_both_files_does_not_count(tmp_path):
+def test_a_step_without_both_files_is_skipped(tmp_path):
     for step in (10, 20, 30):
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00030.pt")
     os.remove(tmp_path / "state_00020.pt")
     (tmp_path / "model_00040.pt.tmp").write_bytes(b"half")
     assert checkpoint.saved_steps(str(tmp_path)) == [10]
-    contents, _, messages = checkpoint.load_latest(str(tmp_path))
-    assert contents["step"] == 10
-    assert "step 30" in messages[0] and "model_00030.pt" in messages[0]
-    assert "step 20" in messages[1] and "state_00020.pt" in messages[1]
+    loaded = checkpoint.load_latest(str(tmp_path))
+    assert loaded.step == 10
+    assert "step 30" in loaded.messages[0] and "model_00030.pt" in loaded.messages[0]
+    assert "step 20" in loaded.messages[1] and "state_00020.pt" in loaded.messages[1]
 
 
-def test_an_empty_or_missing_folder_has_nothing_to_go_on_from(tmp_path):
+def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.load_latest(str(tmp_path)) is None
     assert checkpoint.load_latest(str(tmp_path / "nowhere")) is None and checkpoint.saved_steps(str(tmp_path / "nowhere")) == []
 
 
-def test_a_kill_during_the_first_save_of_all_is_a_fresh_start(tmp_path):
+def test_after_a_kill_during_the_first_save_the_run_starts_over(tmp_path):
     save_step(tmp_path, 10)
     os.remove(tmp_path / "model_00010.pt")
     assert checkpoint.load_latest(str(tmp_path)) is None
 
 
-def test_models_whose_states_are_gone_are_not_started_over_in_silence(tmp_path):
+def test_models_without_states_are_an_error_and_not_silently_started_over(tmp_path):
     save_step(tmp_path, 10)
     os.remove(tmp_path / "state_00010.pt")
-    with pytest.raises(ValueError, match="state_00010.pt.*move the folder away"):
+    with pytest.raises(ValueError, match="state_00010.pt.*move the folder away to start over"):
         checkpoint.load_latest(str(tmp_path))
 
 
-def test_prune_keeps_the_newest_pairs_and_other_files(tmp_path):
+def test_files_of_another_step_or_kind_are_an_error(tmp_path):
+    for step in (10, 20):
+        save_step(tmp_path, step)
+    (tmp_path / "state_00010.pt").write_bytes((tmp_path / "state_00020.pt").read_bytes())
+    with pytest.raises(ValueError, match="state_00010.pt is not the state file of step 10"):
+        checkpoint.load_pair(str(tmp_path), 10)
+    (tmp_path / "model_00020.pt").write_bytes((tmp_path / "state_00020.pt").read_bytes())
+    with pytest.raises(ValueError, match="model_00020.pt is not the model file of step 20"):
+        checkpoint.load_pair(str(tmp_path), 20)
+
+
+def test_step_of_reads_the_step_from_a_files_name():
+    assert checkpoint.step_of("log/a/model_00250.pt") == 250 and checkpoint.step_of("state_100000.pt") == 100000
+    with pytest.raises(ValueError, match="log/a/best.pt is not named like a checkpoint"):
+        checkpoint.step_of("log/a/best.pt")
+
+
+def test_prune_keeps_the_newest_checkpoints_and_other_files(tmp_path):
     for step in (5, 10, 99999, 100000):
         save_step(tmp_path, step)
     (tmp_path / "log.txt").touch()
@@ -104,30 +137,50 @@ def test_prune_keeps_the_newest_pairs_and_other_files(tmp_path):
     assert checkpoint.saved_steps(str(tmp_path)) == [99999, 100000]
 
 
-def test_prune_keeps_the_best_too(tmp_path):
+def test_prune_keeps_the_best_checkpoint(tmp_path):
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     checkpoint.prune(str(tmp_path), 1, best=2)
     assert checkpoint.saved_steps(tmp_path) == [2, 4]
 
 
-def test_newer_models_are_set_aside_and_what_a_kill_left_of_a_save_is_pruned(tmp_path):
+@pytest.mark.parametrize("keep_best, kept", [(False, [4]), (True, [2, 4])])
+def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, kept):
+    (tmp_path / "log.txt").write_text("1 val 3.0\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")  # of 5 there is no checkpoint
+    for step in (1, 2, 3, 4):
+        state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
+        checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
+    assert checkpoint.saved_steps(tmp_path) == kept
+    assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model_00004.pt'}\n")
+
+
+def test_newer_checkpoints_are_renamed_and_a_state_alone_is_pruned(tmp_path):
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00003.pt")
     os.remove(tmp_path / "state_00004.pt")
-    moved = checkpoint.set_aside(str(tmp_path), 1)
-    assert [os.path.basename(path) for path in moved] == ["model_00002.pt", "state_00002.pt", "model_00004.pt"]
-    assert checkpoint.load_latest(str(tmp_path))[0]["step"] == 1 and (tmp_path / "state_00003.pt").exists()
+    renamed = checkpoint.rename_newer(str(tmp_path), 1)
+    assert [os.path.basename(path) for path in renamed] == ["model_00002.pt", "state_00002.pt", "model_00004.pt"]
+    assert all(os.path.exists(f"{path}.aside") and not os.path.exists(path) for path in renamed)
+    assert checkpoint.load_latest(str(tmp_path)).step == 1 and (tmp_path / "state_00003.pt").exists()
     save_step(tmp_path, 5)
     checkpoint.prune(str(tmp_path), 2)
     assert checkpoint.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
 
 
-# -----------------------------------------------------------------------------
-# saving while training goes on
+def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
+    model = make_model()
+    weights = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
+    with pytest.raises(ValueError, match=r"weights of a.pt do not fit this model: .*wpe.weight \(9, 8\) for \(8, 8\)"):
+        checkpoint.load_weights(model, weights, "a.pt")
+    with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias.*12 tensors"):
+        checkpoint.load_weights(model, make_model(n_layer=2).state_dict(), "a.pt")
 
-def test_a_snapshot_is_what_was_there_and_tied_weights_stay_tied():
+
+# -----------------------------------------------------------------------------
+# saving while training continues
+
+def test_a_snapshot_does_not_change_with_its_original_and_keeps_tied_weights_tied():
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     value = {"model": model.state_dict(), "rest": [(1, "a", optimizer.state_dict())], "empty": torch.zeros(0)}
@@ -140,7 +193,7 @@ def test_a_snapshot_is_what_was_there_and_tied_weights_stay_tied():
     assert checkpoint.num_bytes(copy["model"]) == 4 * model.num_params() == checkpoint.num_bytes(value)
 
 
-def test_the_writers_error_is_raised_at_the_next_call_and_once():
+def test_the_writers_error_is_raised_once_at_the_next_call():
     writer = checkpoint.Writer()
     writer.start(lambda: None)
     writer.wait()
@@ -157,16 +210,16 @@ def test_the_writers_error_is_raised_at_the_next_call_and_once():
         writer.start(lambda: None)
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(OSError, match="it takes 0.001 GB, 0.001 GB are free; make room"):
+    with pytest.raises(OSError, match="it needs 0.001 GB, 0.001 GB are free; free some space"):
         save_step(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["model_00001.pt", "state_00001.pt"]
 
 
 # -----------------------------------------------------------------------------
-# whole or not at all
+# atomic writes
 
 FULL_DISK = """
 import resource, sys, torch, checkpoint
@@ -174,22 +227,22 @@ from model import GPT, GPTConfig
 from runtime import run_main
 def main():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=1000))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes a file may have: what a full disk does to a write
-    checkpoint.save(sys.argv[1], 10, checkpoint.contents_of(model, None), {STATE})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes per file: a write fails as on a full disk
+    checkpoint.save(sys.argv[1], 10, checkpoint.model_contents(model, None), {STATE})
 run_main(main)
 """.replace("{STATE}", repr(STATE))
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint_whole(tmp_path):
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path):
     older = save_step(tmp_path, 10, seed=1)  # the same step: its model file is the one that cannot be replaced
     done = run_python(FULL_DISK, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write") and "model_00010.pt" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["model_00010.pt", "state_00010.pt"]
-    assert same_weights(checkpoint.load_latest(str(tmp_path))[0]["model"], older.state_dict())
+    assert same_weights(checkpoint.load_latest(str(tmp_path)).model["model"], older.state_dict())
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     def interrupt(fd):
         raise KeyboardInterrupt
 
@@ -208,7 +261,7 @@ model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=31
 for point in range(9):  # before and after each fsync and each replace of a save, and not at all
     run_dir = os.path.join(sys.argv[1], str(point))
     os.makedirs(run_dir)
-    checkpoint.save(run_dir, 1, checkpoint.contents_of(model, None), STATE)
+    checkpoint.save(run_dir, 1, checkpoint.model_contents(model, None), STATE)
     pid = os.fork()
     if pid == 0:
         points = 0
@@ -224,19 +277,19 @@ for point in range(9):  # before and after each fsync and each replace of a save
                 die_here()
             return call
         os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-        checkpoint.save(run_dir, 2, checkpoint.contents_of(model, None), STATE)
+        checkpoint.save(run_dir, 2, checkpoint.model_contents(model, None), STATE)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
-    contents, state, messages = checkpoint.load_latest(run_dir)
-    assert contents["step"] == state["step"]
-    print(os.WIFSIGNALED(status), contents["step"], end="; ")
+    loaded = checkpoint.load_latest(run_dir)
+    assert loaded.model["step"] == loaded.state["step"]
+    print(os.WIFSIGNALED(status), loaded.step, end="; ")
 """.replace("{STATE}", repr(STATE))
 
 
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_pair(tmp_path):
+def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path):
     done = run_python(KILL_EVERYWHERE, tmp_path)
     assert done.returncode == 0, done.stderr
-    # fsync, replace of the state; fsync, replace of the model: only past the last is step 2 there
+    # fsync, replace of the state; fsync, replace of the model: step 2 exists only after the last
     assert done.stdout == "True 1; " * 7 + "True 2; " + "False 2; "
 
 
@@ -247,61 +300,62 @@ def damage(path, how):
     contents = path.read_bytes()
     if how == "empty":
         path.write_bytes(b"")
-    elif how == "cut":
+    elif how == "truncated":
         path.write_bytes(contents[:len(contents) // 2])
     elif how == "one byte short":
         path.write_bytes(contents[:-1])
     elif how == "text":
         path.write_text("404: Not Found")
-    else:  # one bit of a weight
+    else:  # one flipped bit in a weight
         weight = make_model(20).lm_head.weight.detach().numpy().tobytes()
         at = contents.index(weight[:64]) + 10
         path.write_bytes(contents[:at] + bytes([contents[at] ^ 4]) + contents[at + 1:])
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "one byte short", "text", "flipped"])
+@pytest.mark.parametrize("how", ["empty", "truncated", "one byte short", "text", "flipped"])
 @pytest.mark.parametrize("kind", ["model", "state"])
-def test_a_damaged_newest_step_is_passed_over_and_said(tmp_path, kind, how):
+def test_a_damaged_newest_step_is_skipped_with_a_message(tmp_path, kind, how):
     save_step(tmp_path, 10)
     save_step(tmp_path, 20)
     if kind == "state" and how == "flipped":
         (tmp_path / "state_00020.pt").write_bytes((tmp_path / "model_00020.pt").read_bytes())
     damage(tmp_path / f"{kind}_00020.pt", how)
-    contents, _, messages = checkpoint.load_latest(str(tmp_path))
-    assert contents["step"] == 10 and len(messages) == 1
-    assert "passing over step 20" in messages[0] and f"{kind}_00020.pt" in messages[0] and "\n" not in messages[0]
+    loaded = checkpoint.load_latest(str(tmp_path))
+    message, = loaded.messages
+    assert loaded.step == 10 and message.startswith("skipping step 20: ")
+    assert f"{kind}_00020.pt" in message and "\n" not in message
 
 
-def test_when_every_step_is_damaged_that_is_an_error_and_not_a_fresh_start(tmp_path):
+def test_if_every_step_is_damaged_that_is_an_error_and_not_silently_started_over(tmp_path):
     save_step(tmp_path, 10)
-    damage(tmp_path / "model_00010.pt", "cut")
+    damage(tmp_path / "model_00010.pt", "truncated")
     with pytest.raises(ValueError, match="no checkpoint in .* can be loaded.*move the folder away"):
         checkpoint.load_latest(str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_flip_of_any_byte_is_found_or_harmless(tmp_path):
-    """torch.load checks no checksums: one flipped bit in a weight once loaded as another weight, without a word."""
+def test_a_flipped_bit_in_any_byte_is_detected_or_harmless(tmp_path):
+    """torch.load does not verify checksums: one flipped bit in a weight once loaded silently as another weight."""
     contents = {"model": {"a": torch.arange(16.0)}, "step": 3}
     path = tmp_path / "a.pt"
     checkpoint.save_file(contents, str(path))
-    whole = path.read_bytes()
-    found = 0
-    for i in range(len(whole)):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1:])
+    intact = path.read_bytes()
+    detected = 0
+    for i in range(len(intact)):
+        path.write_bytes(intact[:i] + bytes([intact[i] ^ 0x10]) + intact[i + 1:])
         try:
             loaded = checkpoint.load_file(str(path))
         except ValueError as e:
             assert str(path) in str(e) and "\n" not in str(e)
-            found += 1
+            detected += 1
         else:
             assert loaded.keys() == contents.keys() and loaded["step"] == 3, i
             assert torch.equal(loaded["model"]["a"], contents["model"]["a"]), i
-    assert found > 500  # what is harmless is padding and what torch.load does not read
+    assert detected > 500  # the others are padding and fields that torch.load does not read
 
 
 class Code:
-    """An object whose unpickling would make a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -315,56 +369,275 @@ class Code:
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, write):
     path = tmp_path / "model_00001.pt"
     write({"model": {}, "config": Code(str(tmp_path / "ran"))}, path)
-    with pytest.raises(ValueError, match="model_00001.pt.*(could run code|no checkpoint)"):
+    with pytest.raises(ValueError, match="model_00001.pt.*(could run code|not a checkpoint)"):
         checkpoint.load_file(str(path))
     assert not os.path.exists(tmp_path / "ran")
 
 
 # -----------------------------------------------------------------------------
-# a model from anywhere
+# the run folder: its lock and its config.json
 
-def check_same_model(loaded, model):
-    assert not loaded.training and loaded.config == model.config
-    assert same_weights(loaded.state_dict(), model.state_dict())
-
-
-def test_load_model_reads_a_run_folder_and_a_file(tmp_path):
-    older, newest = save_step(tmp_path, 99999), save_step(tmp_path, 100000)
-    (tmp_path / "config.json").write_text("{}")  # a run's own, not Hugging Face's
-    (tmp_path / "log.txt").touch()
-    model, info = checkpoint.load_model(str(tmp_path))
-    check_same_model(model, newest)
-    assert info == {"path": str(tmp_path / "model_100000.pt"), "step": 100000, "val_loss": 3.5}
-    model, info = checkpoint.load_model(str(tmp_path / "model_99999.pt"))
-    check_same_model(model, older)
-    assert info["step"] == 99999
+LOCK = """
+import os, checkpoint
+for run_dir in ("one/empty", "two/empty", "three/used", "four/existing"):
+    checkpoint.lock_run(run_dir)
+os.makedirs("two/other")
+for path in ("two/other/model_00001.pt", "three/used/log.txt"):
+    with open(path, "w") as f:
+        f.write("0 val 3.0")
+"""
 
 
-def test_load_model_reads_a_hugging_face_folder(tmp_path):
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=31)).eval()
-    theirs.save_pretrained(tmp_path)
-    model, _ = checkpoint.load_model(str(tmp_path))
-    idx = torch.arange(8)[None]
-    assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-4)
+def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path):
+    """The first run of a log folder once removed the folder with all that later runs had saved in it."""
+    os.makedirs(tmp_path / "four" / "existing")
+    done = run_python(LOCK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    left = sorted(os.path.relpath(os.path.join(folder, name), tmp_path)
+                  for folder, folders, files in os.walk(tmp_path) for name in folders + files)
+    assert left == ["four", "four/existing", "three", "three/used", "three/used/log.txt",
+                    "two", "two/other", "two/other/model_00001.pt"]
 
 
-def test_load_model_says_what_it_takes_when_there_is_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.*gpt2-xl"):
-        checkpoint.load_model(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        checkpoint.load_model(str(tmp_path))
-    save_step(tmp_path, 10)
-    with pytest.raises(ValueError, match="state_00010.pt is no model checkpoint"):
-        checkpoint.load_model(str(tmp_path / "state_00010.pt"))
-    torch.save({"model": {}, "model_args": CONFIG, "config": {"out_dir": "out"}}, tmp_path / "ckpt.pt")  # nanoGPT's
-    with pytest.raises(ValueError, match="weights of .*ckpt.pt are of another shape"):
-        checkpoint.load_model(str(tmp_path / "ckpt.pt"))
+def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
+    assert checkpoint.read_config(str(tmp_path)) == {}
+    checkpoint.write_config(str(tmp_path), {"lr": 0.1}, "bfloat16", Ranks(0, 0, 2, "cpu", True))
+    assert checkpoint.read_config(str(tmp_path)) == {"lr": 0.1}
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert description["command"] == sys.argv and description["device"]
+    assert (description["world_size"], description["dtype"], description["torch"]) == (2, "bfloat16", torch.__version__)
+    assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_weights_of_another_shape_are_named_with_both_shapes(tmp_path):
-    model = make_model()
-    weights = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
-    with pytest.raises(ValueError, match=r"there.pt .*transformer.wpe.weight \(9, 8\) for \(8, 8\)"):
-        checkpoint.load_weights(model, weights, "there.pt")
-    with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias.*12 tensors"):
-        checkpoint.load_weights(model, make_model(n_layer=2).state_dict(), "there.pt")
+@pytest.mark.parametrize("contents", ["{", "[]", "{}", '{"config": 3}'])
+def test_a_config_json_of_something_else_is_an_error(tmp_path, contents):
+    (tmp_path / "config.json").write_text(contents)
+    with pytest.raises(ValueError, match="config.json is not the config.json of a run"):
+        checkpoint.read_config(str(tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# log.txt
+
+def test_a_log_is_read_into_its_streams(tmp_path):
+    (tmp_path / "log.txt").write_text("0 val 10.95\n0 train 10.9\n0 lr 8.39e-07\n1 train 10.5\n")
+    assert read_log(str(tmp_path / "log.txt")) == {"val": [(0, 10.95)], "train": [(0, 10.9), (1, 10.5)], "lr": [(0, 8.39e-07)]}
+
+
+@pytest.mark.parametrize("line", ["1 train", "1 train 2 3", "one train 2.0", "1 train high", "", "1.5 train 2.0"])
+def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
+    (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
+    with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
+        read_log(str(tmp_path / "log.txt"))
+
+
+# a run of 3 steps that evaluates at every second; step 2 has evaluations before and training values after its checkpoint
+BEFORE_2 = "0 val 3.5\n0 train 3.5\n0 lr 0.1\n1 train 3.0\n1 lr 0.1\n1 epoch 1\n"
+EVALUATIONS_OF_2 = "2 val 2.5\n2 hella 0.25\n"
+AFTER_2 = "2 train 2.5\n2 lr 0.1\n3 train 2.0\n4 val 1.5\n"
+
+
+def kept(tmp_path, contents, step):
+    """(the lines that a run resumed at step keeps of a log, the evaluations of step in them)"""
+    (tmp_path / "log.txt").write_text(contents)
+    size, evaluated = kept_log(str(tmp_path), step)
+    return contents[:size], evaluated
+
+
+def test_a_resumed_run_keeps_earlier_steps_and_the_evaluations_of_its_step(tmp_path, capsys):
+    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2, 2) == (BEFORE_2 + EVALUATIONS_OF_2, {"val", "hella"})
+    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2, 2) == (BEFORE_2 + EVALUATIONS_OF_2, {"val", "hella"})
+    assert kept(tmp_path, BEFORE_2 + AFTER_2, 2) == (BEFORE_2, set())  # its evaluations were interrupted
+    assert kept(tmp_path, BEFORE_2 + "3 val 2.5\n", 2) == (BEFORE_2, set())
+    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2, 0) == ("0 val 3.5\n", {"val"})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("torn", ["2 hella 0.2", "2 hel", "2 train 2.5", "2"])
+def test_a_torn_last_line_is_dropped_and_is_not_an_evaluation(tmp_path, torn):
+    """An evaluation whose line was torn once counted as logged: its line was dropped, and it was not repeated."""
+    assert kept(tmp_path, BEFORE_2 + "2 val 2.5\n" + torn, 2) == (BEFORE_2 + "2 val 2.5\n", {"val"})
+
+
+@pytest.mark.parametrize("line", ["a note of mine\n", "\n", "2 val\n", "x val 3.0\n", "-1 val 2.0\n", "\udcff\n"])
+def test_a_line_that_is_not_of_a_run_is_kept_and_ignored(tmp_path, line):
+    contents = (BEFORE_2 + line + EVALUATIONS_OF_2).encode(errors="surrogateescape")
+    (tmp_path / "log.txt").write_bytes(contents + AFTER_2.encode())
+    assert kept_log(str(tmp_path), 2) == (len(contents), {"val", "hella"})
+
+
+@pytest.mark.parametrize("contents, last", [("0 train 3.5\n0 lr 0.1\n", 0), ("0 train 3.5\n1 train 3.0", 0), ("", -1)])
+def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
+    assert kept(tmp_path, contents, 2)[1] == set()
+    assert capsys.readouterr().out == f"{tmp_path}/log.txt is incomplete: it ends at step {last}, the checkpoint is of step 2\n"
+    os.remove(tmp_path / "log.txt")
+    assert kept_log(str(tmp_path), 2) == (0, set())
+    assert "is incomplete" in capsys.readouterr().out
+
+
+def open_log(run_dir, keep_bytes=0, tracker="none", first_step=0, ranks=ONE_PROCESS):
+    return Log(str(run_dir), {"tracker": tracker, "exp_name": "a", "n_embd": 8}, keep_bytes, first_step, ranks)
+
+
+def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log(0, val=3.25)
+    assert (tmp_path / "log.txt").read_text() == "0 val 3.25\n"  # before it is closed: a kill loses nothing
+    log(0, quiet=True, train=3.5, lr=6e-4)
+    log(250, hella=0.25, hella_lm_eval=0.295)
+    log(250)
+    log.flush()
+    assert (tmp_path / "log.txt").read_text() == ("0 val 3.25\n0 train 3.5\n0 lr 0.0006\n"
+                                                  "250 hella 0.25\n250 hella_lm_eval 0.295\n")
+    assert capsys.readouterr().out == ("step     0 | val 3.2500\nstep   250 | hella 0.2500\n"
+                                       "step   250 | hella_lm_eval 0.2950\n")
+
+
+def test_log_does_nothing_for_an_evaluation_that_was_interrupted(tmp_path, capsys):
+    calls = []
+    log = open_log(tmp_path)
+    log.tracker = lambda *call: calls.append(call)
+    log(250, val=None)
+    assert (tmp_path / "log.txt").read_text() == capsys.readouterr().out == "" and calls == []
+
+
+def test_log_of_a_resumed_run_cuts_off_what_it_does_not_keep(tmp_path):
+    (tmp_path / "log.txt").write_text(BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2)
+    log = open_log(tmp_path, *kept_log(str(tmp_path), 2)[:1])
+    log(2, quiet=True, train=2.25)
+    assert (tmp_path / "log.txt").read_text() == BEFORE_2 + EVALUATIONS_OF_2 + "2 train 2.25\n"
+
+
+def test_log_of_other_ranks_writes_and_prints_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    log = open_log(tmp_path, tracker="wandb", ranks=Ranks(1, 1, 2, "cpu", True))
+    log(0, val=3.25)
+    log.flush()
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
+
+
+# -----------------------------------------------------------------------------
+# trackers
+
+WANDB = '''
+import json, os
+class Run:
+    id = "abc123"
+    def log(self, values):
+        with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["log", values]) + "\\n")
+    def define_metric(self, name, step_metric):
+        with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["metric", name, step_metric]) + "\\n")
+def init(**kwargs):
+    kwargs["config"] = kwargs["config"]["n_embd"]
+    with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["init", kwargs]) + "\\n")
+    return Run()
+'''
+
+
+def test_wandb_finds_a_resumed_run_by_its_id_and_receives_the_values(tmp_path, monkeypatch):
+    (tmp_path / "calls").touch()
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    exec(WANDB, sys.modules["wandb"].__dict__)
+    for step in range(2):
+        open_log(tmp_path, tracker="wandb")(step, val=3.25, lr=0.5)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[1]["id"] for call in calls if call[0] == "init"] == [None, "abc123"]
+    assert [call[1] for call in calls if call[0] == "log"] == [{"step": step, "val": 3.25, "lr": 0.5} for step in range(2)]
+
+
+def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, *call):
+            calls.append(call)
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(atexit, "register", lambda function: function())
+    log = open_log(tmp_path, tracker="tensorboard", first_step=500)
+    log(501, quiet=True, train=3.5, lr=0.1)
+    log(502)
+    assert calls == [(str(tmp_path), 500), "closed", ("train", 3.5, 501), ("lr", 0.1, 501)]
+
+
+def test_every_tracker_is_checked_and_none_needs_no_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert check_tracker("none") is None and Log.open_tracker("none", "", {}, 0) is None
+    with pytest.raises(ValueError, match="--tracker tensorboard needs the package tensorboard"):
+        check_tracker("tensorboard")
+
+
+TINY = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8", "--optimizer",
+        "adamw", "--total-batch-size", "32", "--batch-size", "2", "--val-every", "2", "--val-tokens", "64",
+        "--sample-every", "0", "--save-every", "2", "--compile", "off", "--dtype", "float32", "--device", "cpu",
+        "--vocab-size", "50257"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The king and his queen will not come to this house tonight for love or war.\n" * 40)
+    return str(path)
+
+
+def train(folder, text, *flags, modules=None):
+    """(a finished training process in folder, the calls its fake modules recorded). modules: {file name: code}, on its path."""
+    (folder / "path").mkdir(exist_ok=True)
+    for name, code in (modules or {}).items():
+        (folder / "path" / name).write_text(code)
+    calls = folder / "calls"
+    process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *TINY, "--data", text, *flags], cwd=folder,
+                             capture_output=True, text=True, timeout=120,
+                             env={**os.environ, "PYTHONPATH": str(folder / "path"), "CALLS": str(calls)})
+    return process, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def logged_values(folder):
+    """{(stream, value, step)} of a run's log.txt."""
+    streams = read_log(str(folder / "log" / "shakespeare" / "log.txt"))
+    return {(stream, value, step) for stream, points in streams.items() for step, value in points}
+
+
+def test_a_training_run_sends_every_value_of_its_log(tmp_path, text):
+    process, calls = train(tmp_path, text, "--tracker", "wandb", "--max-steps", "2", modules={"wandb.py": WANDB})
+    assert process.returncode == 0, process.stderr
+    assert calls[0] == ["init", {"project": "gpt2", "name": "shakespeare", "id": None, "resume": "allow", "config": 8,
+                                 "dir": os.path.join("log", "shakespeare")}]
+    assert calls[1] == ["metric", "*", "step"]
+    sent = {(stream, value, values["step"]) for kind, values, *_ in calls if kind == "log"
+            for stream, value in values.items() if stream != "step"}
+    assert sent == logged_values(tmp_path) and {stream for stream, *_ in sent} == {"train", "val", "lr", "norm", "tok_per_sec"}
+    assert (tmp_path / "log" / "shakespeare" / "wandb_id.txt").read_text() == "abc123"
+
+
+def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    process, _ = train(tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2")
+    assert process.returncode == 0, process.stderr
+    events = accumulator.EventAccumulator(str(tmp_path / "log" / "shakespeare"))
+    events.Reload()
+    read = {(stream, event.value, event.step) for stream in events.Tags()["scalars"] for event in events.Scalars(stream)}
+    written = {(stream, step) for stream, _, step in logged_values(tmp_path)}
+    assert {(stream, step) for stream, _, step in read} == written
+    train_loss = {step: value for stream, value, step in logged_values(tmp_path) if stream == "train"}
+    assert {step: value for stream, value, step in read if stream == "train"} == pytest.approx(train_loss, abs=1e-5)
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path):
+    (tmp_path / "path" / "wandb").mkdir(parents=True)  # W&B leaves a folder wandb/ where it runs; it is not a package
+    hide = ("import importlib.util as u; real = u.find_spec\n"
+            "u.find_spec = lambda name, *a: None if name == 'wandb' else real(name, *a)\n")
+    installed = importlib.util.find_spec("wandb") is not None
+    modules = {"sitecustomize.py": hide} if installed else {}
+    process, _ = train(tmp_path, "no-such-text", "--tracker", "wandb", modules=modules)
+    assert process.returncode == 2
+    assert process.stderr == ("error: --tracker wandb needs the package wandb, which is not installed: pip install wandb,"
+                              " or --tracker none\n")
+    assert not os.path.exists(tmp_path / "log" / "shakespeare" / "log.txt")

@@ -1,9 +1,10 @@
 """
-The network against outside truths: transformers' GPT2LMHeadModel, torch's own AdamW and attention written out, sums by hand.
+The network against independent implementations: transformers' GPT2LMHeadModel, naive attention, AdamW's formula; counts
+worked out by hand; weights to and from Hugging Face.
 
     .venv/bin/python -m pytest tests/test_model.py
 
-Needs nothing but requirements-dev.txt: weights are random, no network is used.
+Needs transformers (requirements-dev.txt). Weights are random; no network is used.
 """
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, SIZES, config_for, is_conv1d
+from model import GPT, GPTConfig, SIZES, config_for, from_hf_names, is_transposed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #         n_layer n_head n_embd block_size vocab_size
@@ -30,7 +31,7 @@ def tiny_config(**changes):
 
 
 def hf_model(n_layer, n_head, n_embd, block_size, vocab_size, bias=True):
-    """A GPT2LMHeadModel of random weights, every tensor of them, large enough that a mistake in any one is seen."""
+    """A GPT2LMHeadModel whose tensors are all random, and large enough that a mistake in any one shows."""
     torch.manual_seed(n_layer)
     config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
@@ -58,7 +59,7 @@ def both_models(shape, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_loss_and_every_gradient_are_hugging_faces(shape, bias):
+def test_logits_loss_and_every_gradient_equal_hugging_faces(shape, bias):
     ours, theirs = both_models(shape, bias)
     B, T, V = 3, shape[3] - 1, shape[4]
     idx, targets = torch.randint(V, (2, B, T), generator=torch.Generator().manual_seed(1))
@@ -76,14 +77,14 @@ def test_logits_loss_and_every_gradient_are_hugging_faces(shape, bias):
     checked = 0
     for name, p in ours.named_parameters():
         theirs_here = their_gradients["transformer.wte.weight" if name == "lm_head.weight" else name]
-        theirs_here = theirs_here.t() if is_conv1d(name) else theirs_here
+        theirs_here = theirs_here.t() if is_transposed(name) else theirs_here
         assert p.grad.abs().max() > 0, name
         assert torch.allclose(p.grad, theirs_here, atol=1e-5, rtol=1e-3), name
         checked += 1
     assert checked == (2 + 12 * shape[0] + 2 if bias else 2 + 6 * shape[0] + 1)
 
 
-def test_without_targets_only_the_last_positions_logits_come_and_they_are_the_same():
+def test_without_targets_only_the_logits_of_the_last_position_are_returned():
     ours, theirs = both_models(SHAPES[1], True)
     idx = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(1))
     logits, loss = ours(idx)
@@ -91,26 +92,26 @@ def test_without_targets_only_the_last_positions_logits_come_and_they_are_the_sa
     assert torch.allclose(logits[:, 0], theirs(idx).logits[:, -1], atol=1e-4)
 
 
-def test_targets_of_minus_100_are_left_out_of_the_mean():
+def test_targets_of_minus_100_are_ignored_in_the_mean():
     torch.manual_seed(0)
     model = GPT(tiny_config())
     idx, targets = torch.randint(61, (2, 2, 12))
-    _, whole = model(idx[:1, :4], targets[:1, :4])
+    _, expected = model(idx[:1, :4], targets[:1, :4])
     masked = torch.full_like(targets, -100)
     masked[0, :4] = targets[0, :4]
     _, loss = model(idx, masked)
-    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_targets_may_be_a_slice():
-    """x, y = tokens[:, :-1], tokens[:, 1:] are views that .view(-1) once refused."""
+    """x, y = tokens[:, :-1], tokens[:, 1:] are not contiguous: .view(-1) of them once raised."""
     torch.manual_seed(0)
     model, tokens = GPT(tiny_config()), torch.randint(61, (2, 13))
     x, y = tokens[:, :-1], tokens[:, 1:]
     assert torch.equal(model(x, y)[1], model(x.contiguous(), y.contiguous())[1])
 
 
-def test_a_later_token_changes_no_earlier_logits():
+def test_a_token_does_not_change_earlier_logits():
     torch.manual_seed(0)
     model = GPT(tiny_config())
     idx = torch.randint(61, (1, 12))
@@ -120,7 +121,7 @@ def test_a_later_token_changes_no_earlier_logits():
     assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7:], after[:, 7:])
 
 
-def test_attention_is_softmax_of_q_k_over_root_hs_times_v():
+def test_attention_equals_naive_attention():
     torch.manual_seed(0)
     attn = GPT(tiny_config(n_embd=32, n_head=4)).transformer.h[0].attn
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_attention_is_softmax_of_q_k_over_root_hs_times_v():
     assert torch.allclose(attn(x), attn.c_proj(y), atol=1e-5)
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation():
+def test_dropout_is_applied_in_train_mode_only():
     torch.manual_seed(0)
     model = GPT(tiny_config(dropout=0.5))
     idx = torch.randint(61, (2, 12))
@@ -145,8 +146,8 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert model(idx, idx)[1] == model(idx, idx)[1]
 
 
-def test_a_sequence_longer_than_block_size_is_an_error_with_both_numbers():
-    with pytest.raises(ValueError, match="13 tokens.*block_size is 12"):
+def test_a_sequence_longer_than_block_size_is_an_error():
+    with pytest.raises(ValueError, match="a sequence of 13 tokens is over this model's block_size 12"):
         GPT(tiny_config())(torch.zeros((1, 13), dtype=torch.long))
 
 
@@ -158,9 +159,9 @@ def test_loss_is_float32_under_bfloat16_autocast():
 
 
 # -----------------------------------------------------------------------------
-# initialisation, counts
+# initialization, counts
 
-def test_initial_weights_have_gpt2s_spreads():
+def test_initial_weights_have_gpt2s_standard_deviations():
     torch.manual_seed(0)
     n_layer = 3
     model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=128, block_size=256, vocab_size=512))
@@ -171,11 +172,11 @@ def test_initial_weights_have_gpt2s_spreads():
             assert (p == 1).all(), name
         else:
             std = 0.01 if "wpe" in name else 0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name  # 16,384 draws or more: 0.05 is nine sigma
+            assert p.std().item() == pytest.approx(std, rel=0.05), name  # 16,384 values or more: 5% is nine standard errors
             assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
+def test_initial_loss_is_that_of_a_uniform_distribution():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=512))
     idx, targets = torch.randint(512, (2, 8, 64))
@@ -203,7 +204,7 @@ def test_parameter_counts_of_the_sizes(size, count):
     assert model.num_params(with_wpe=False) == count - model.config.block_size * model.config.n_embd
 
 
-def test_every_size_builds_and_an_unknown_one_is_named():
+def test_config_for_returns_the_sizes_and_names_an_unknown_one():
     for size, (n_layer, n_head, n_embd, block_size) in SIZES.items():
         config = config_for(size, vocab_size=50304)
         assert (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) == \
@@ -212,13 +213,13 @@ def test_every_size_builds_and_an_unknown_one_is_named():
         config_for("gpt2-huge")
 
 
-def test_flops_per_token_worked_by_hand():
+def test_flops_per_token_equals_the_formula_worked_out_by_hand():
     # H=4, Q=2, C=8, L=3, V=11, without biases: wte 88; a block 2 norms of 8, 8*24 + 8*8 + 8*32 + 32*8 = 768 -> 784; ln_f 8
     model = GPT(GPTConfig(block_size=5, vocab_size=11, n_layer=3, n_head=4, n_embd=8, bias=False))
     N = 88 + 3 * 784 + 8
     assert model.num_params() == N + 5 * 8
     assert model.flops_per_token(5) == 6 * N + 12 * 3 * 4 * 2 * 5
-    with torch.device("meta"):  # the figure for GPT-2 124M that one finds everywhere: 0.855 GFLOP a token at T = 1024
+    with torch.device("meta"):  # the commonly cited 0.855 GFLOP per token of GPT-2 124M at T = 1024
         gpt2 = GPT(config_for("gpt2"))
     assert gpt2.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
@@ -227,16 +228,37 @@ def test_flops_per_token_worked_by_hand():
     (dict(n_embd=18, n_head=4), "n_embd=18 is not a multiple of n_head=4"), (dict(n_layer=0), "n_layer=0"),
     (dict(vocab_size=-1), "vocab_size=-1"), (dict(dropout=1.0), "dropout=1.0"),
 ])
-def test_an_impossible_config_is_an_error_that_names_the_field(changes, words):
+def test_an_invalid_config_is_an_error_that_names_the_field(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_config(**changes)
 
 
 # -----------------------------------------------------------------------------
-# weights from and to Hugging Face
+# weights to and from Hugging Face
+
+@pytest.mark.parametrize("name, transposed", [
+    ("transformer.h.0.attn.c_attn.weight", True), ("transformer.h.11.attn.c_proj.weight", True), ("h.0.mlp.c_fc.weight", True),
+    ("h.3.mlp.c_proj.weight", True), ("h.0.attn.c_attn.bias", False), ("transformer.h.0.ln_1.weight", False),
+    ("transformer.wte.weight", False), ("transformer.wpe.weight", False), ("lm_head.weight", False),
+])
+def test_the_matrices_inside_the_blocks_are_stored_transposed(name, transposed):
+    assert is_transposed(name) == transposed
+
+
+def test_from_hf_names_gives_our_names_and_layouts_as_views():
+    hf_state_dict = hf_model(*SHAPES[1]).transformer.state_dict()  # GPT2Model: no prefix, no lm_head
+    hf_state_dict["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()  # a causal mask
+    weights = from_hf_names(hf_state_dict)
+    ours = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=97)).state_dict()
+    assert {name: tensor.shape for name, tensor in weights.items()} == {name: tensor.shape for name, tensor in ours.items()}
+    c_attn = weights["transformer.h.1.attn.c_attn.weight"]
+    assert torch.equal(c_attn.t(), hf_state_dict["h.1.attn.c_attn.weight"])
+    assert c_attn.data_ptr() == hf_state_dict["h.1.attn.c_attn.weight"].data_ptr()
+    assert weights["lm_head.weight"] is weights["transformer.wte.weight"] is hf_state_dict["wte.weight"]
+
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_hf_state_dict_loads_into_hugging_faces_model_and_comes_back_whole(bias):
+def test_hf_state_dict_loads_into_transformers_and_back_unchanged(bias):
     torch.manual_seed(0)
     ours = GPT(tiny_config(vocab_size=64, bias=bias))  # 61 padded to 64
     with torch.no_grad():
@@ -259,7 +281,7 @@ def test_hf_state_dict_loads_into_hugging_faces_model_and_comes_back_whole(bias)
         assert torch.equal(p, want), name
 
 
-def test_old_files_with_masks_and_without_the_transformer_prefix_load():
+def test_a_state_dict_with_causal_masks_and_without_the_transformer_prefix_loads():
     theirs = hf_model(*SHAPES[1])
     state_dict = {name.removeprefix("transformer."): t for name, t in theirs.transformer.state_dict().items()}
     state_dict["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
@@ -270,10 +292,10 @@ def test_old_files_with_masks_and_without_the_transformer_prefix_load():
     assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
 
 
-def test_weights_that_do_not_fit_are_named():
+def test_weights_that_do_not_fit_are_an_error_that_names_them():
     state_dict = hf_model(*SHAPES[1]).state_dict()
     fits = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=97)
-    with pytest.raises(ValueError, match=r"h\.2\.attn.*n_layer=3"):
+    with pytest.raises(ValueError, match=r"h\.2\.attn.*is its n_layer 3\?"):
         GPT(GPTConfig(**{**fits, "n_layer": 3})).load_hf_state_dict(state_dict)
     with pytest.raises(ValueError, match=r"wpe\.weight has shape \(24, 32\), this GPT's has \(20, 32\)"):
         GPT(GPTConfig(**{**fits, "block_size": 20})).load_hf_state_dict(state_dict)
@@ -281,9 +303,9 @@ def test_weights_that_do_not_fit_are_named():
         GPT(GPTConfig(**{**fits, "vocab_size": 90})).load_hf_state_dict(state_dict)
     with pytest.raises(ValueError, match=r"bias.* on one side only"):
         GPT(GPTConfig(**fits, bias=False)).load_hf_state_dict(state_dict)
-    # its own lm_head would be left out in silence
+    # an untied lm_head would be lost silently
     untied = {**state_dict, "lm_head.weight": state_dict["lm_head.weight"] + 1}
-    with pytest.raises(ValueError, match="lm_head"):
+    with pytest.raises(ValueError, match="an untied lm_head"):
         GPT(GPTConfig(**fits)).load_hf_state_dict(untied)
 
 
@@ -292,19 +314,19 @@ def test_weights_that_do_not_fit_are_named():
     ("scale_attn_weights", False), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False),
     ("add_cross_attention", True), ("model_type", "gpt_neo"),
 ])
-def test_from_hf_refuses_what_is_not_gpt2(name, value):
+def test_from_hf_refuses_a_variant_of_gpt2_and_names_its_setting(name, value):
     config = {**GPT2Config(n_embd=32, n_head=4).to_dict(), name: value}
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"not a GPT-2: its config has {name}="):
         GPTConfig.from_hf(config)
 
 
-def test_from_hf_takes_the_object_the_dict_and_an_inner_width_of_4c():
+def test_from_hf_accepts_an_object_a_dict_and_an_inner_width_of_4c():
     config = GPT2Config(n_layer=5, n_head=4, n_embd=32, n_positions=77, vocab_size=99, n_inner=128)
     want = GPTConfig(block_size=77, vocab_size=99, n_layer=5, n_head=4, n_embd=32)
     assert GPTConfig.from_hf(config) == GPTConfig.from_hf(config.to_dict()) == want
 
 
-def test_from_pretrained_reads_a_folder_that_transformers_saved(tmp_path):
+def test_from_pretrained_loads_a_folder_that_transformers_saved(tmp_path):
     theirs = hf_model(*SHAPES[2])
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path))
@@ -312,20 +334,20 @@ def test_from_pretrained_reads_a_folder_that_transformers_saved(tmp_path):
     assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
 
 
-def test_a_damaged_or_incomplete_hugging_face_folder_is_named(tmp_path):
+def test_a_damaged_or_incomplete_hugging_face_folder_is_an_error(tmp_path):
     hf_model(*SHAPES[0]).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is cut short"):
+    contents = weights.read_bytes()
+    weights.write_bytes(contents[:len(contents) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged"):
         GPT.from_pretrained(str(tmp_path))
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="no model.safetensors"):
         GPT.from_pretrained(str(tmp_path))
-    weights.write_bytes(whole)
-    for contents in ("{", json.dumps({"model_type": "gpt2"})):
-        (tmp_path / "config.json").write_text(contents)
-        with pytest.raises(ValueError, match="config.json"):
+    weights.write_bytes(contents)
+    for config in ("{", json.dumps({"model_type": "gpt2"})):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match="is not the config.json of a GPT-2"):
             GPT.from_pretrained(str(tmp_path))
 
 
@@ -337,7 +359,7 @@ def run_python(code, **environment):
 DOWNLOAD = "from runtime import run_main; from model import GPT; run_main(lambda: GPT.from_pretrained('gpt2'))"
 
 
-def test_from_pretrained_when_told_to_stay_offline_is_one_line_that_says_what_to_do(tmp_path):
+def test_from_pretrained_in_offline_mode_is_one_line_that_says_what_to_do(tmp_path):
     done = run_python(DOWNLOAD, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("error: could not get config.json") and done.stderr.count("\n") == 1
@@ -352,17 +374,16 @@ def test_from_pretrained_without_internet_names_the_url_and_what_to_do(tmp_path)
     assert "local folder" in last
 
 
-def test_importing_model_imports_no_transformers_prints_nothing_and_draws_no_random_numbers():
-    done = run_python("import torch; before = torch.get_rng_state(); import sys, model\n"
-                      "assert torch.equal(before, torch.get_rng_state())\n"
-                      "assert not {'transformers', 'huggingface_hub', 'datasets', 'tiktoken'} & set(sys.modules)")
+def test_importing_model_prints_nothing_and_uses_no_random_numbers():
+    done = run_python("import torch; before = torch.get_rng_state(); import model\n"
+                      "assert torch.equal(before, torch.get_rng_state())")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -----------------------------------------------------------------------------
 # optimizers
 
-def test_weights_decay_in_two_dimensions_or_more_and_every_parameter_is_in_one_group():
+def test_tensors_of_two_or_more_dimensions_decay_and_each_parameter_is_in_one_group():
     model = GPT(tiny_config())
     for name in ("adamw", "muon"):
         optimizers = model.configure_optimizers(1e-3, 0.1, optimizer=name)
@@ -374,25 +395,25 @@ def test_weights_decay_in_two_dimensions_or_more_and_every_parameter_is_in_one_g
                 assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
 
 
-def test_fused_adamw_is_asked_for_on_the_cpu():
+def test_adamw_is_fused_on_the_cpu():
     optimizer, = GPT(tiny_config()).configure_optimizers(1e-3, 0.1)
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] is True
     assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["eps"] == 1e-8
 
 
-def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
+def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = GPT(tiny_config())
     muon, adamw = model.configure_optimizers(1e-3, 0.1, optimizer="muon", embd_lr_ratio=0.25)
     names = {id(p): name for name, p in model.named_parameters()}
-    muons = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert muons == {f"transformer.h.{i}.{part}.weight" for i in range(2)
-                     for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    muon_names = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert muon_names == {f"transformer.h.{i}.{part}.weight" for i in range(2)
+                          for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     scales = {names[id(p)]: group["lr_scale"] for group in adamw.param_groups for p in group["params"]}
     assert {name for name, scale in scales.items() if scale == 0.25} == {"transformer.wte.weight", "transformer.wpe.weight"}
     assert set(scales.values()) == {0.25, 1.0}
 
 
-def test_two_steps_of_adamw_are_the_formula_worked_out():
+def test_two_steps_of_adamw_equal_its_formula():
     torch.manual_seed(0)
     model = GPT(tiny_config())
     before = {name: p.detach().clone().double() for name, p in model.named_parameters()}
@@ -415,7 +436,7 @@ def test_two_steps_of_adamw_are_the_formula_worked_out():
         assert (p.double() - want).abs().max() < 2e-5, name
 
 
-def test_one_step_of_muon_moves_every_matrix_and_lowers_the_loss():
+def test_muon_changes_every_parameter_and_lowers_the_loss():
     torch.manual_seed(0)
     model = GPT(tiny_config())
     idx, targets = torch.randint(61, (2, 4, 12))
@@ -433,6 +454,6 @@ def test_one_step_of_muon_moves_every_matrix_and_lowers_the_loss():
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match="sgd.*adamw, muon"):
+def test_an_unknown_optimizer_is_an_error():
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; allowed are adamw, muon"):
         GPT(tiny_config()).configure_optimizers(1e-3, 0.1, optimizer="sgd")

@@ -1,82 +1,84 @@
 """
-Devices, dtypes, generators, how a script ends, and what ranks tell each other: two real gloo processes.
+Device, dtype, random number generators, signals, peak FLOPs, flags, and how a script exits.
 
     .venv/bin/python -m pytest tests/test_runtime.py
 
-Needs nothing but requirements-dev.txt; the GPUs in it are names.
+Needs nothing but requirements-dev.txt; the GPUs in it are only names.
 """
 import contextlib
-import json
 import os
-import socket
+import select
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import runtime
-from runtime import Ranks, autocast, choose_device, choose_dtype, get_rng_state, peak_flops, run_main, seed_all, set_rng_state
+from runtime import (StopSignals, autocast, check_minimums, choose_device, choose_dtype, describe_machine, get_rng_state,
+                     peak_flops, run_main, seed_all, set_rng_state)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def pretend(monkeypatch, cuda=0, mps=False):
-    """Makes torch say that it has so many GPUs, and Apple's or not."""
+def fake_devices(monkeypatch, cuda=0, mps=False):
+    """Makes torch report this many CUDA devices, and whether there is an MPS device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
 # -----------------------------------------------------------------------------
-# devices and dtypes
+# device, dtype, peak FLOPs, random number generators
 
-def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch):
+def test_auto_chooses_cuda_then_mps_then_cpu(monkeypatch):
     for cuda, mps, want in ((1, False, "cuda"), (2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
-        pretend(monkeypatch, cuda, mps)
+        fake_devices(monkeypatch, cuda, mps)
         assert choose_device("auto") == want
 
 
 @pytest.mark.parametrize("device, words", [
-    ("cuda", "machine has cpu"), ("mps", "machine has cpu"), ("tpu", "'tpu' is not here"), ("", "'' is not here"),
+    ("cuda", "'cuda' is not available; this machine has cpu"), ("mps", "this machine has cpu"),
+    ("tpu", "'tpu' is not available"), ("", "'' is not available"),
 ])
-def test_a_device_that_is_not_here_is_an_error_that_lists_what_is(monkeypatch, device, words):
-    pretend(monkeypatch)
+def test_a_device_that_is_not_available_is_an_error_that_lists_those_that_are(monkeypatch, device, words):
+    fake_devices(monkeypatch)
     assert choose_device("cpu") == "cpu"
     with pytest.raises(ValueError, match=words):
         choose_device(device)
 
 
-def test_a_gpu_past_the_last_is_an_error_with_their_number(monkeypatch):
-    pretend(monkeypatch, cuda=2)
+def test_the_index_of_a_missing_gpu_is_an_error_with_the_number_of_gpus(monkeypatch):
+    fake_devices(monkeypatch, cuda=2)
     assert choose_device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="'cuda:2' is not here; this machine has 2 CUDA devices"):
+    with pytest.raises(ValueError, match="'cuda:2' is not available; this machine has 2 CUDA devices"):
         choose_device("cuda:2")
 
 
-def test_an_unknown_dtype_is_an_error_and_a_known_one_is_kept():
+def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones():
     assert choose_dtype("float16", "cpu") == "float16" and choose_dtype("auto", "mps") == "float32"
     assert choose_dtype("auto", "cpu") in ("float32", "bfloat16")
-    with pytest.raises(ValueError, match="unknown dtype 'half'; there are: auto, float32"):
+    with pytest.raises(ValueError, match="unknown dtype 'half'; allowed are auto, float32"):
         choose_dtype("half", "cpu")
 
 
 @pytest.mark.parametrize("bf16, want", [(True, "bfloat16"), (False, "float16")])
-def test_auto_dtype_on_a_gpu_is_what_its_hardware_multiplies(monkeypatch, bf16, want):
+def test_auto_dtype_is_bfloat16_on_a_gpu_that_supports_it_without_emulation(monkeypatch, bf16, want):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     assert choose_dtype("auto", "cuda:0") == want
 
 
-def test_autocast_takes_the_type_of_a_device_with_an_index(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "autocast", lambda **kwargs: asked.append(kwargs) or contextlib.nullcontext())
+def test_autocast_accepts_a_device_with_an_index(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "autocast", lambda **kwargs: calls.append(kwargs) or contextlib.nullcontext())
     with autocast("cuda:3", "bfloat16"), autocast("cuda:3", "float32"):
         pass
-    assert asked == [{"device_type": "cuda", "dtype": torch.bfloat16}]
-    assert Ranks(3, 3, 8, "cuda:3", True).device_type == "cuda"
+    assert calls == [{"device_type": "cuda", "dtype": torch.bfloat16}]
 
 
-def test_autocast_on_the_cpu_changes_matmuls_and_float32_does_not():
+def test_autocast_changes_the_dtype_of_matmuls_unless_it_is_float32():
     a = torch.ones(4, 4)
     with autocast("cpu", "bfloat16"):
         assert (a @ a).dtype == torch.bfloat16
@@ -89,18 +91,18 @@ def test_autocast_on_the_cpu_changes_matmuls_and_float32_does_not():
     ("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA A10G", 70), ("NVIDIA A10", 125),
     ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-16GB", 112), ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165.2),
     ("AMD Instinct MI300X", 1307.4),
-    # not in the table, though a part of the name is: each once had, or could have, another chip's peak
+    # not in the table, although a part of the name is: these chips have other peaks
     ("NVIDIA RTX A4000", None), ("NVIDIA RTX A3000 Laptop GPU", None), ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4080 SUPER", None),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Quadro P2000", None),
 ])
-def test_peak_flops_of_a_name_is_that_chips_or_none(monkeypatch, name, tflops):
+def test_peak_flops_is_that_of_the_exact_chip_or_none(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops("cuda:0", "bfloat16") == (tflops * 1e12 if tflops else None)
     assert peak_flops("cuda:0", "float32") is None and peak_flops("cpu", "bfloat16") is None
 
 
-def test_rng_state_round_trip_repeats_the_draws():
+def test_restoring_the_rng_state_repeats_the_random_numbers():
     seed_all(1)
     torch.rand(3)
     state = get_rng_state("cpu")
@@ -112,32 +114,14 @@ def test_rng_state_round_trip_repeats_the_draws():
     assert not torch.equal(torch.rand(5), first)
 
 
-def test_one_process_is_rank_0_of_1_without_a_group(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    ranks = runtime.setup("cpu")
-    assert ranks == Ranks(0, 0, 1, "cpu", False) and ranks.master_process
-    assert runtime.all_gather("a", ranks) == ["a"] and runtime.all_reduce_sum(torch.tensor(3), ranks) == 3
-    with runtime.rank0_first(ranks):
-        runtime.barrier(ranks)
-    runtime.teardown()
-    assert not torch.distributed.is_initialized()
-
-
-def test_more_processes_than_gpus_is_an_error_with_the_flag_to_change(monkeypatch):
-    pretend(monkeypatch, cuda=2)
-    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="--nproc_per_node=2"):
-        runtime.setup("cuda")
-
-
 # -----------------------------------------------------------------------------
-# how a script ends
+# how a script exits
 
-def end_of(main, capsys):
-    with pytest.raises(SystemExit) as end:
+def exit_of(main, capsys):
+    """(exit status, stderr) of run_main(main)."""
+    with pytest.raises(SystemExit) as e:
         run_main(main)
-    return end.value.code, capsys.readouterr().err
+    return e.value.code, capsys.readouterr().err
 
 
 def raising(error):
@@ -146,15 +130,15 @@ def raising(error):
     return main
 
 
-def test_run_main_makes_users_errors_one_line_and_status_2(capsys):
-    assert end_of(raising(ValueError("T is 5; it must be 1")), capsys) == (2, "error: T is 5; it must be 1\n")
-    status, line = end_of(lambda: open("nowhere.txt"), capsys)
+def test_a_user_error_is_one_line_and_status_2(capsys):
+    assert exit_of(raising(ValueError("T=5: must be 1")), capsys) == (2, "error: T=5: must be 1\n")
+    status, line = exit_of(lambda: open("nowhere.txt"), capsys)
     assert status == 2 and line.startswith("error: ") and "nowhere.txt" in line
-    assert end_of(raising(OSError(28, "No space left on device")), capsys) == (2, "error: [Errno 28] No space left on device\n")
+    assert exit_of(raising(OSError(28, "No space left")), capsys) == (2, "error: [Errno 28] No space left\n")
 
 
-def test_run_main_makes_ctrl_c_status_130_without_a_traceback(capsys):
-    assert end_of(raising(KeyboardInterrupt()), capsys) == (130, "\ninterrupted\n")
+def test_ctrl_c_is_status_130_without_a_traceback(capsys):
+    assert exit_of(raising(KeyboardInterrupt()), capsys) == (130, "\ninterrupted\n")
 
 
 THREADS_IN_CPP = """
@@ -169,7 +153,7 @@ def main():
     for _ in range(8):
         threading.Thread(target=read, daemon=True).start()
     time.sleep(0.2)
-    atexit.register(print, "the tracker's end")
+    atexit.register(print, "atexit")
     if sys.argv[1] == "2":
         raise ValueError("no such thing")
     assert sys.argv[1] == "0", "a bug"
@@ -178,79 +162,74 @@ run_main(main)
 
 
 @pytest.mark.parametrize("status, printed", [(0, ""), (1, "AssertionError: a bug"), (2, "error: no such thing")])
-def test_run_main_under_torchrun_ends_with_its_status_whatever_threads_do(status, printed, tmp_path):
+def test_under_torchrun_a_script_exits_with_its_status_whatever_its_threads_do(status, printed, tmp_path):
     process = subprocess.run([sys.executable, "-c", THREADS_IN_CPP, str(status)], cwd=tmp_path, capture_output=True, text=True,
                              env={**os.environ, "RANK": "0", "PYTHONPATH": ROOT}, timeout=60)
     assert process.returncode == status and printed in process.stderr, process.stderr
-    assert "the tracker's end" in process.stdout
+    assert process.stdout == "atexit\n"
 
 
-def test_run_main_lets_a_bug_keep_its_traceback_and_a_good_end_be_0():
-    with pytest.raises(AssertionError, match="ours"):
-        run_main(raising(AssertionError("ours")))
+def test_a_bug_keeps_its_traceback_and_success_is_status_0():
+    with pytest.raises(AssertionError, match="a bug"):
+        run_main(raising(AssertionError("a bug")))
     assert run_main(lambda: None) is None
 
 
-def test_a_wrong_flag_is_one_line(capsys):
+def test_an_invalid_flag_is_one_line(capsys):
     parser = runtime.ArgumentParser(prog="x.py", allow_abbrev=False)
     parser.add_argument("--steps", type=int, choices=(1, 2))
     for arguments, words in ((["--step", "1"], "unrecognized arguments: --step 1"), (["--steps", "3"], "invalid choice: 3"),
                              (["--steps"], "expected one argument")):
-        status, line = end_of(lambda arguments=arguments: parser.parse_args(arguments), capsys)
+        status, line = exit_of(lambda arguments=arguments: parser.parse_args(arguments), capsys)
         assert status == 2 and words in line and line.startswith("error: ") and line.count("\n") == 1
 
 
-def test_print0_speaks_on_rank_0_alone(capsys, monkeypatch):
+def test_print0_prints_only_on_rank_0(capsys, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         runtime.print0("rank", rank)
     assert capsys.readouterr().out == "rank 0\n"
 
 
-def test_config_json_says_what_ran_and_on_what(tmp_path):
-    path = tmp_path / "config.json"
-    runtime.write_run_description(str(path), {"lr": 0.1}, Ranks(0, 0, 2, "cpu", True), "bfloat16")
-    description = json.loads(path.read_text())
-    assert description["config"] == {"lr": 0.1} and description["command"] == sys.argv
-    assert (description["world_size"], description["dtype"], description["torch"]) == (2, "bfloat16", torch.__version__)
-    assert os.listdir(tmp_path) == ["config.json"]
+@pytest.mark.parametrize("value, printed", [(-1, "-1"), (0.5, "0.5"), (float("nan"), "nan"), (float("-inf"), "-inf")])
+def test_a_flag_below_its_minimum_is_an_error_that_names_it(value, printed):
+    check_minimums({"steps": 1, "min_lr": 0.0, "seed": -3, "limit": None}, steps=1, min_lr=0, limit=1)
+    with pytest.raises(ValueError, match=f"^--top-k {printed}: must be 1 or more$"):
+        check_minimums({"steps": 1, "top_k": value}, steps=1, top_k=1)
 
 
 # -----------------------------------------------------------------------------
-# two processes
+# signals
 
-TWO_RANKS = """
-import os, sys, time, torch, runtime
-ranks = runtime.setup("cpu")
-file = sys.argv[1]
-with runtime.rank0_first(ranks):
-    if ranks.master_process:
-        time.sleep(0.5)  # a rank that did not wait would be here first
-        open(file, "w").close()
-    found = os.path.exists(file)
-total = runtime.all_reduce_sum(torch.tensor([1.0 + ranks.rank, 10.0], dtype=torch.float64), ranks)
-values = runtime.all_gather({"rank": ranks.rank, "state": torch.tensor([ranks.rank])}, ranks)
-runtime.barrier(ranks)
-runtime.print0("said once")
-print(ranks.rank, ranks.world_size, ranks.ddp, ranks.master_process, found, total.tolist(),
-      [(v["rank"], v["state"].item()) for v in values], flush=True)
-runtime.teardown()
-assert not torch.distributed.is_initialized()
-"""
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+@pytest.mark.parametrize("first, second", [("SIGTERM", "SIGUSR1"), ("SIGUSR1", "SIGINT"), ("SIGINT", "SIGTERM")])
+def test_signals_only_note_the_first_stop_request(first, second, capsys):
+    handlers = [signal.getsignal(getattr(signal, name)) for name in StopSignals.STATUS]
+    with StopSignals() as signals:
+        assert StopSignals.received is None
+        for name in (first, second):
+            os.kill(os.getpid(), getattr(signal, name))
+            deadline = time.monotonic() + 30
+            while StopSignals.received is None or select.select([signals.reader], [], [], 0)[0]:  # the thread has read it
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert StopSignals.received == first
+        assert capsys.readouterr().out == (f"{first}: stop requested; finishing the step, then saving"
+                                           + "; Ctrl-C again stops at once" * (first == "SIGINT") + "\n")
+    assert StopSignals.received is None
+    assert [signal.getsignal(getattr(signal, name)) for name in StopSignals.STATUS] == handlers
 
 
-def test_two_ranks_add_gather_and_let_rank_0_go_first(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(tmp_path / "made")], cwd=ROOT, env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    shared = "[3.0, 20.0] [(0, 0), (1, 1)]\n"
-    assert outputs[0][0] == "said once\n0 2 True True True " + shared
-    assert outputs[1][0] == "1 2 True False True " + shared
+# -----------------------------------------------------------------------------
+# what a result was measured with
+
+def test_describe_machine_works_without_git_and_outside_of_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without_git = describe_machine("cpu")
+    (tmp_path / "git").write_text("#!/bin/sh\nexit 128\n")  # what git does outside of a repository
+    os.chmod(tmp_path / "git", 0o755)
+    outside = describe_machine("cpu")
+    (tmp_path / "git").write_text("#!/bin/sh\necho 0123abc\n")
+    inside = describe_machine("cpu")
+    assert without_git == outside == {**inside, "commit": None} and inside["commit"] == "0123abc"
+    assert inside["torch"] == torch.__version__ and inside["python"] == sys.version.split()[0] and inside["device"]

@@ -1,11 +1,12 @@
 """
-Sampling: one token and the limits of its arguments, texts and streams of them, the command line on a checkpoint of nothing.
-What concerns the cache is in test_kv_cache.py.
+Sampling of one token; generation with the KV cache against plain forward passes over the whole context and against
+transformers' generate; texts and streams of them; the command on a checkpoint of random weights.
 
     .venv/bin/python -m pytest tests/test_sample.py
 
-Needs nothing but requirements-dev.txt.
+Needs transformers (requirements-dev.txt).
 """
+import copy
 import functools
 import io
 import os
@@ -15,20 +16,25 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 import checkpoint
 import sample
 from data import EOT, NUM_TOKENS, get_tokenizer
 from model import GPT, GPTConfig
-from sample import encode_prompt, generate_text, sample_next_token, stream_text
+from runtime import autocast
+from sample import (can_pack, context_start, encode_prompt, generate, generate_text, prepare_for_sampling, sample_next_token,
+                    stream, stream_text)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def make_model(vocab_size=NUM_TOKENS, std=0.5):
-    """A tiny model over GPT-2's vocabulary; the larger std, the more certain of its next token."""
+def make_model(vocab_size=NUM_TOKENS, std=0.3, **changes):
+    """A small model whose logits differ by far more than rounding errors."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=vocab_size)).eval()
+    config = GPTConfig(**{**dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=vocab_size), **changes})
+    model = GPT(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=std)
@@ -39,39 +45,55 @@ def generator(seed=42):
     return torch.Generator().manual_seed(seed)
 
 
+def random_rows(lengths, vocab_size=211):
+    """Lists of random token ids, of these lengths."""
+    rng = generator(1)
+    return [torch.randint(vocab_size, (T,), generator=rng).tolist() for T in lengths]
+
+
 # -----------------------------------------------------------------------------
 # one token
 
-def test_draws_have_the_probabilities_of_the_softmax_at_the_temperature():
+def test_tokens_are_sampled_with_the_probabilities_of_the_softmax_at_the_temperature():
     logits, temperature = torch.tensor([1.0, 2.0, 0.5, -1.0]), 0.7
-    drawn = sample_next_token(logits.repeat(20000, 1), generator(), temperature, top_k=0).flatten()
-    shares = torch.bincount(drawn, minlength=4) / 20000
-    assert torch.allclose(shares, torch.softmax(logits / temperature, dim=0), atol=0.015)  # over four standard errors
+    sampled = sample_next_token(logits.repeat(20000, 1), generator(), temperature, top_k=0).flatten()
+    frequencies = torch.bincount(sampled, minlength=4) / 20000
+    assert torch.allclose(frequencies, torch.softmax(logits / temperature, dim=0), atol=0.015)  # over four standard errors
 
 
-def test_top_k_keeps_the_k_likeliest():
+def test_top_k_keeps_the_k_most_likely_tokens():
     logits = torch.randn(1, 100, generator=generator(1))
-    likeliest = set(logits.topk(5).indices[0].tolist())
-    drawn = set(sample_next_token(logits.repeat(2000, 1), generator(), 5.0, top_k=5).flatten().tolist())
-    assert drawn == likeliest
+    sampled = sample_next_token(logits.repeat(2000, 1), generator(), 5.0, top_k=5)
+    assert set(sampled.flatten().tolist()) == set(logits.topk(5).indices[0].tolist())
 
 
 @pytest.mark.parametrize("top_k", [0, 100, 101, 10**9])
-def test_top_k_of_zero_or_of_all_tokens_or_more_keeps_them_all(top_k):
+def test_top_k_of_zero_or_at_least_the_vocabulary_keeps_all_tokens(top_k):
     logits = torch.zeros(3000, 100)
     assert sample_next_token(logits, generator(), top_k=top_k).unique().numel() == 100
 
 
-def test_ids_of_the_padding_are_never_drawn():
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(top_p, top_k):
+    logits = torch.randn(1, 60, generator=generator(3)) * 2
+    kept = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    probs = TopPLogitsWarper(top_p)(None, kept).softmax(dim=-1)[0]
+    sampled = sample_next_token(logits.repeat(60000, 1), generator(0), 1.0, top_k, top_p).flatten()
+    frequencies = torch.bincount(sampled, minlength=60) / 60000
+    assert torch.allclose(frequencies, probs, atol=0.01) and (frequencies[probs == 0] == 0).all()
+
+
+def test_ids_of_the_padded_vocabulary_are_never_sampled():
     logits = torch.zeros(50, 50304)
-    logits[:, NUM_TOKENS:] = 100.0  # certain, if they were let in
+    logits[:, NUM_TOKENS:] = 100.0  # near certain, if they were not excluded
     for temperature, top_k in ((0, 50), (1.0, 50), (1.0, 0), (10.0, 50304)):
         assert sample_next_token(logits, generator(), temperature, top_k).max() < NUM_TOKENS
     logits[:, NUM_TOKENS - 1] = 50.0
-    assert (sample_next_token(logits, generator()) == NUM_TOKENS - 1).all()  # the last real id can be drawn
+    assert (sample_next_token(logits, generator()) == NUM_TOKENS - 1).all()  # the last real id can be sampled
 
 
-def test_temperature_zero_takes_the_likeliest_and_draws_nothing():
+def test_temperature_zero_is_argmax_and_uses_no_random_numbers():
     logits = torch.randn(8, 1000, generator=generator(1))
     rng = generator()
     before = rng.get_state()
@@ -79,17 +101,248 @@ def test_temperature_zero_takes_the_likeliest_and_draws_nothing():
     assert torch.equal(rng.get_state(), before)
 
 
-def test_the_logits_handed_in_stay_as_they_were():
+def test_sampling_does_not_modify_the_logits():
     logits = torch.randn(2, 1000, generator=generator(1))
-    copy = logits.clone()
-    sample_next_token(logits, generator(), 0.5, 3)
-    assert torch.equal(logits, copy)
+    clone = logits.clone()
+    sample_next_token(logits, generator(), 0.5, 3, 0.5)
+    assert torch.equal(logits, clone)
+
+
+# -----------------------------------------------------------------------------
+# the KV cache: logits
+
+@torch.no_grad()
+def cached_logits(model, idx, lengths):
+    """[(positions (B), logits (B, V)), ...] with the cache: row b's prompt is its first lengths[b] tokens."""
+    B, T = idx.size()
+    cache = model.make_cache(B, T)
+    last = torch.tensor(lengths) - 1
+    longest = max(lengths)
+    x = model.hidden(idx[:, :longest], torch.arange(longest), None, cache)[torch.arange(B), last]
+    steps = [(last, model.lm_head(x))]
+    while (last := last + 1).max() < T:
+        mask = torch.arange(int(last.max()) + 1) <= last[:, None]
+        x = model.hidden(idx[torch.arange(B), last][:, None], last[:, None], mask[:, None, None, :], cache)
+        steps.append((last, model.lm_head(x[:, -1])))
+    return steps
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 20, 7]], ids=["equal", "mixed"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cached_logits_equal_those_of_a_forward_pass_over_the_whole_context(lengths, bias):
+    model = make_model(211, bias=bias)
+    idx = torch.tensor(random_rows([32, 32, 32]))
+    uncached = model(idx, idx)[0]
+    steps = cached_logits(model, idx, lengths)
+    assert len(steps) == 32 - max(lengths) + 1
+    for last, logits in steps:
+        assert torch.allclose(logits, uncached[torch.arange(3), last], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_cached_logits_of_a_124m_model_equal_the_uncached_ones_over_1024_tokens():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=12)).eval()
+    idx = torch.tensor(random_rows([1024, 1024], NUM_TOKENS))
+    with torch.no_grad():
+        uncached = model.lm_head(model.hidden(idx, torch.arange(1024)))
+    for last, logits in cached_logits(model, idx, [1000, 900]):
+        assert torch.allclose(logits, uncached[torch.arange(2), last], atol=1e-4, rtol=0)
+
+
+def test_a_prompt_does_not_attend_to_the_previous_contents_of_the_cache():
+    model = make_model(211)
+    idx = torch.tensor(random_rows([9, 9]))
+    with torch.no_grad():
+        uncached = model.hidden(idx, torch.arange(9))
+        cache = model.make_cache(2, 32).fill_(float("nan"))
+        assert torch.allclose(model.hidden(idx, torch.arange(9), None, cache), uncached, atol=1e-6)
+    assert cache[:, :, :, :, :9].isfinite().all() and cache[:, :, :, :, 9:].isnan().all()
+
+
+def test_the_cache_has_the_dtype_of_attention():
+    model = make_model(211)
+    assert model.make_cache(1, 4).dtype == torch.float32
+    with autocast("cpu", "bfloat16"):
+        assert model.make_cache(1, 4).dtype == torch.bfloat16
+        assert len(greedy(model, random_rows([3]), 5)[0]) == 5
+    assert make_model(211, n_head=4).make_cache(3, 7).shape == (2, 2, 3, 4, 7, 4)
+
+
+# -----------------------------------------------------------------------------
+# the KV cache: tokens
+
+@torch.no_grad()
+def uncached_generate(model, row, max_new_tokens):
+    """The tokens that greedy decoding appends to one row: a forward pass over the whole context for each."""
+    row = list(row[-model.config.block_size:])
+    new = []
+    for _ in range(max_new_tokens):
+        context = torch.tensor([row[context_start(len(row), model.config.block_size):]])
+        logits = model(context, context)[0][0, -1]
+        new.append(logits[:NUM_TOKENS].argmax().item())
+        row.append(new[-1])
+    return new
+
+
+def greedy(model, rows, max_new_tokens):
+    """The tokens that greedy decoding with the cache appends to each row, a list of lists."""
+    return torch.stack(list(stream(model, rows, max_new_tokens, temperature=0)), dim=1).tolist()
+
+
+@pytest.mark.parametrize("lengths", [[4], [6, 6, 6], [1, 13, 5, 24]], ids=["one", "equal", "mixed"])
+def test_greedy_tokens_equal_those_of_transformers(lengths):
+    model, rows = make_model(211), random_rows(lengths)
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=211, bos_token_id=None,
+                                    eos_token_id=None)).eval()
+    hf.load_state_dict(model.hf_state_dict(), strict=False)
+    new = 32 - max(lengths)
+    padded = torch.tensor([[0] * (max(lengths) - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (max(lengths) - len(row)) + [1] * len(row) for row in rows])
+    theirs = hf.generate(padded, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    assert greedy(model, rows, new) == theirs[:, max(lengths):].tolist()
+
+
+def test_a_row_does_not_depend_on_the_other_rows():
+    model, rows = make_model(211), random_rows([1, 30, 11])
+    together = greedy(model, rows, 60)
+    assert together == [greedy(model, [row], 60)[0] for row in rows]
+
+
+def test_a_full_context_drops_its_older_half(monkeypatch):
+    model, rows = make_model(211, block_size=16), random_rows([3, 16, 11])
+    expected = [uncached_generate(model, row, 50) for row in rows]
+    widths, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *args: widths.append(idx.size(1)) or hidden(idx, *args))
+    assert greedy(model, rows, 50) == expected
+    assert greedy(model, rows[1:2], 50) == expected[1:2]
+    # the prompt of 16 tokens; then 8 + 1 each time that 16 are exceeded, which is every 8 tokens; otherwise one token
+    assert [w for w in widths[50:] if w > 1] == [16] + [9] * 7 and len(widths) == 100
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5])
+def test_a_small_or_odd_block_size_works(block_size):
+    model, rows = make_model(211, block_size=block_size), random_rows([1, 4])
+    assert greedy(model, rows, 12) == [uncached_generate(model, row, 12) for row in rows]
+
+
+def test_the_context_starts_at_a_multiple_of_half_a_block_and_fits_the_block():
+    assert [context_start(T, 1024) for T in (1, 1024, 1025, 1536, 1537, 2048, 2049)] == [0, 0, 512, 512, 1024, 1024, 1536]
+    for block_size in (1, 2, 7, 8):
+        for T in range(1, 40):
+            context = T - context_start(T, block_size)
+            assert 1 <= context <= block_size and (T <= block_size or context > block_size // 2 - 1)
+
+
+def test_a_prompt_longer_than_the_block_is_cut_to_its_end(monkeypatch):
+    model, seen = make_model(211, block_size=16), []
+    row, = random_rows([45])
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *args: seen.append(idx.tolist()) or hidden(idx, *args))
+    assert greedy(model, [row], 5) == [uncached_generate(model, row[-16:], 5)]
+    assert seen[0] == [row[-16:]]
+
+
+def test_with_the_same_generator_the_tokens_equal_those_of_the_lecture():
+    model = make_model()
+    x = torch.tensor(random_rows([4, 4, 4], NUM_TOKENS))
+    ours = generate(model, x, 28, generator(), top_k=50)
+    sample_rng = generator()
+    with torch.no_grad():
+        while x.size(1) < 32:
+            logits = model(x, x)[0][:, -1, :]
+            probs = F.softmax(logits, dim=-1)
+            topk_probs, topk_indices = torch.topk(probs, 50, dim=-1)
+            ix = torch.multinomial(topk_probs, 1, generator=sample_rng)
+            x = torch.cat((x, torch.gather(topk_indices, -1, ix)), dim=1)
+    assert EOT not in x.flatten().tolist() and ours.tolist() == x.tolist()
+
+
+# -----------------------------------------------------------------------------
+# the end of a row
+
+def script_tokens(monkeypatch, *steps):
+    """Makes sample_next_token return these columns of tokens, one per call."""
+    script = iter(steps)
+    monkeypatch.setattr(sample, "sample_next_token", lambda *args: torch.tensor(next(script))[:, None])
+
+
+def test_a_row_stays_ended_and_generation_stops_when_all_rows_have_ended(monkeypatch):
+    model = make_model()
+    script_tokens(monkeypatch, [7, EOT], [8, 9], [EOT, 9])  # a fourth call would raise StopIteration
+    out = generate(model, torch.tensor([[1], [2]]), 10)
+    assert out.tolist() == [[1, 7, 8, EOT], [2, EOT, EOT, EOT]]
+
+
+def test_endoftext_in_the_prompt_does_not_end_the_row(monkeypatch):
+    script_tokens(monkeypatch, [3], [4])
+    assert [t.tolist() for t in stream(make_model(), [[EOT]], 2)] == [[3], [4]]
+
+
+def test_an_empty_row_is_an_error():
+    with pytest.raises(ValueError, match="a prompt is empty; to start a document use"):
+        next(stream(make_model(211), [[1], []], 3))
+
+
+def test_tokens_are_computed_only_when_they_are_requested(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "sample_next_token", lambda logits, *args: calls.append(1) or logits[:, :1].long() * 0)
+    steps = stream(make_model(211), [[1], [2]], 5)
+    assert calls == []
+    assert next(steps).tolist() == [0, 0] and len(calls) == 1
+    assert len(list(steps)) == 4 and len(calls) == 5
+
+
+def test_generation_computes_no_gradients_and_leaves_them_enabled_for_its_caller():
+    steps = stream(make_model(211), [[1]], 3)
+    assert not next(steps).requires_grad and torch.is_grad_enabled()
+
+
+# -----------------------------------------------------------------------------
+# packed weights, torch.compile
+
+@pytest.mark.skipif(not can_pack("cpu", "float32"), reason="oneDNN packs weights only on x86")
+def test_packed_float32_weights_give_the_same_logits():
+    model, idx = make_model(50304), torch.tensor(random_rows([12, 12, 12], NUM_TOKENS))
+    packed = prepare_for_sampling(copy.deepcopy(model), "float32", num_samples=3)
+    assert not [m for m in packed.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        for (_, ours), (_, theirs) in zip(cached_logits(packed, idx, [3, 9, 1]), cached_logits(model, idx, [3, 9, 1])):
+            assert ours.size(1) == NUM_TOKENS
+            assert torch.allclose(ours, theirs[:, :NUM_TOKENS], atol=1e-4, rtol=0)
+    assert greedy(packed, idx.tolist(), 30) == greedy(model, idx.tolist(), 30)
+
+
+@pytest.mark.skipif(not can_pack("cpu", "bfloat16"), reason="oneDNN does not support bfloat16 on this CPU")
+def test_packed_bfloat16_weights_give_the_float32_logits_up_to_rounding():
+    model, idx = make_model(211), torch.tensor(random_rows([12, 12]))
+    float32 = model(idx, idx)[0]
+    packed = prepare_for_sampling(copy.deepcopy(model), "bfloat16", num_samples=2)
+    for last, logits in cached_logits(packed, idx, [4, 2]):
+        expected = float32[torch.arange(2), last]
+        assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_prepared_model_has_the_dtype_and_generates(dtype):
+    model = prepare_for_sampling(make_model(50304), dtype)
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
+    assert len(greedy(model, [[1, 2, 3]], 40)[0]) == 40
+
+
+@pytest.mark.slow
+def test_a_compiled_model_generates_the_same_tokens_with_few_graphs():
+    model, rows = prepare_for_sampling(make_model(211), "float32", 3, compiled=True), random_rows([3, 9, 1])
+    compiled = torch.compile(model.hidden, dynamic=True)
+    tokens = torch.stack(list(stream(model, rows, 60, temperature=0, hidden=compiled)), dim=1).tolist()
+    assert tokens == greedy(model, rows, 60)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 # -----------------------------------------------------------------------------
 # texts
 
-def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
+def test_the_same_seed_gives_the_same_texts_and_another_seed_different_ones():
     model = make_model()
     first, again, other = (generate_text(model, "Hello", 3, 10, seed) for seed in (1, 1, 2))
     assert first == again != other and len(set(first)) == 3
@@ -98,48 +351,47 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_others():
 
 def test_endoftext_ends_a_text(monkeypatch):
     tokens = get_tokenizer().encode_ordinary(" one two three")
-    script = iter([tokens[0], tokens[1], EOT, tokens[2]])
-    monkeypatch.setattr(sample, "sample_next_token", lambda *args: torch.tensor([[next(script)]]))
+    script_tokens(monkeypatch, [tokens[0]], [tokens[1]], [EOT], [tokens[2]])
     assert generate_text(make_model(), "Zero", 1, 4, seed=0) == ["Zero one two"]
 
 
-def test_an_empty_prompt_begins_a_document():
+def test_an_empty_prompt_starts_a_document():
     assert encode_prompt("") == [EOT] and encode_prompt("Once") == get_tokenizer().encode_ordinary("Once")
-    assert encode_prompt("<|endoftext|>") != [EOT]  # as text it is only text
+    assert encode_prompt("<|endoftext|>") != [EOT]  # in a prompt it is ordinary text
     assert generate_text(make_model(), "", 1, 4, seed=0)[0]
 
 
 HARD = "naïve café, 日本語のテキスト, \U0001f469\u200d\U0001f680 \U0001f1ec\U0001f1f7, ٣٤, \t\n\n   x"
 
 
-def test_a_stream_holds_whole_characters_only_and_adds_up_to_the_text():
+def test_a_stream_yields_complete_characters_that_concatenate_to_the_text():
     tokens = get_tokenizer().encode_ordinary(HARD)
     pieces = list(stream_text(tokens))
     assert "".join(pieces) == HARD and "\ufffd" not in "".join(pieces)
-    assert "" in pieces[:-1]  # some tokens end within a character: then it waits for the next one
+    assert "" in pieces[:-1]  # a token that ends within a character yields no text until the next one
 
 
-def test_bytes_that_are_no_character_come_out_as_the_tokenizer_has_them():
+def test_invalid_utf8_is_decoded_as_by_the_tokenizer():
     tokens = get_tokenizer().encode_ordinary("日本 😀 a")
     for cut in (tokens[1:], tokens[:-3], tokens[::-1], tokens[2:4] + [EOT] + tokens):
         text = get_tokenizer().decode(cut[:cut.index(EOT)] if EOT in cut else cut)
         assert "".join(stream_text(cut)) == text
 
 
-def test_a_stream_reads_no_token_before_it_is_asked_for_and_none_past_endoftext():
+def test_a_text_stream_reads_each_token_only_when_requested_and_none_after_endoftext():
     script = iter([*get_tokenizer().encode_ordinary(" one two"), EOT, 1, 2])
     texts = stream_text(script)
     assert next(texts) == " one" and next(texts) == " two"
     assert list(texts) == [""] and list(script) == [1, 2]
 
 
-def test_a_padded_model_speaks_without_an_error():
+def test_a_model_with_a_padded_vocabulary_generates_text():
     text, = generate_text(make_model(50304, std=2.0), "Hello", 1, 100, seed=0, temperature=2.0, top_k=0)
     assert text.startswith("Hello")
 
 
 # -----------------------------------------------------------------------------
-# the command line
+# the command
 
 def run_sample(capsys, monkeypatch, *arguments):
     """(exit status, stdout, stderr) of `python sample.py arguments`, in this process."""
@@ -154,8 +406,8 @@ def run_sample(capsys, monkeypatch, *arguments):
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "keep_freed_memory", lambda: None)  # it is for the whole process: not for pytest's
-    checkpoint.save(str(tmp_path), 7, checkpoint.contents_of(make_model(), 3.25), {})
+    monkeypatch.setattr(sample, "keep_freed_memory", lambda: None)  # it would change all of pytest's process
+    checkpoint.save(str(tmp_path), 7, checkpoint.model_contents(make_model(), 3.25), {})
     return tmp_path
 
 
@@ -163,7 +415,7 @@ PLAIN = "--dtype float32 --device cpu --temperature 0".split()
 
 
 def start(run_dir, *arguments, **options):
-    """`python sample.py run_dir arguments` as a process of its own, greedy, its three streams piped as bytes."""
+    """`python sample.py run_dir arguments` in a process of its own: greedy, with its standard streams piped as bytes."""
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), str(run_dir), *PLAIN, *map(str, arguments)],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=run_dir, **options)
 
@@ -173,54 +425,77 @@ def greedy_text(prompt, max_new_tokens):
 
 
 @pytest.mark.slow
-def test_compile_changes_no_greedy_text(run_dir):
+def test_compile_does_not_change_greedy_text(run_dir):
     process = start(run_dir, "--compile", "--prompt", "Hello", "--num-samples", 1, "--max-new-tokens", 40)
     out, error = process.communicate(timeout=400)
     assert process.returncode == 0 and greedy_text("Hello", 40) in out.decode(), error.decode()
 
 
-def test_the_command_line_prints_what_was_asked_for(run_dir, capsys, monkeypatch):
+def test_the_command_prints_the_samples_to_stdout_and_the_checkpoint_to_stderr(run_dir, capsys, monkeypatch):
     status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "To be", "--num-samples", 2,
                                         "--max-new-tokens", 20)
-    assert status == 0 and stderr == f"{run_dir / 'model_00007.pt'}: step 7, val loss 3.25\n"  # stdout is text alone
+    assert status == 0 and stderr == f"{run_dir / 'model_00007.pt'}: step 7, val loss 3.25\n"
     before, *samples = stdout.split("--- sample ")
     assert before == "" and len(samples) == 2
     assert all(text.split("\n", 1)[1] == greedy_text("To be", 20) + "\n" for text in samples)
 
 
-def test_a_stream_prints_the_same_text(run_dir, capsys, monkeypatch):
+def test_stream_prints_the_same_text(run_dir, capsys, monkeypatch):
     flags = [*PLAIN, "--prompt", "To be", "--num-samples", 2, "--max-new-tokens", 20]
     assert run_sample(capsys, monkeypatch, run_dir, *flags) == run_sample(capsys, monkeypatch, run_dir, *flags, "--stream")
 
 
-def test_a_prompt_from_a_pipe_and_from_a_file_is_that_of_the_flag(run_dir, capsys, monkeypatch):
-    flags = ["--num-samples", 1, "--max-new-tokens", 5]
-    process = start(run_dir, "-", *flags)
-    piped, stderr = process.communicate("Wörld\n".encode(), timeout=120)
-    assert process.returncode == 0, stderr
-    assert piped.decode().split("\n", 1)[1] == greedy_text("Wörld", 5) + "\n"
-    (run_dir / "prompt.txt").write_bytes("Wörld\r\n".encode())
-    _, filed, _ = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt-file", run_dir / "prompt.txt", *flags)
-    assert filed == piped.decode()
-    (run_dir / "prompt.txt").write_bytes(b"W\xf6rld")
-    status, _, stderr = run_sample(capsys, monkeypatch, run_dir, "--prompt-file", run_dir / "prompt.txt")
-    assert status == 2 and "prompt.txt is not UTF-8 at byte 2" in stderr and stderr.count("\n") == 1
+def set_stdin(monkeypatch, contents):
+    """Makes sys.stdin a pipe with these bytes."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(contents), "ascii"))
 
 
-def test_the_interactive_prompt_answers_each_line_and_goes_on_after_a_bad_one(run_dir, capsys, monkeypatch):
+@pytest.mark.parametrize("line_break", ["", "\n", "\r\n"])
+def test_a_prompt_from_stdin_equals_that_of_the_flag(run_dir, capsys, monkeypatch, line_break):
+    set_stdin(monkeypatch, ("Wörld" + line_break).encode())
+    flags = [*PLAIN, "--num-samples", 1, "--max-new-tokens", 5]
+    piped = run_sample(capsys, monkeypatch, run_dir, *flags, "-")
+    assert piped[0] == 0 and piped[1].split("\n", 1)[1] == greedy_text("Wörld", 5) + "\n"
+    assert piped == run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt", "Wörld")
+
+
+@pytest.mark.parametrize("line_break", ["", "\n", "\r\n"])
+def test_a_prompt_from_a_file_equals_that_of_the_flag(line_break, run_dir, tmp_path, capsys, monkeypatch):
+    path, flags = tmp_path / "prompt.txt", [*PLAIN, "--num-samples", 1, "--max-new-tokens", 5]
+    path.write_bytes(("Wörld" + line_break).encode())
+    filed = run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt-file", path)
+    assert filed == run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt", "Wörld")
+    path.write_bytes(b"W\xf6rld")
+    status, _, stderr = run_sample(capsys, monkeypatch, run_dir, *flags, "--prompt-file", path)
+    assert status == 2 and f"{path} is not valid UTF-8 at byte 2" in stderr and stderr.count("\n") == 1
+
+
+def test_a_prompt_from_stdin_must_be_utf8(run_dir, capsys, monkeypatch):
+    set_stdin(monkeypatch, b"W\xf6rld")
+    status, _, stderr = run_sample(capsys, monkeypatch, run_dir, "-")
+    assert status == 2 and stderr.startswith("error: stdin is not valid UTF-8 at byte 2") and stderr.count("\n") == 1
+
+
+def test_a_prompt_is_read_from_a_pipe(run_dir):
+    process = start(run_dir, "-", "--num-samples", 1, "--max-new-tokens", 5)
+    stdout, stderr = process.communicate("Wörld\n".encode(), timeout=120)
+    assert process.returncode == 0 and stdout.decode().split("\n", 1)[1] == greedy_text("Wörld", 5) + "\n", stderr
+
+
+def test_interactive_answers_each_line_and_continues_after_an_invalid_one(run_dir, capsys, monkeypatch):
     long = "Or not " * 20
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n\xff\n" + long.encode() + b"\n\n"), "utf-8"))
     status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--interactive", "--max-new-tokens", 5)
     answers = [greedy_text(prompt, 5).removeprefix(prompt) for prompt in ("To be", long, "")]
     assert status == 0 and stdout == f"> {answers[0]}\n> > {answers[1]}\n> {answers[2]}\n> \n"
-    assert "error: the prompt is not UTF-8 at character 1" in stderr
-    assert "the prompt has 41 tokens; the model reads the last 16" in stderr
+    assert "error: the prompt is not valid UTF-8 at character 1" in stderr
+    assert "the prompt has 41 tokens; only the last 32 are used" in stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_prompt_that_follows(run_dir):
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9, preexec_fn=heed)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(run_dir):
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
+    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9, preexec_fn=default)
     try:
         process.stdin.write(b"To be\n")
         process.stdin.flush()
@@ -232,24 +507,26 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_prompt_that_follows(run_di
     assert process.returncode == 0 and stdout.endswith(b"\n> \n") and b"Traceback" not in stderr
 
 
-def test_a_prompt_over_the_context_is_said_to_be_cut(run_dir, capsys, monkeypatch):
-    status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "word " * 30, "--num-samples", 1)
-    assert status == 0 and "the prompt has 31 tokens; the model reads the last 16" in stderr
-    assert stdout.split("\n", 1)[1].startswith("word " * 30)  # printed whole
+def test_a_prompt_longer_than_the_context_is_reported_and_printed_whole(run_dir, capsys, monkeypatch):
+    status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "word " * 40, "--num-samples", 1)
+    assert status == 0 and "the prompt has 41 tokens; only the last 32 are used" in stderr
+    assert stdout.split("\n", 1)[1].startswith("word " * 40)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--num-samples", "0"], "--num-samples 0: it must be 1 or more"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
-    (["--temperature", "-1"], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--top-k", "-1"], "--top-k -1"), (["--top-p", "0"], "--top-p 0.0: it must be more than 0 and at most 1"),
+    (["--num-samples", "0"], "--num-samples 0: must be 1 or more"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
+    (["--temperature", "-1"], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan: must be 0 or more"),
+    (["--top-k", "-1"], "--top-k -1"), (["--top-p", "0"], "--top-p 0.0: must be more than 0 and at most 1"),
     (["--top-p", "1.5"], "--top-p 1.5"), (["--top-p", "nan"], "--top-p nan"),
-    (["--prompt", "a\udcff"], "not UTF-8 at character 2"), (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-    (["--prompt", "a", "--prompt-file", "b"], "give one of"), (["-", "--interactive"], "give one of"), (["x"], "only -"),
+    (["--prompt", "a\udcff"], "not valid UTF-8 at character 2"), (["--prompt", "a", "-"], "give only one of"),
+    (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    (["--prompt", "a", "--prompt-file", "b"], "give only one of"),
+    (["-", "--interactive"], "give only one of"), (["x"], "invalid choice: 'x'"),
     (["--top-k", "many"], "invalid int value: 'many'"), (["--tokens", "5"], "unrecognized arguments: --tokens 5"),
-    (["--max-new", "5"], "unrecognized arguments: --max-new 5"), (["--device", "tpu"], "'tpu' is not here"),
+    (["--max-new", "5"], "unrecognized arguments: --max-new 5"), (["--device", "tpu"], "'tpu' is not available"),
     (["--dtype", "int8"], "unknown dtype 'int8'"),
 ])
-def test_a_wrong_flag_is_one_line_and_status_2(run_dir, capsys, monkeypatch, arguments, words):
+def test_an_invalid_flag_is_one_line_and_status_2(run_dir, capsys, monkeypatch, arguments, words):
     status, _, stderr = run_sample(capsys, monkeypatch, run_dir, *arguments)
     assert status == 2 and stderr.startswith("error: ") and words in stderr and stderr.count("\n") == 1
 

@@ -1,0 +1,51 @@
+"""How long a save delays training, beside a synchronous save of the same checkpoint, and how long loading takes."""
+import os
+import tempfile
+import time
+
+import checkpoint
+import parallel
+import runtime
+from bench.measure import in_fresh_process, print_table, timed
+from bench.train import Variant, build_step
+
+
+def time_checkpoint(args):
+    """({row: seconds}, seconds of a training step, bytes) of a checkpoint: weights and AdamW's moments.
+
+    The stall is how much longer training takes, the copy included, from the start of a save until the files are written.
+    """
+    ranks = parallel.Ranks(0, 0, 1, args.device, False)
+    run, raw_model, optimizers = build_step(Variant(args.dtype), args, ranks)
+    step, _ = timed(run, args.device, args.steps, 2)
+
+    def copied():
+        weights, states = parallel.full_state(raw_model, optimizers, ranks)
+        state = {"optimizers": states, "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
+        return checkpoint.model_contents(raw_model, None, weights), state
+
+    def load():
+        latest = checkpoint.load_latest(folder)
+        checkpoint.load_weights(raw_model, latest.model["model"], folder)
+        parallel.load_full_optimizer_state(optimizers, latest.state["optimizers"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        synchronous, _ = timed(lambda: checkpoint.save(folder, 1, *copied()), args.device)
+        writer, steps, start = checkpoint.Writer(), 0, time.perf_counter()
+        copy, _ = timed(lambda: writer.start(checkpoint.save, folder, 2, *copied()), args.device)
+        while steps == 0 or not writer.pending.done():
+            run()
+            steps += 1
+        runtime.synchronize(args.device)
+        stall = time.perf_counter() - start - steps * step
+        writer.wait()
+        seconds = {"synchronous save": synchronous, "background save: stall": stall, "background save: copy": copy,
+                   "load": timed(load, args.device)[0]}
+        return seconds, step, sum(os.path.getsize(path) for path in checkpoint.paths(folder, 2))
+
+
+def bench_checkpoint(args):
+    """Rows in seconds and in training steps: a synchronous save, a save in the background, loading."""
+    rows, step, size = in_fresh_process(time_checkpoint, args)
+    return print_table([{"checkpoint": name, "seconds": seconds, "training steps": seconds / step, "GB": size / 1e9}
+                        for name, seconds in rows.items()])

@@ -1,0 +1,131 @@
+"""
+The speed of tokenizing beside tiktoken and the lecture's pipeline, and of the data loader beside the step it feeds.
+
+The lecture's pipeline is in lines of our own.
+"""
+import multiprocessing
+import os
+import tempfile
+import time
+
+import numpy as np
+
+import data
+import fineweb
+from bench.measure import in_fresh_process, print_table, timed
+from bench.train import Variant, time_step
+from config import INPUT_TXT
+
+SHARD_SIZE = 1_000_000
+
+
+def time_tiktoken(texts):
+    """(seconds, tokens) of encode_ordinary over all texts in this process."""
+    encode = data.get_tokenizer().encode_ordinary
+    encode(texts[0])
+    return timed(lambda: sum(len(encode(text)) + 1 for text in texts))
+
+
+def time_fineweb(paths, out, workers):
+    """(seconds, tokens) of fineweb.py from parquet files to shards in folder out."""
+    def run():
+        source = fineweb.local_source(paths)
+        settings = {"source": source.description, "shard_size": SHARD_SIZE, "val_tokens": SHARD_SIZE, "max_tokens": 0,
+                    "format": "npy", "text_column": "text", "skip_bad_files": False}
+        manifest = fineweb.make_shards(source, settings, os.path.join(out, "shards"), workers)
+        return sum(shard["tokens"] for shard in manifest["shards"])
+    return timed(run)
+
+
+def tokenize_row(row):
+    """Tokens of one document, as in build-nanogpt's fineweb.py."""
+    tokens = np.array([data.EOT, *data.get_tokenizer().encode_ordinary(row["text"])])
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def time_lecture(paths, out, workers):
+    """(seconds, tokens) of the lecture's pipeline to shards in folder out; its conversion to Arrow files is not timed."""
+    import datasets
+    rows = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=os.path.join(out, "cache"))
+
+    def run():
+        shard, n, index, total = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0, 0
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            for tokens in pool.imap(tokenize_row, rows, chunksize=16):
+                total += len(tokens)
+                if n + len(tokens) >= SHARD_SIZE:
+                    shard[n:] = tokens[:SHARD_SIZE - n]
+                    np.save(os.path.join(out, f"lecture_{index:06d}"), shard)
+                    index, tokens, n = index + 1, tokens[SHARD_SIZE - n:], 0
+                shard[n:n + len(tokens)] = tokens
+                n += len(tokens)
+        np.save(os.path.join(out, f"lecture_{index:06d}"), shard[:n])
+        return total
+    return timed(run)
+
+
+def write_input_txt_as_parquet(folder):
+    """Writes input.txt eight times, split into documents of 100 lines, into two parquet files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with open(INPUT_TXT, encoding="utf-8") as f:
+        lines = f.readlines()
+    texts = ["".join(lines[i:i + 100]) for i in range(0, len(lines), 100)]
+    for i in range(2):
+        pq.write_table(pa.table({"text": 4 * texts}), os.path.join(folder, f"{i:03d}.parquet"))
+
+
+def bench_tokenize(args):
+    """Rows of tiktoken in one process, and of fineweb.py and the lecture's pipeline from parquet files to shards."""
+    import pyarrow.parquet as pq
+    with tempfile.TemporaryDirectory() as made:
+        if not args.data:
+            write_input_txt_as_parquet(made)
+        folder, cpus = args.data or made, os.cpu_count()
+        paths = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".parquet"))
+        texts = [text for path in paths for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+        if not texts:
+            raise ValueError(f"{folder} has no parquet files with documents in a column named text")
+        pipelines = {"tiktoken, 1 process": lambda out: time_tiktoken(texts)}
+        for n in sorted({1, cpus}):
+            pipelines[f"fineweb.py, workers={n}"] = lambda out, n=n: time_fineweb(paths, out, n)
+        for n in sorted({max(1, cpus // 2), cpus}):  # the lecture's script uses half of the CPUs
+            pipelines[f"lecture, workers={n}"] = lambda out, n=n: time_lecture(paths, out, n)
+        results = {name: [] for name in pipelines}
+        for _ in range(args.repeats):
+            for name, function in pipelines.items():
+                with tempfile.TemporaryDirectory() as out:
+                    results[name].append(function(out))
+    size = sum(len(text.encode()) for text in texts)
+    medians = {name: sorted(times)[len(times) // 2] for name, times in results.items()}
+    return print_table([{"tokenize": name, "MB/s": size / seconds / 1e6, "M tok/s": tokens / seconds / 1e6,
+                         "x tiktoken": medians["tiktoken, 1 process"][0] / seconds}
+                        for name, (seconds, tokens) in medians.items()])
+
+
+def time_loader(args, num_tokens=1 << 24, batches=200):
+    """(seconds to read, cast and move a batch, seconds that next_batch takes when each step is slower than that)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "random_train_000001.npy")
+        data.write_shard(path, np.random.default_rng(0).integers(0, data.NUM_TOKENS, num_tokens).astype(np.uint16))
+        loader = data.DataLoaderLite(data.TokenStream([path]), args.B, args.T, device=args.device)
+
+        def read_all():
+            for _ in range(batches):
+                loader.next_batch()
+
+        read, waits = timed(read_all, args.device)[0] / batches, []
+        for _ in range(30):
+            time.sleep(4 * read)  # the step; meanwhile the prefetch thread reads the next batch
+            waits.append(timed(loader.next_batch, args.device)[0])
+        loader.close()
+    return read, np.median(waits).item()
+
+
+def bench_loader(args):
+    """Rows of milliseconds per batch, shuffled, beside the training step (ours, eager) that consumes it."""
+    read, wait = in_fresh_process(time_loader, args)
+    step = time_step(Variant(args.dtype), args)["ms/step"]
+    return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step} for name, ms in
+                        (("read and cast a batch", 1000 * read), ("wait for a batch", 1000 * wait), ("training step", step))])

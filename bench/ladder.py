@@ -1,0 +1,90 @@
+"""The lecture's ladder: what makes a training step fast, each rung added to all rungs before it."""
+from dataclasses import replace
+
+import torch
+
+import runtime
+from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, print_table
+from bench.train import Variant, flash_attention, naive_attention, time_step
+from data import atomic_write
+from model import config_for
+
+
+def rungs(dtype, device, world_size):
+    """Yields (name, Variant, reason) of each rung; reason: why this machine cannot run it, or None."""
+    on_cuda = device.startswith("cuda")
+    has_tf32 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    variant = Variant("float32", tf32=False, compile=False, flash=False, vocab_size=50257, fused=False, ours=False)
+    for name, change, reason in (
+            ("float32", {}, None),
+            ("TF32", {"tf32": True}, None if has_tf32 else "needs an NVIDIA GPU, Ampere or newer"),
+            (f"{dtype} autocast", {"dtype": dtype}, "no fast 16-bit dtype" if dtype == "float32" else None),
+            ("torch.compile", {"compile": True}, "not used on MPS" if device == "mps" else None),
+            ("flash attention", {"flash": True}, None),
+            ("vocabulary 50304", {"vocab_size": 50304}, None),
+            ("fused AdamW", {"fused": True}, None if on_cuda or device == "cpu" else "not used on this device"),
+            ("memory kept, logits detached", {"ours": True}, None),
+            ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
+            (f"DDP x {world_size}", {"world_size": world_size}, None if world_size > 1 else "one process; use --ranks")):
+        if reason is None:
+            variant = replace(variant, **change)
+        yield name, variant, reason
+
+
+def claims(args):
+    """{rung: the speedup commonly claimed for it, and what the claim is about as measured here}.
+
+    8x is TF32 against float32 on an A100's data sheet, 7.6x is FlashAttention (Dao et al. 2022) on GPT-2's attention.
+    """
+    config = config_for(args.size)
+    shapes = [(args.B, config.n_head, args.T, config.n_embd // config.n_head)] * 3
+    naive, flash = (in_fresh_process(forward_backward_seconds, function, shapes, args.dtype, args.device)
+                    for function in (naive_attention, flash_attention))
+    notes = {"torch.compile": "claimed: 2x", "flash attention": f"claimed: 7.6x for attention only; here {naive / flash:.1f}x"}
+    if args.device.startswith("cuda"):
+        float32, tf32 = (in_fresh_process(matmul_peak, "float32", args.device, on) for on in (False, True))
+        notes["TF32"] = f"claimed: 8x for matmuls only; here {tf32 / float32:.1f}x"
+    return notes
+
+
+def bench_ladder(args):
+    """Rows of the rungs. gain: tok/s relative to the rung before; MFU: relative to the data sheet's peak, if it is known."""
+    world_size = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 1)
+    peak, data_sheet = in_fresh_process(matmul_peak, args.dtype, args.device), runtime.peak_flops(args.device, args.dtype)
+    print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    notes, rows, not_measured = claims(args), [], []
+    for name, variant, reason in rungs(args.dtype, args.device, world_size):
+        if reason is None:
+            try:
+                result = time_step(variant, args)
+            except (MemoryError, torch.OutOfMemoryError):
+                reason = "out of memory"
+        if reason:
+            not_measured.append(f"{name} ({reason})")
+            continue
+        print(f"  {name}: {result['tok/s']:,.0f} tok/s", flush=True)
+        first, before = (rows[0], rows[-1]) if rows else (result, result)
+        rows.append({"ladder": name, **result, "gain": result["tok/s"] / before["tok/s"],
+                     "x float32": result["tok/s"] / first["tok/s"], "% of matmul peak": 100e9 * result["GFLOP/s"] / peak,
+                     "MFU %": data_sheet and 100e9 * result["GFLOP/s"] / data_sheet, "note": notes.get(name, "")})
+    if not rows:
+        raise ValueError("every rung ran out of memory; use a smaller --batch-size")
+    print_table(rows)
+    if not_measured:
+        print(f"not measured: {', '.join(not_measured)}", flush=True)
+    if args.picture:
+        draw_ladder(rows, f"{args.size}, B={args.B}, T={args.T}, {runtime.device_name(args.device)}", args.picture)
+    return rows
+
+
+def draw_ladder(rows, title, path):
+    """Draws the rungs' tok/s as bars, from float32 at the top to the last rung, into a PNG file."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 0.42 * len(rows) + 1), layout="constrained")
+    panel, speeds = figure.subplots(), [row["tok/s"] for row in rows]
+    bars = panel.barh([row["ladder"] for row in rows], speeds, color="tab:blue")
+    panel.bar_label(bars, [f"{row['tok/s']:,.0f}  ({row['gain']:.2f}x)" for row in rows], padding=4, fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlabel="tokens per second (speedup over the rung above)", title=title, xlim=(0, 1.2 * max(speeds)))
+    with atomic_write(path) as f:
+        figure.savefig(f, dpi=110, format="png")

@@ -1,0 +1,83 @@
+"""
+What imports what: the modules have no cycle and follow DESIGN's layers, and importing a module or printing a script's help
+loads none of the slow packages.
+
+    .venv/bin/python -m pytest tests/test_imports.py
+
+Needs nothing but requirements-dev.txt.
+"""
+import ast
+import glob
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# each module imports only modules of the layers above it in this list
+LAYERS = [
+    {"model", "data", "runtime", "sources"},
+    {"checkpoint", "fineweb"},
+    {"convert", "parallel"},
+    {"config", "sample", "scoring", "plots"},
+    {"hellaswag"},
+    {"train_gpt2"},
+]
+SCRIPTS = ["train_gpt2", "fineweb", "hellaswag", "sample", "plots", "convert"]
+SLOW = {"torch.distributed.fsdp", "datasets", "transformers", "matplotlib"}
+
+
+def imports_of(path):
+    """Names of the modules that a file imports anywhere in it, inside of functions too: {"os", "torch.nn", "model", ...}."""
+    with open(path, encoding="utf-8") as f:
+        nodes = list(ast.walk(ast.parse(f.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module)
+    return names
+
+
+def our_imports():
+    """{module: set of our own modules that it imports} of the top-level modules."""
+    paths = {os.path.basename(path).removesuffix(".py"): path for path in glob.glob(os.path.join(ROOT, "*.py"))}
+    return {module: imports_of(path) & paths.keys() for module, path in paths.items()}
+
+
+def test_every_module_imports_only_modules_of_the_layers_below_it():
+    """So there is no cycle. bench is above all of them, and no module."""
+    layer_of = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    imports = our_imports()
+    assert imports.keys() == layer_of.keys()
+    wrong = [f"{module} imports {other}" for module in sorted(imports) for other in sorted(imports[module])
+             if layer_of[other] >= layer_of[module]]
+    assert wrong == []
+    assert "model" in imports["checkpoint"] and "checkpoint" in imports["convert"]  # imports_of finds them
+
+
+def test_imports_inside_of_functions_are_found(tmp_path):
+    (tmp_path / "a.py").write_text("import os, sys as system\ndef f():\n    if 1:\n        from torch.nn import Linear as L\n")
+    assert imports_of(tmp_path / "a.py") == {"os", "sys", "torch.nn"}
+
+
+def loaded_by(*arguments):
+    """Names of the modules that `python arguments` loads."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if line not in imports]
+    return {line.split("|")[-1].strip() for line in imports}
+
+
+def test_import_model_loads_nothing_slow():
+    names = loaded_by("-c", "import model")
+    assert names & {*SLOW, "huggingface_hub", "tiktoken"} == set() and "torch.nn.modules.linear" in names
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_of_a_script_loads_nothing_slow(script):
+    names = loaded_by(f"{script}.py", "--help")
+    assert names & SLOW == set() and "torch.nn.modules.linear" in names
