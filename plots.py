@@ -129,7 +129,7 @@ def draw_reference(panel, value, label, color, linestyle="--"):
 
 
 def draw_curve(panel, x, values, color, name=None, raw=True, noisy=True):
-    """Draws a running mean over the faint values, or only the values if they are not noisy or below MIN_SMOOTHED points.
+    """Draws a running mean over the faint values, or only the values if not noisy or fewer than MIN_SMOOTHED.
 
     name: legend entry, to which the window and the last value drawn are added; None for no entry. raw: draw the values.
     """
