@@ -169,7 +169,7 @@ def kept_log(run_dir, step):
                 evaluated |= {stream} if at == step else set()
             size += len(line)
     if last < step - 1:
-        print0(f"{run_dir}/log.txt is incomplete: it ends at step {last}, the checkpoint is of step {step}")
+        print0(f"{run_dir}/log.txt is incomplete: it lacks steps {last + 1} to {step - 1} before the checkpoint")
     return size, evaluated
 
 

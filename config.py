@@ -89,7 +89,7 @@ class TrainConfig:
                        " model_*.pt in one, to resume from")
     force: bool = flag(False, "resume even if the data or the batch size have changed")
     timeout: float = flag(10.0, "minutes that a rank waits for the others")
-    deterministic: bool = flag(False, "bitwise identical runs on a GPU too, at some cost in speed")
+    deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
 
     def __post_init__(self):

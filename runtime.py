@@ -219,8 +219,8 @@ def set_rng_state(state, device):
 def use_deterministic_algorithms():
     """Makes every operation deterministic, at some cost in speed; call it before CUDA is initialized.
 
-    An operation without a deterministic implementation raises. Runs on the CPU with the same number of threads are
-    bitwise identical without it.
+    An operation without a deterministic implementation raises. Eager runs on a CPU are bitwise identical without it;
+    torch.compile sums the embeddings' gradients in a varying order if there are several threads.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
     torch.use_deterministic_algorithms(True)

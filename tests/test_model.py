@@ -295,7 +295,7 @@ def test_a_state_dict_with_causal_masks_and_without_the_transformer_prefix_loads
 def test_weights_that_do_not_fit_are_an_error_that_names_them():
     state_dict = hf_model(*SHAPES[1]).state_dict()
     fits = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=97)
-    with pytest.raises(ValueError, match=r"h\.2\.attn.*is its n_layer 3\?"):
+    with pytest.raises(ValueError, match=r"h\.2\.attn.*is n_layer 3\?"):
         GPT(GPTConfig(**{**fits, "n_layer": 3})).load_hf_state_dict(state_dict)
     with pytest.raises(ValueError, match=r"wpe\.weight has shape \(24, 32\), this GPT's has \(20, 32\)"):
         GPT(GPTConfig(**{**fits, "block_size": 20})).load_hf_state_dict(state_dict)
