@@ -408,8 +408,8 @@ def main():
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             if int(loader.epoch) > epoch:
                 log(step, epoch=int(loader.epoch))  # the next epoch has another order
+        writer.wait()  # until the last checkpoint is on disk; signals must not end the process now
 
-    writer.wait()
     if stopping:
         print0(f"stopped at step {step} by {stopping}; the same command resumes from there")
     elif ranks.master_process:
