@@ -98,6 +98,32 @@ def test_signals_finish_the_step_save_and_exit_with_their_status(uninterrupted, 
     assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
+SLOW_SAVE = """
+import sys, time, checkpoint, train_gpt2
+from runtime import run_main
+save_file = checkpoint.save_file
+def slowly(contents, path):
+    print("writing", flush=True)
+    time.sleep(1)
+    save_file(contents, path)
+checkpoint.save_file = slowly
+run_main(train_gpt2.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tmp_path):  # noqa: F811
+    """The loop is over then: once the signal handlers were restored too early, and the process died in the save."""
+    launcher, script, *flags = command("--data", text, "--save-every", "8")
+    process = subprocess.Popen([launcher, "-c", SLOW_SAVE, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.path.dirname(script)})
+    wait_for(process, "writing")
+    os.kill(process.pid, signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and checkpoint.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
+    survived("signal while the last checkpoint is written")
+
+
 def test_a_second_run_in_a_folder_is_refused_until_the_first_process_ends(text, tmp_path):  # noqa: F811
     process = start(tmp_path, "--data", text, "--max-steps", "100000")
     wait_for(process, r"step +2/")
