@@ -118,6 +118,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     process = subprocess.Popen([launcher, "-c", SLOW_SAVE, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.path.dirname(script)})
     wait_for(process, "writing")
+    wait_for(process, "writing")  # the second file: by now the main thread only waits
     os.kill(process.pid, signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and checkpoint.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
