@@ -318,7 +318,7 @@ def main():
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
     B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), dtype, ranks)
 
-    # resume: the first step, and its evaluations in the log, from which a stop may omit some
+    # resume: the first step, and its evaluations in the log; a stop may have interrupted others
     first_step = saved.step if saved else 0
     log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step) if saved else (0, set())
     evaluated = parallel.all_gather(evaluated, ranks)[0]

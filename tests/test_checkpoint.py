@@ -469,7 +469,8 @@ def test_a_line_that_is_not_of_a_run_is_kept_and_ignored(tmp_path, line):
 @pytest.mark.parametrize("contents, last", [("0 train 3.5\n0 lr 0.1\n", 0), ("0 train 3.5\n1 train 3.0", 0), ("", -1)])
 def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
     assert kept(tmp_path, contents, 2)[1] == set()
-    assert capsys.readouterr().out == f"{tmp_path}/log.txt is incomplete: it lacks steps {last + 1} to 1 before the checkpoint\n"
+    message = f"{tmp_path}/log.txt is incomplete: it lacks steps {last + 1} to 1 before the checkpoint\n"
+    assert capsys.readouterr().out == message
     os.remove(tmp_path / "log.txt")
     assert kept_log(str(tmp_path), 2) == (0, set())
     assert "is incomplete" in capsys.readouterr().out
