@@ -242,8 +242,8 @@ class GPT(nn.Module):
         exceed block_size; positions may not.
 
         cache, from make_cache, receives the keys and values of idx. Without a mask idx attends to
-        itself, causally: a prompt. With a mask (B, 1, T, S) it masks positions 0 to S-1 of the
-        cache, which include those of idx.
+        itself, causally: a prompt. A mask (B, 1, T, S) instead selects among positions 0 to S-1 of
+        the cache, which include those of idx.
         """
         # attention ignores the order of its keys; the position embeddings supply it
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
