@@ -39,7 +39,7 @@ def save_file(contents, path, write=torch.save):
         with atomic_write(path) as f:
             write(contents, f)
     except (RuntimeError, OSError) as e:
-        # torch's zip writer raises a RuntimeError of its own after the error that stopped it
+        # torch's zip writer raises another RuntimeError after the error that stopped it
         while isinstance(e, RuntimeError) and e.__context__:
             e = e.__context__
         raise OSError(f"cannot write {path}: {e}; existing checkpoints are intact") from e
@@ -80,8 +80,8 @@ def load_file(path, mmap=False):
 def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends; ValueError if another running process holds it.
 
-    It is a kernel lock on log.txt, released however the process ends. What was created here and is still empty then is
-    removed.
+    It is a kernel lock on log.txt, released however the process ends. At exit, a log.txt created here that is still empty
+    is removed, with the folders created for it.
     """
     folder = os.path.abspath(run_dir)  # the process may change its directory
     path = os.path.join(folder, "log.txt")
@@ -118,7 +118,7 @@ def write_config(run_dir, config, dtype, ranks):
 
 
 def read_config(run_dir):
-    """The settings in a run folder's config.json, a dict; {} without the file, ValueError if it is not one of a run."""
+    """The settings in a run folder's config.json, a dict; {} without the file, ValueError if it is not a run's."""
     path = os.path.join(run_dir, "config.json")
     if not os.path.exists(path):
         return {}
@@ -132,8 +132,8 @@ def read_config(run_dir):
 # -----------------------------------------------------------------------------
 # log.txt
 
-TRAINING_STREAMS = {"train", "lr", "norm", "tok_per_sec", "epoch"}  # of the step's update; the others are evaluations
-TRACKERS = ("none", "tensorboard", "wandb")  # all but none are names of packages
+TRAINING_STREAMS = {"train", "lr", "norm", "tok_per_sec", "epoch"}  # of the step's update; others are evaluations
+TRACKERS = ("none", "tensorboard", "wandb")  # the last two are names of packages
 
 
 def read_log(path):
@@ -150,15 +150,15 @@ def read_log(path):
 
 
 def kept_log(run_dir, step):
-    """(bytes, streams): the part of log.txt that a run resumed at step keeps, and the evaluations of step in it.
+    """(num_bytes, streams): length of the part of log.txt that a run resumed at step keeps; set of step's evaluations in it.
 
-    Evaluations of a step are logged before its update, so both steps before it and they are kept. An evaluation that a
-    stop interrupted is not in the log: the resumed run makes it up.
+    Evaluations of a step are logged before its update, so they are kept, like all earlier steps. An evaluation that a stop
+    interrupted is not in the log: the resumed run repeats it.
     """
     size, last, evaluated = 0, -1, set()
     with contextlib.suppress(FileNotFoundError), open(os.path.join(run_dir, "log.txt"), "rb") as f:
         for line in f:
-            if not line.endswith(b"\n"):  # a kill, or a power failure, cut it
+            if not line.endswith(b"\n"):  # truncated by a kill or a power failure
                 break
             words = line.decode(errors="replace").split()
             if len(words) == 3 and words[0].isdigit():
@@ -176,7 +176,7 @@ def kept_log(run_dir, step):
 def check_tracker(name):
     """Raises ValueError unless the package of a tracker is installed."""
     spec = None if name == "none" else importlib.util.find_spec(name)
-    if name != "none" and getattr(spec, "origin", None) is None:  # a mere folder of that name has a spec without a file
+    if name != "none" and getattr(spec, "origin", None) is None:  # a folder of that name has a spec without a file
         raise ValueError(f"--tracker {name} needs the package {name}, which is not installed: pip install {name},"
                          " or --tracker none")
 
@@ -188,7 +188,7 @@ class Log:
         log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
         log(250, val=None)                          # does nothing: the evaluation was interrupted
 
-    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; the rest of log.txt is cut off.
+    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is truncated to it.
     """
 
     def __init__(self, run_dir, settings, keep_bytes, first_step, ranks):
@@ -218,8 +218,8 @@ class Log:
     def open_tracker(name, run_dir, settings, first_step):
         """A function (step, {stream: value}) that sends values to a tracker; None for "none".
 
-        A resumed run continues in the same place: TensorBoard drops what it has from first_step on; W&B finds the run by
-        the id in wandb_id.txt and receives those steps again.
+        A resumed run continues there: TensorBoard drops the values from first_step on; W&B finds the run by the id in
+        wandb_id.txt and receives those steps again.
         """
         if name == "none":
             return None
@@ -312,17 +312,17 @@ def save_and_prune(run_dir, step, model, state):
 
 
 def prune(run_dir, keep_last, best=None):
-    """Removes all checkpoints but the newest keep_last and that of step best, and older files that a kill left behind."""
+    """Removes all checkpoints except the newest keep_last and that of step best, and older files that a kill left."""
     steps = saved_steps(run_dir)
     kept = {*steps[-keep_last:], best}
-    for name in sorted(os.listdir(run_dir)):  # a model before its state: a model without state would look like damage
+    for name in sorted(os.listdir(run_dir)):  # a model before its state: one without the other would look damaged
         m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.\d+\.tmp|\.tmp)?", name)
         if m and steps and int(m[2]) not in kept and int(m[2]) < steps[-1]:
             os.remove(os.path.join(run_dir, name))
 
 
 def rename_newer(run_dir, step):
-    """Renames the checkpoints after step to *.aside, so that the run resumed at step does not take them for its own.
+    """Renames the checkpoints after step to *.aside: they do not belong to the run resumed at step.
 
     Returns their old names. A state file without its model file, which a kill during a save leaves behind, is kept: the run
     overwrites or prunes it.
@@ -335,7 +335,7 @@ def rename_newer(run_dir, step):
 
 
 def check_weights(model, weights, source):
-    """Raises ValueError, naming up to three tensors, if weights are not a state dict of such a model."""
+    """Raises ValueError, naming up to three tensors, if weights do not have the names and shapes of model's state dict."""
     ours = model.state_dict()
     wrong = sorted(ours.keys() ^ weights.keys())
     wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
@@ -372,7 +372,7 @@ def load_latest(run_dir):
     loss.
     """
     messages = []
-    # a state without its model is what a kill between the two leaves: no loss, unless there was a model
+    # a kill between the two writes leaves a state without its model: it is skipped
     for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
             return Checkpoint(*load_pair(run_dir, step), messages)
@@ -388,7 +388,7 @@ def load_latest(run_dir):
 # saving while training continues
 
 def snapshot(value):
-    """value with every tensor in it copied to CPU memory, so that training may change the originals.
+    """value with every tensor in it copied to CPU memory; training may then change the originals.
 
     Tensors that share memory (the tied wte and lm_head) share it in the copy.
     """

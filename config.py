@@ -1,8 +1,8 @@
 """
 The settings of a training run: each once, with its default, meaning and flag; the presets; what fits into memory.
 
-TrainConfig's fields are the flags of train_gpt2.py. A value comes from the first of these that has it: the command line,
-the checkpoint that the run resumes from, the preset, the field's default.
+TrainConfig's fields are the flags of train_gpt2.py. A value comes from the first source that sets it: the command line,
+the checkpoint that the run resumes from, the weights of --init-from, the preset, the field's default.
 
 Sources: the GPT-2 paper (Radford et al. 2019) for the sizes, the GPT-3 paper (Brown et al. 2020, table 2.1 and appendix
 B) for learning rates, batch size and schedule, and the lecture "Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
@@ -18,7 +18,7 @@ from model import GPTConfig, SIZES
 from runtime import ArgumentParser, check_minimums, print0
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
-FINEWEB_TOKENS = 9_850_000_000  # about the size of its train split: a plan can be made before it is there
+FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
 INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
 
 
@@ -29,7 +29,7 @@ def flag(default, meaning, **kwargs):
 
 @dataclass
 class TrainConfig:
-    preset: str = flag("gpt2-124M", "model and recipe; by default it follows from the data")
+    preset: str = flag("gpt2-124M", "model and recipe (default: chosen by the data)")
     data: str = flag("", f"folder of shards, text file, or folder of .txt; default {FINEWEB_DIR}/ if it exists, else input.txt")
     exp_name: str = flag("", "name of the run, whose folder is log/<exp-name>; default the preset's name")
     log_dir: str = flag("log", "folder of all runs")
@@ -48,13 +48,13 @@ class TrainConfig:
     total_batch_size: int = flag(524288, "tokens per optimizer step, over all ranks and micro-steps; 2**19 is about 0.5M")
     epochs: float = flag(1.0, "passes over the training data, if max_steps is not given")
     max_steps: int = flag(0, "optimizer steps; default as many as the epochs have")
-    shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the data's",
+    shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the order in the files",
                         choices=("on", "off"))
-    # the optimizer; GPT-3 paper, appendix B, unless a preset says otherwise
+    # the optimizer; defaults from the GPT-3 paper, appendix B
     optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(6e-4, "peak learning rate")
     min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak")
-    embd_lr_ratio: float = flag(1.0, "learning rate of the embeddings, as a fraction of the others'")
+    embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
     schedule: str = flag("cosine", "after the warmup: cosine decay, or wsd: constant, then linear decay",
                          choices=("cosine", "wsd"))
     wsd_decay: float = flag(0.2, "schedule wsd: fraction of the steps that the decay takes")
@@ -72,7 +72,7 @@ class TrainConfig:
     parallel: str = flag("ddp", "sharding mode under torchrun; ddp: nothing is sharded, zero: the optimizer state,"
                          " fsdp: weights and gradients too", choices=("ddp", "zero", "fsdp"))
     activation_checkpointing: bool = flag(False, "store only the blocks' inputs and recompute activations in the backward")
-    # every so many steps, and after the last one; 0 is never
+    # intervals; each is also due after the last step; 0: never
     val_every: int = flag(250, "steps between validations")
     val_tokens: int = flag(10485760, "tokens per validation, from the start of the val split")
     hella_every: int = flag(250, "steps between HellaSwag evaluations")
@@ -85,9 +85,9 @@ class TrainConfig:
     tracker: str = flag("none", "also send the values of log.txt to TensorBoard or Weights & Biases",
                         choices=checkpoint.TRACKERS)
     # starting and resuming
-    resume: str = flag("auto", "auto: resume the run if it has checkpoints; never: refuse to; or a run folder, or a"
-                       " model_*.pt in one, to resume from")
-    force: bool = flag(False, "resume even if the data or the batch size have changed")
+    resume: str = flag("auto", "auto: resume the run if it has checkpoints; never: raise if it has any; or a run folder,"
+                       " or a model_*.pt in one, to resume from")
+    force: bool = flag(False, "resume even if the data, their order, the total batch size, seed, dropout or dtype have changed")
     timeout: float = flag(10.0, "minutes that a rank waits for the others")
     deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
@@ -165,7 +165,7 @@ def parse_args(argv=None):
 
 
 def choose_preset(given):
-    """(preset, data, reason) where the flags leave them open: gpt2-124M for shards, shakespeare for text."""
+    """(preset, data, reason): those of the flags; by default gpt2-124M for shards, shakespeare for text."""
     def holds_shards(folder):
         return os.path.isdir(folder) and bool(data.find_shards(folder, "train"))
 
@@ -182,7 +182,7 @@ def choose_preset(given):
 
 
 def shape_of_weights(given):
-    """The model's fields as --init-from's weights have them, a dict; ValueError if flags contradict them."""
+    """The model's fields of --init-from's weights, a dict; ValueError if the flags differ from them."""
     if not given.get("init_from"):
         return {}
     shape = asdict(convert.read_model(given["init_from"])[0])
@@ -226,7 +226,7 @@ def load_run(given):
     return checkpoint.Checkpoint(*checkpoint.load_pair(run_dir, checkpoint.step_of(resume)), [])
 
 
-# What cannot change when a run resumes, and what can only with --force, because the result is no longer that of one run.
+# What cannot change when a run resumes, and what changes its result, which --force allows.
 FIXED = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "optimizer"]
 FORCED = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
 
@@ -239,12 +239,12 @@ def config_from_flags(argv=None):
     if not saved:
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
-    # the run's settings, with today's defaults for newer flags; how it was started is not one of them
+    # the run's settings, with defaults for flags that are newer than the run; how it was started is not a setting
     known = {name: value for name, value in saved.state["train_config"].items() if name in TrainConfig.__dataclass_fields__}
     base = TrainConfig(**{**known, "dry_run": False, "force": False, "resume": "auto"})
     log_dir, exp_name = os.path.split(run_folder(given))  # the folder may have been moved
     config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})
-    print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its own settings"]))
+    print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
     changed = [name for name in given if getattr(base, name) != getattr(config, name)]
     for name in changed:
         if name not in ("dry_run", "force", "resume", "exp_name", "log_dir"):
@@ -270,9 +270,9 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
       LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v, attention's output, the second residual, and the MLP
       before and after GELU. With activation checkpointing a block keeps 4, and one block at a time has all 36.
     - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; torch.compile fuses some
-    - the weights in the autocast dtype, and the tied embedding's gradient twice: lm_head's waits for wte's
+    - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of wte
 
-    "torch" is what a first step loads (measured). On a CPU more stays resident (runtime.keep_freed_memory).
+    "torch" is what PyTorch loads in the first step (measured). On a CPU more stays resident (runtime.keep_freed_memory).
     """
     wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
     mode, recompute = config.parallel if W > 1 else "ddp", config.activation_checkpointing
@@ -300,8 +300,8 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
 def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
     """The micro-batch size B: the config's, or the largest that divides the batch and fits into 85% of memory (bytes or None).
 
-    It gives grad_accum_steps = total_batch_size / (B T world_size), which must be whole. On a CPU more than 4096 tokens per
-    micro-batch gain nothing. Raises ValueError listing the B that would fit.
+    It gives grad_accum_steps = total_batch_size / (B T world_size), which must be an integer. The largest B has at most 4096
+    tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1 if none fits. ValueError lists the allowed values.
     """
     T, sequences = config.sequence_length, config.total_batch_size // config.sequence_length
     if sequences % world_size != 0:

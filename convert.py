@@ -1,5 +1,5 @@
 """
-Models in other projects' formats, in and out: what each file holds, and load_model for all of them.
+Reads and writes models in other projects' formats; load_model reads all of them.
 
     python convert.py info FILE_OR_FOLDER            # prints what it is
     python convert.py export RUN_OR_FILE OUT_DIR     # writes a Hugging Face folder; --dtype bfloat16, --push USER/NAME
@@ -71,7 +71,7 @@ def config_of(values, path):
 
 
 def read_pt(contents, path):
-    """read_model's result for a file of ours, build-nanogpt's or nanoGPT's, from its contents; ValueError for any other."""
+    """read_model's result for a file of ours, build-nanogpt's or nanoGPT's, from its contents; ValueError for others."""
     contents = contents if isinstance(contents, dict) else {}
     if "model" not in contents or not contents.keys() & {"config", "model_args"}:
         raise ValueError(f'{path} is not a model checkpoint: it lacks "model" and "config" (model_*.pt of a run) or'
@@ -114,7 +114,7 @@ def llmc_names(n_layer):
 
 
 def is_llmc(path):
-    """Whether a file is for read_llmc: a .bin file that torch.save (a zip) did not write."""
+    """Whether read_llmc reads a file: it starts with llm.c's magic, or is a .bin that torch.save (a zip) did not write."""
     with open(path, "rb") as f:
         start = f.read(4)
     return start == LLMC_MAGIC.to_bytes(4, "little") or path.endswith(".bin") and not start.startswith(b"PK")
@@ -136,7 +136,7 @@ def read_llmc(path):
     if rows < V or expected != os.path.getsize(path):
         raise ValueError(f"{path} has {os.path.getsize(path):,} bytes; its header (padded_vocab_size {rows}) says"
                          f" {expected:,}: it is truncated or damaged")
-    # mode c, copy on write: torch warns about arrays that are read-only
+    # mode c, copy on write: torch warns about read-only arrays
     flat = torch.from_numpy(np.memmap(path, dtype="<f4" if size == 4 else "<u2", mode="c", offset=4 * LLMC_HEADER))
     flat = flat if size == 4 else flat.view(torch.bfloat16)
     with torch.device("meta"):
@@ -238,7 +238,7 @@ def config_files(config, dtype):
 
 
 def run_settings(run_dir):
-    """{name: value} of the settings for the model card; no paths, command or host files: a card is public."""
+    """{name: value} of the settings for the model card, without paths or the command, as cards are public."""
     path, settings = os.path.join(run_dir, "config.json"), {}
     config = read_config(run_dir)
     if "data" in config:
@@ -268,7 +268,7 @@ def run_scores(run_dir, step):
 
 
 def model_card(model, name, dtype, info):
-    """README.md for the Hub. info is load_model's; its path leads to the run's settings and scores."""
+    """README.md for the Hub. info is load_model's; settings and scores are read from the folder of its path."""
     config, run_dir, step = model.config, os.path.dirname(info.get("path", "")), info.get("step")
     settings = {"step": f"{step:,}"} if step is not None else {}
     settings |= run_settings(run_dir) if info.get("path") else {}
@@ -417,7 +417,7 @@ def describe(source):
 
 
 def convert(source, out, dtype, overwrite, folder):
-    """Writes source's model to out atomically: a Hugging Face folder if asked for, or if out has no known suffix."""
+    """Writes source's model to out atomically: a Hugging Face folder if folder is true or out is neither a .pt nor a .bin."""
     suffix = "" if folder else os.path.splitext(out)[1]
     if suffix == ".safetensors":
         raise ValueError(f"{out}: give a folder, which also gets config.json and the tokenizer; or a .pt or .bin file")
@@ -448,7 +448,8 @@ def main():
     for command, out in ((export, "folder to create"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
         command.add_argument("source", help=takes)
         command.add_argument("out", help=out)
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default float32)")
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                             help="dtype of the weights (default float32)")
         command.add_argument("--overwrite", action="store_true", help="replace an existing out")
     export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
     args = parser.parse_args()

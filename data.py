@@ -1,7 +1,7 @@
 """
-The data path: GPT-2's tokenizer, the shard files, and the loader that makes batches of them.
+The data path: GPT-2's tokenizer, the shard files, and the loader that reads batches from them.
 
-- get_tokenizer: GPT-2's byte-pair encoding in tiktoken, from gpt2.tiktoken beside this file; needs no network.
+- get_tokenizer: GPT-2's byte-pair encoding in tiktoken, from the file gpt2.tiktoken; needs no network.
 - Shard formats, one writer and one reader each (write_shard, open_shard):
     *.npy          NumPy, 1-D uint16, as fineweb.py and build-nanogpt write them
     *_<n>.bin      llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
@@ -11,9 +11,9 @@ The data path: GPT-2's tokenizer, the shard files, and the loader that makes bat
 - DataLoaderLite: batches (x, y) for every rank, from one rank-independent cursor.
 - prepare_data: shards for --data (a folder of shards, a text file, a folder of text); text is tokenized once.
 
-The order of the data. The stream is cut into windows of T+1 tokens with stride T: window w is tokens [wT, wT+T], so that
-each token but the first is a target exactly once per epoch. Step s of training reads windows [sG, (s+1)G) of the epoch's
-permutation, G = total_batch_size / T, whatever the micro-batch size B and the number of ranks are.
+The order of the data. The stream is cut into windows of T+1 tokens with stride T: window w is tokens [wT, wT+T]. Each
+token is a target once per epoch, except the first one and a remainder shorter than T. Step s of training reads windows
+[sG, (s+1)G) of the epoch's permutation, G = total_batch_size / T, for any micro-batch size B and number of ranks.
 
 Sources of the formats: https://github.com/karpathy/build-nanogpt (fineweb.py), https://github.com/karpathy/llm.c
 (dev/data/data_common.py), https://github.com/karpathy/nanoGPT (data/openwebtext/prepare.py).
@@ -60,7 +60,7 @@ def atomic_write(path, mode="wb"):
 # the tokenizer
 
 TOKENIZER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gpt2.tiktoken")
-TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken's own for r50k_base
+TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # that of r50k_base in tiktoken
 EOT = 50256           # <|endoftext|>, GPT-2's only special token: precedes every document
 NUM_TOKENS = 50257    # size of the tokenizer's vocabulary; a model's vocab_size may be padded beyond it
 
@@ -168,7 +168,7 @@ class TokenStream:
         return digest.hexdigest()[:16]
 
     def read(self, start, length):
-        """Tokens [start, start+length) as a uint16 array; ValueError for a shard with an id >= vocab_size."""
+        """Tokens [start, start+length) as a uint16 array; ValueError if an id is >= vocab_size or a shard has changed."""
         pieces = []
         i = int(np.searchsorted(self.starts, start, side="right")) - 1
         while length > 0:
@@ -294,7 +294,7 @@ class DataLoaderLite:
             self._thread.start()
         position, item = self._prefetched.get()
         if isinstance(item, Exception):
-            self.close()  # the thread has ended: another next_batch must restart it, not wait forever
+            self.close()  # the thread has ended: the next call must restart it, not wait forever
             raise item
         assert position == self.position, (position, self.position)
         self.position += self.B * self.num_processes
@@ -349,11 +349,11 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
 def prepare_data(path):
     """(train shard paths, val shard paths) of a folder of shards, a text file, or a folder of *.txt files.
 
-    Text is tokenized once, into a cache folder .tokens beside it, whose key is the name, size and time of the files.
+    Text is tokenized once, into .tokens beside it; the key is the name, size and modification time of the files.
     Raises FileNotFoundError or ValueError for a path with nothing to train on.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards (python fineweb.py makes one),"
+        raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards (python fineweb.py creates one),"
                                 " a text file, or a folder of .txt files")
     if os.path.isdir(path):
         shards = find_shards(path, "train"), find_shards(path, "val")
@@ -391,7 +391,7 @@ def split_texts(texts):
 
 
 def tokenize_texts(paths):
-    """Folder with one train and one val shard of the given UTF-8 text files; created once, then found by its key.
+    """Folder with one train and one val shard of the given UTF-8 text files; created once, then reused.
 
     All of the text is held in memory; fineweb.py tokenizes larger corpora.
     """
@@ -413,7 +413,7 @@ def tokenize_texts(paths):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
     tokenizer = get_tokenizer()
     temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary, exist_ok=True)  # exists if a killed process had this id: in containers ids recur
+    os.makedirs(temporary, exist_ok=True)  # exists if a killed process had the same id, as in containers
     try:
         for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
             tokens = [np.array([EOT, *tokenizer.encode_ordinary(document)], dtype=np.uint16) for document in documents]

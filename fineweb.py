@@ -9,12 +9,12 @@ document. The default dataset is FineWeb-Edu (Penedo et al. 2024, https://arxiv.
     python fineweb.py --name sample-100BT                   # or sample-350BT, CC-MAIN-2024-10 (with --out), ...
     python fineweb.py --dataset roneneldan/TinyStories --name default --out tinystories
     python fineweb.py --input my_texts/ --out my_shards     # parquet, jsonl, txt (.gz, .zst) and folders; no network
-    python fineweb.py --prepared kjj0/finewebedu10B-gpt2 --out edu_fineweb10B     # downloads shards that others tokenized
+    python fineweb.py --prepared kjj0/finewebedu10B-gpt2 --out edu_fineweb10B     # downloads tokenized shards
     python fineweb.py --verify edu_fineweb10B               # checks all counts and hashes
 
 Writes edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... and manifest.json:
 
-    version, tokenizer, source, shard_size, val_tokens, max_tokens, format, text_column, skip_bad_files: the input
+    version, tokenizer, source, shard_size, val_tokens, max_tokens, format, text_column, skip_bad_files: the settings
     shards      [{file, split, tokens, documents (number that begin in the shard), sha256}, ...] in order
     next        start of the next shard: split; file, number (of the piece in the file, see sources.py), token (in the
                 piece), all counted from 0; skipped: number of documents before that piece that were empty or not text
@@ -144,7 +144,7 @@ def map_in_order(function, items, workers, ahead):
 
 
 def tokenize(piece):
-    """(piece, its tokens, number of documents skipped because they are empty or not text, None or the error if damaged)."""
+    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged)."""
     parts, skipped = [np.empty(0, dtype=np.uint16)], 0
     try:
         for texts in piece.read():
@@ -287,10 +287,10 @@ def add_shard(out, manifest, name, split, tokens, next_start):
 
 
 def make_shards(source, settings, out, workers):
-    """Tokenizes a source into folder out, which may have a part of the shards already; returns the manifest.
+    """Tokenizes a source into folder out, which may already have some of the shards; returns the manifest.
 
-    settings: source, shard_size, ... as in the manifest; val_tokens may be None for the default. A thread writes each
-    shard while the next one is tokenized.
+    settings: source, shard_size, ... as in the manifest; val_tokens may be None for the default. A thread writes each shard
+    while the next one is tokenized.
     """
     # Arrow's own allocators keep memory that a thread has freed, 0.4 GB with 64 threads (measured), and are no faster
     pa.set_memory_pool(pa.system_memory_pool())
@@ -328,7 +328,7 @@ def make_shards(source, settings, out, workers):
 
 
 # -----------------------------------------------------------------------------
-# verifying shards, and downloading those that others have tokenized
+# verifying shards, and downloading tokenized ones
 
 def verify(out):
     """Checks the shards of a folder against its manifest.json and prints statistics; ValueError for the first mismatch."""
@@ -437,8 +437,8 @@ def main():
         same = all(was.get(key) == getattr(args, key) for key in ("dataset", "name", "split", "revision"))
         source = hub_source(args.dataset, args.name, args.split, args.revision, was["commit"] if same else None)
     settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256}, "source": source.description,
-             "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
-             "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
+                "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
+                "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
     manifest = make_shards(source, settings, args.out, args.workers)
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; python train_gpt2.py --data {args.out}")

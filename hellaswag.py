@@ -157,7 +157,7 @@ def context_and_endings(example, style):
     if style == "completion":
         return example["ctx"], [" " + ending for ending in example["endings"]]  # GPT-2's words begin with a space
     ctx_a, ctx_b = (example["ctx_a"], example["ctx_b"]) if "ctx_a" in example else split_context(example["ctx"])
-    # str.capitalize also lowers all other letters; the harness does the same
+    # str.capitalize also lowercases all other letters, as in the harness
     query = remove_markup(f"{example['activity_label']}: {ctx_a} {ctx_b.capitalize()}")
     context = query.rstrip()  # trailing spaces move to the ending, since GPT-2's words begin with one
     return context, [query[len(context):] + " " + remove_markup(ending) for ending in example["endings"]]
@@ -170,7 +170,7 @@ def tokenize(examples, style):
     """
     tokenizer, encoded = get_tokenizer(), []
     for example in examples:
-        # encode_ordinary_batch takes twice the time: starting its threads costs more than texts this short
+        # encode_ordinary_batch takes twice as long: starting its threads costs more than encoding short texts
         context, endings = context_and_endings(example, style)
         context, *endings = [np.array(tokenizer.encode_ordinary(text), dtype=np.uint16) for text in (context, *endings)]
         encoded.append((context if len(context) else np.array([EOT], dtype=np.uint16), endings))
@@ -303,7 +303,7 @@ def score_in_training(model, dataset, dtype, ranks):
 # the command line
 
 def summary(results, n):
-    """One line: the metrics and n, with a note if these are not all of the validation examples."""
+    """One line: the metrics and n, with a note if n is not the size of the full validation set."""
     parts = [f"{style}: acc {r['acc']:.4f} acc_norm {r['acc_norm']:.4f} (s.e. {r['acc_norm_stderr']:.4f})"
              for style, r in results.items()]
     note = "" if n == NUM_EXAMPLES else f" -- NOT COMPARABLE with published scores, which use all {NUM_EXAMPLES:,} examples"
@@ -344,7 +344,7 @@ def parse_args():
                         f" (default {BATCH_TOKENS['cpu']} on the CPU, {BATCH_TOKENS['cuda']} on a GPU)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network; worth its time on the full set")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on the full set")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
     parser.add_argument("--show", type=int, default=0, metavar="K", help="print the first K examples with their losses")

@@ -130,18 +130,18 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         # GPT-2 124M: C = 768 channels are nh = 12 heads of hs = 64 channels each
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
-        # the heads become a batch dimension: each one attends on its own
+        # the heads become a batch dimension: each attends independently of the others
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is None:
             # flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v, causally masked,
-            # without ever storing the (T, T) matrix
+            # without materializing the (T, T) matrix
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
             y = cached_attention(q, k, v, attn_mask, cache, pos)
-        # the heads side by side again; view needs the memory layout that contiguous restores
+        # concatenate the heads; view needs contiguous memory
         y = y.transpose(1, 2).contiguous().view(B, T, C)                # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -171,8 +171,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, attn_mask=None, cache=None, pos=None):
-        # pre-norm: the LayerNorms are inside the branches. The residual stream runs unchanged from
-        # the embeddings to the top, and gradients flow back along it undiminished.
+        # pre-norm: the LayerNorms are inside the branches. The residual stream has only additions
+        # from the embeddings to ln_f, so gradients reach every block unchanged along it.
         x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)  # tokens exchange information
         x = x + self.mlp(self.ln_2(x))                          # each token is processed by itself
         return x
@@ -218,7 +218,7 @@ class GPT(nn.Module):
     @classmethod
     def empty(cls, config):
         """A GPT with uninitialized parameters, to load weights into."""
-        # drawing initial weights takes longer than loading others over them
+        # on the meta device initialization costs nothing; drawing weights is slower than loading
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -238,14 +238,14 @@ class GPT(nn.Module):
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions pos (T) or (B, T).
 
         attn_mask (B, 1, T, T) bool replaces the causal mask: True where a token (dim 2) may attend
-        to another (dim 3). Several texts can then share a row, or a common prefix, and T may be
-        over block_size; positions may not.
+        to another (dim 3). Several texts can then share a row, or a common prefix, and T may
+        exceed block_size; positions may not.
 
         cache, from make_cache, receives the keys and values of idx. Without a mask idx attends to
-        itself, causally: a prompt. With a mask (B, 1, T, S) idx attends to positions 0 to S-1 of
-        the cache, its own included.
+        itself, causally: a prompt. A mask (B, 1, T, S) instead selects among positions 0 to S-1 of
+        the cache, which include those of idx.
         """
-        # adding the position tells apart the same token at two places
+        # attention ignores the order of its keys; the position embeddings supply it
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -285,7 +285,7 @@ class GPT(nn.Module):
         # bf16 under autocast has 8 bits: near 10 a bf16 logit is a multiple of 1/16.
         logits_2d = logits.view(-1, logits.size(-1)).float()            # (B*T, V)
         loss = F.cross_entropy(logits_2d, targets.reshape(-1), ignore_index=-100)
-        # detached: else the compiled backward allocates a gradient of zeros as large as the logits
+        # detached: otherwise the compiled backward allocates a gradient of zeros for the logits
         return logits.detach(), loss
 
     # -------------------------------------------------------------------------
@@ -293,13 +293,13 @@ class GPT(nn.Module):
 
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""
-        n = sum(p.numel() for p in self.parameters())  # names each shared tensor once
+        n = sum(p.numel() for p in self.parameters())  # yields a shared tensor once
         return n if with_wpe else n - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self, T):
         """FLOPs of training on one token, forward and backward, at sequence length T.
 
-        6N + 12 L H Q T (PaLM, appendix B): each weight but wpe's has a multiplication and an
+        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
         addition in the forward and two of each in the backward; attention has the same for T keys
         and T values of H Q = C channels. By convention the causal half is not subtracted.
         """
@@ -325,12 +325,12 @@ class GPT(nn.Module):
     def load_hf_state_dict(self, hf_state_dict):
         """Loads the state dict of a transformers GPT2LMHeadModel or GPT2Model.
 
-        If its vocabulary is smaller than ours (50257 against a padded 50304), the other rows are
+        If its vocabulary is smaller (50257, ours padded to 50304), the remaining rows are set to
         zero. Raises ValueError naming tensors that are missing, unexpected, or of another shape.
         """
         theirs, ours = from_hf_names(hf_state_dict), self.state_dict()
         if not self.config.bias:
-            # Hugging Face's GPT-2 always has biases; a model without them can only ignore zeros
+            # Hugging Face's GPT-2 always has biases; a model without them accepts only zeros
             theirs = {name: t for name, t in theirs.items()
                       if not name.endswith(".bias") or t.count_nonzero() > 0}
         if wrong := sorted(ours.keys() ^ theirs.keys()):
@@ -348,10 +348,10 @@ class GPT(nn.Module):
                 ours[name][rows:].zero_()
 
     def hf_state_dict(self, vocab_size=50257, dtype=None):
-        """This model's weights as a GPT2LMHeadModel stores them, cut to vocab_size rows.
+        """The state dict of a GPT2LMHeadModel with these weights, wte cut to vocab_size rows.
 
-        dtype: torch.bfloat16, say; default the weights' own. The tied lm_head is omitted, as in
-        Hugging Face's files. Tensors share memory with the model where their layout is the same.
+        dtype: a torch.dtype, default that of the weights. The tied lm_head is omitted, as in
+        Hugging Face's files. Tensors of the same layout and dtype share memory with the model.
         """
         state_dict = {}
         for name, p in self.named_parameters():
@@ -374,17 +374,17 @@ class GPT(nn.Module):
         """The list of optimizers that train this model: AdamW, or Muon and AdamW.
 
         "muon": Muon (Jordan et al. 2024) orthogonalizes the updates of the matrices inside the
-        blocks; AdamW trains the rest. A param group's "lr_scale" is its factor on the scheduled
+        blocks; AdamW trains the others. A param group's "lr_scale" is its factor on the scheduled
         learning rate: embd_lr_ratio for the embeddings, else 1.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        # weight decay is for tensors with two or more dimensions, matrices and embeddings: the
-        # product of a large matrix can shrink. Biases and LayerNorms have one dimension and none.
+        # weight decay applies to tensors with two or more dimensions, matrices and embeddings, not
+        # to biases and LayerNorms, which have one
         matrices = {name: p for name, p in params.items() if p.dim() >= 2}
         hidden = [p for name, p in matrices.items() if name.startswith("transformer.h.")]
         embeddings = [p for name, p in matrices.items() if not name.startswith("transformer.h.")]
         vectors = [p for p in params.values() if p.dim() < 2]
-        # fused: one kernel updates all tensors, instead of a loop; torch has it for these devices
+        # fused: one kernel updates all tensors, instead of one kernel per operation and tensor
         fused = embeddings[0].device.type in ("cuda", "cpu")
 
         def adamw(*groups):
@@ -398,8 +398,8 @@ class GPT(nn.Module):
             return [adamw(hidden_group, embedding_group, vector_group)]
         if optimizer != "muon":
             raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon")
-        # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: the same
-        # learning rate suits both
+        # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the RMS of AdamW's, so that
+        # the same learning rate suits both
         muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
                                 weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, adamw(embedding_group, vector_group)]
@@ -430,7 +430,7 @@ def from_hf_names(hf_state_dict):
     if wte is not None and lm_head is not None and not torch.equal(wte, lm_head):
         raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head): not a GPT-2")
     if wte is not None:
-        weights["lm_head.weight"] = wte  # files omit it: it is tied
+        weights["lm_head.weight"] = wte  # files omit it, since it is tied
     return weights
 
 
@@ -444,7 +444,7 @@ def read_hf(name_or_folder):
         with open(config_path, encoding="utf-8") as f:
             config = GPTConfig.from_hf(json.load(f))
         if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
-            # transformers splits weights over a few GB into several files
+            # transformers splits large weights into several files
             with open(index, encoding="utf-8") as f:
                 files = json.load(f)["weight_map"].values()
             names = sorted({os.path.basename(name) for name in files})

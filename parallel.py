@@ -7,10 +7,10 @@ Training on more than one device: the process group, its collectives, and what e
             while it computes
 
 With activation checkpointing a block keeps only its input and recomputes its activations in the backward (Chen et al.
-2016). None of these changes what is computed: losses agree to rounding, and a checkpoint is the same file.
-config.estimate_memory says what each needs.
+2016). None of these changes what is computed: losses agree up to rounding, and checkpoints are interchangeable.
+config.estimate_memory estimates the memory of each.
 
-torch.distributed.fsdp is imported only where it shards: it would double the time of `--help`.
+torch.distributed.fsdp is imported only in the functions that use it: it would double the time of `--help`.
 """
 import contextlib
 import os
@@ -65,7 +65,7 @@ def setup(device="auto", timeout_minutes=10):
             raise ValueError(f"torchrun started {local_rank + 1} processes or more on this machine, which has"
                              f" {torch.cuda.device_count()} GPUs: --nproc_per_node={torch.cuda.device_count()}")
         device = f"cuda:{local_rank}"
-        # before init_process_group, and named there too: otherwise NCCL guesses the device and may hang
+        # before init_process_group, which also takes the device: otherwise NCCL guesses it and may hang
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=torch.device(device), **store_of_this_start(timeout))
     else:
@@ -88,7 +88,7 @@ def store_of_this_start(timeout):
         torchruns.set("port of this start", str(store.port))
     else:
         deadline = time.monotonic() + timeout.total_seconds()
-        while not is_open(host, port := int(torchruns.get("port of this start"))):  # of a rank 0 that has died
+        while not is_open(host, port := int(torchruns.get("port of this start"))):  # a previous rank 0 may have left it
             if time.monotonic() > deadline:
                 raise ValueError(f"rank 0 opened no store on {host} within --timeout; see what it printed")
             time.sleep(0.1)
@@ -106,7 +106,7 @@ def is_open(host, port):
 
 
 def teardown():
-    """Leaves the process group, if there is one. NCCL's destruction waits for the other ranks: not after an error."""
+    """Destroys the process group, if there is one. Not for use after an error: NCCL waits for the other ranks."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -115,14 +115,14 @@ def teardown():
 # collectives; every rank must call them
 
 def all_reduce_sum(tensor, ranks):
-    """tensor summed over the ranks, in place, and returned. SUM is the one reduction every backend implements right."""
+    """Sums tensor over the ranks, in place, and returns it. SUM works on every backend; gloo has no reliable AVG."""
     if ranks.ddp:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 def all_gather(value, ranks):
-    """[value of rank 0, value of rank 1, ...]; any plain value or tensor on the CPU."""
+    """[value of rank 0, value of rank 1, ...]; for picklable values and CPU tensors."""
     if not ranks.ddp:
         return [value]
     values = [None] * ranks.world_size
@@ -153,7 +153,7 @@ def stop_requested(ranks):
     received = torch.tensor(float(StopSignals.received is not None), device=ranks.device)
     if all_reduce_sum(received, ranks).item() == 0:
         return None
-    return max(all_gather(StopSignals.received or "", ranks))  # two kinds at once are rare: either one will do
+    return max(all_gather(StopSignals.received or "", ranks))  # any one if the ranks received different signals
 
 
 # -----------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def stop_requested(ranks):
 def wrap(raw_model, config, steps, B, dtype, ranks):
     """The module to train: raw_model compiled and wrapped in DDP, or under fsdp raw_model itself, sharded in place.
 
-    steps: length of the run, which decides whether compilation pays. Call it before the optimizers are created.
+    steps: length of the run, which decides whether to compile. Call it before the optimizers are created.
     """
     if config.parallel != "ddp" and not ranks.ddp:
         print0(f"--parallel {config.parallel} is ignored on a single process; start several with torchrun")
@@ -170,7 +170,7 @@ def wrap(raw_model, config, steps, B, dtype, ranks):
         if config.activation_checkpointing:
             block.forward = recompute_activations(block.forward, ranks.device_type)
         if is_fsdp(config, ranks) and config.compile == "on":
-            block.forward = torch.compile(block.forward)  # inside of what gathers the weights
+            block.forward = torch.compile(block.forward)  # inside FSDP's hooks, which gather the weights
     if is_fsdp(config, ranks):
         if config.compile == "auto":
             print0("--parallel fsdp is not compiled unless --compile on asks for it (block by block)")
@@ -179,7 +179,7 @@ def wrap(raw_model, config, steps, B, dtype, ranks):
     model = compile_for_training(raw_model, config.compile, steps, B, config.sequence_length, dtype, ranks.device)
     if not ranks.ddp:
         return model
-    barrier(ranks)  # the ranks compile for different times; the first gradient all-reduce must not time out
+    barrier(ranks)  # until every rank has compiled
     return DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
 
 
@@ -187,8 +187,7 @@ def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
     """torch.compile(raw_model) after one forward and backward to warm it up, or raw_model itself.
 
     mode: "on", "off", or "auto": if a compiler is available and the run is long enough to pay for the compilation; if it
-    fails, a message is printed and training is eager. The warmup makes each rank compile before the first gradient
-    all-reduce, whose timeout a slow compiler would exceed.
+    fails, a message is printed and training is eager. With the warmup each rank compiles before its first step.
     """
     has_compiler = device.startswith("cuda") or device == "cpu" and bool(shutil.which("g++") or shutil.which("clang++"))
     if mode == "off" or mode == "auto" and not (has_compiler and steps >= 100):
@@ -196,7 +195,7 @@ def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
     print0("compiling ...")
     start, rng_state = time.time(), get_rng_state(device)
     model = torch.compile(raw_model)
-    x, y = (torch.zeros((B, T), dtype=torch.long, device=device) for _ in range(2))  # one for both would compile again
+    x, y = (torch.zeros((B, T), dtype=torch.long, device=device) for _ in range(2))  # one tensor for both would recompile later
     try:
         with autocast(device, dtype):
             _, loss = model(x, y)
@@ -213,11 +212,11 @@ def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
 
 
 def recompute_activations(forward, device_type):
-    """forward, storing only its arguments for the backward, which recomputes the rest with the same random numbers."""
+    """forward, storing only its arguments; the backward recomputes activations, with the same random numbers."""
     def checkpointed(*args):
         if not torch.is_grad_enabled():
             return forward(*args)
-        # autocast caches the weights it casts until the region ends, for reuse; here there is no reuse, and they are large
+        # autocast would cache the cast weights until the region ends; a block uses each only once, and they are large
         with torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
                             cache_enabled=False):
             return recompute_in_backward(forward, *args, use_reentrant=False)
@@ -230,36 +229,36 @@ def is_fsdp(config, ranks):
 
 
 def shard(raw_model, ranks):
-    """Leaves each rank its shard of every parameter (a DTensor), block by block, on its device; in place.
+    """Replaces every parameter by this rank's shard of it, a DTensor on its device; block by block, in place.
 
-    Gradients are reduce-scattered in every micro-step: until then each rank would have to hold them unsharded. Weights
-    are gathered in float32 and autocast casts them, as in DDP; FSDP's MixedPrecisionPolicy would also make the
-    LayerNorms and the residual stream 16 bits wide. The price is twice the bytes in each gather.
+    Gradients are reduce-scattered in every micro-step; otherwise each rank would hold them unsharded. Weights are
+    gathered in float32 and autocast casts them, as in DDP; FSDP's MixedPrecisionPolicy would also compute the
+    LayerNorms and the residual stream in 16 bits. The cost is twice the bytes in each gather.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
-    for module in (*raw_model.transformer.h, raw_model):  # the root last: it takes the rest, with the tied wte and lm_head
+    for module in (*raw_model.transformer.h, raw_model):  # the root last: it takes wpe, ln_f, wte and lm_head
         fully_shard(module, mesh=mesh, mp_policy=policy)
         if ranks.device_type == "cpu":
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reliable mean: SUM, then divide
 
 
 def make_optimizers(raw_model, config, ranks):
-    """raw_model's optimizers; under zero each rank updates a part of the parameters and broadcasts it."""
+    """The list of raw_model's optimizers; under zero each rank updates a part of the parameters and broadcasts it."""
     optimizers = raw_model.configure_optimizers(config.lr, config.weight_decay, (config.beta1, config.beta2),
                                                 config.optimizer, config.embd_lr_ratio)
     if config.parallel != "zero" or not ranks.ddp:
         return optimizers
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    adamw, = optimizers  # TrainConfig refuses muon
-    defaults = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}  # AdamW's own
+    adamw, = optimizers  # TrainConfig does not allow muon
+    defaults = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}  # AdamW sets it
     return [ZeroRedundancyOptimizer(adamw.param_groups, torch.optim.AdamW, **defaults)]
 
 
 def clip_grad_norm(raw_model, max_norm):
-    """Scales the gradient of all ranks down to a norm of max_norm; its norm before that, a plain scalar tensor."""
+    """Clips the norm of the gradient to max_norm, in place; returns the norm before, an unsharded scalar tensor."""
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
     return norm.full_tensor() if is_sharded(norm) else norm
 
@@ -280,8 +279,8 @@ def unsharded_tensor(tensor):
 def unsharded_model(raw_model):
     """The model to evaluate and sample from: raw_model, or an unsharded copy of it under fsdp. Every rank must call it.
 
-    The copy, 4 bytes a parameter while it is used, has no collectives in its forward: ranks may run different numbers of
-    batches, or call parts of the model.
+    The copy, of 4 bytes per parameter, has no collectives in its forward: ranks may run different numbers of batches, or
+    call parts of the model.
     """
     if not is_sharded(raw_model.lm_head.weight):
         return raw_model
@@ -299,7 +298,7 @@ def params_of(optimizer):
 
 
 def gather_zero(optimizer, ranks):
-    """{parameter's number: {name: tensor}} of every rank's part, on rank 0's CPU; one tensor at a time."""
+    """{parameter's number: {name: tensor}} of all ranks' optimizer states, on rank 0's CPU; one tensor at a time."""
     params, states, device = params_of(optimizer), optimizer.optim.state, ranks.device
     shapes = [{name: v.shape for name, v in states[p].items()} if p in states else {} for p in params]
     shapes, gathered = all_gather(shapes, ranks), {}
@@ -314,10 +313,10 @@ def gather_zero(optimizer, ranks):
 
 
 def full_state(raw_model, optimizers, ranks):
-    """(raw_model's state dict, [state dict of each optimizer]) as one unsharded process has them, copied to the CPU.
+    """(raw_model's state dict, [state dict of each optimizer]) with unsharded tensors, copied to the CPU.
 
-    Every rank must call it; only rank 0 gets the values. Sharded tensors are gathered one by one, so that no device
-    ever holds all of them.
+    Every rank must call it; only rank 0 gets the values. Sharded tensors are gathered one by one: no device holds all
+    of them.
     """
     def collect(value):
         if isinstance(value, dict):
@@ -332,7 +331,7 @@ def full_state(raw_model, optimizers, ranks):
     weights = {name: weights.get(name, weights["transformer.wte.weight"]) for name in raw_model.state_dict()}
     states = []
     for optimizer in optimizers:
-        state = torch.optim.Optimizer.state_dict(optimizer)  # ZeRO's own would gather everything on every device
+        state = torch.optim.Optimizer.state_dict(optimizer)  # ZeRO's would gather everything on every device
         gathered = gather_zero(optimizer, ranks) if hasattr(optimizer, "optim") else collect(state["state"])
         states.append({"state": gathered, "param_groups": state["param_groups"]})
     return weights, states

@@ -23,7 +23,7 @@ from convert import load_model
 from data import EOT, NUM_TOKENS, TokenStream, atomic_write, get_tokenizer, prepare_data
 from runtime import ArgumentParser, run_main
 
-# Published results by model size; "1558M" also stands for GPT-3's 1.3B, "774M" for its 760M.
+# Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".
 # Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).
 GPT2_LOSS = {"edu": {"124M": 3.2924}, "fineweb": {"124M": 3.4250, "350M": 3.0831, "774M": 3.0006, "1558M": 2.8313}}
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}
@@ -47,7 +47,7 @@ def new_figure(width, height, dpi=80):
 
 
 def write_figure(figure, path):
-    """Writes a figure to path, a .png of 256 colors (a third of the size of all colors), atomically, and returns path."""
+    """Writes a figure to path, a .png of 256 colors (a third of the size of full color), atomically, and returns path."""
     from PIL import Image  # Pillow, which matplotlib requires
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -68,10 +68,10 @@ def size_of(config):
 
 
 def smooth(values, half):
-    """Centered running mean: of each value and the half values on either side of it. Same length as values.
+    """Centered running mean over each value and `half` values on each side. Same length as values.
 
-    Near the start, as many on the right as there are on the left, which keeps the first value of a steep curve; near the
-    end, those that exist. Example: smooth([1, 2, 3, 4], 1) -> [1, 2, 3, 3.5]
+    Near the start the window shrinks on both sides, which keeps the first value of a steep curve; near the end, on the
+    right only. Example: smooth([1, 2, 3, 4], 1) -> [1, 2, 3, 3.5]
     """
     sums, i = np.cumsum([0.0, *values]), np.arange(len(values))
     starts, ends = i - np.minimum(i, half), np.minimum(i + np.minimum(i, half) + 1, len(values))
@@ -161,7 +161,7 @@ def draw_loss(panel, runs, baselines):
         if value := GPT2_LOSS.get(baselines, {}).get(size):
             draw_reference(panel, value, f"GPT-2 {size}\n{CORPORA[baselines]} val", "tab:red")
     (low, high), top = panel.dataLim.intervaly, max(tops, default=math.inf)
-    if top < high:  # in a long run the fall of the first steps would flatten the rest
+    if top < high:  # in a long run the first steps would compress the rest of the curve
         panel.set_ylim(low - 0.06 * (top - low), top + 0.06 * (top - low))
         panel.annotate(f"↑ from {high:.2f}", (0.01, 0.985), xycoords="axes fraction", va="top", fontsize=8,
                        bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
@@ -192,7 +192,7 @@ def draw_stream(panel, runs, stream):
     for run in runs:
         draw_curve(panel, *run[stream], run.color, noisy=stream != "lr")
     values = np.concatenate([run[stream][1] for run in runs])
-    panel.set_ylim(0, 1.15 * np.quantile(values, 0.99) or 1)  # rare spikes are cut off
+    panel.set_ylim(0, 1.15 * np.quantile(values, 0.99) or 1)  # clips rare spikes
     summary = f" (peak {values.max():.2e})" if stream == "lr" else f" (median {short_count(np.median(values))})"
     panel.set_title(STREAMS[stream] + (summary if len(runs) == 1 else ""), fontsize=10)
 
@@ -255,7 +255,7 @@ def wpe_figure(model):
 
 
 def c_attn_figure(model, layer=1):
-    """Figure of a block's c_attn weights that compute q, k and v, each (in, out) as in OpenAI's checkpoints, in one scale."""
+    """Figure of a block's c_attn weights that compute q, k and v, each (in, out) as in OpenAI's checkpoints, on one scale."""
     weight = model.transformer.h[layer].attn.c_attn.weight.detach().float().cpu().numpy()            # (3C, C): (out, in)
     figure = new_figure(11, 3.9, dpi=160)
     panels = figure.subplots(1, 3, sharey=True)
@@ -317,7 +317,7 @@ def attention_weights(model, idx, layer):
 def attention_figure(model, prompt, layer=0):
     """Figure of a block's attention weights on a prompt, one panel per head.
 
-    The color scale is a square root, which makes small weights visible.
+    The color scale is the square root of the weight: small weights are visible.
     """
     from matplotlib.colors import PowerNorm
     tokenizer = get_tokenizer()

@@ -1,5 +1,5 @@
 """
-The machine: device, dtype, random number generators, signals, memory, peak FLOPs, and how a script exits.
+The machine: device, dtype, random number generators, signals, memory, peak FLOPs, and the exit status of scripts.
 
     device = choose_device("auto")
     with autocast(device, choose_dtype("auto", device)): ...
@@ -25,7 +25,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Peak dense 16-bit TFLOP/s (no sparsity, float32 accumulation) from the vendors' data sheets, by a part of the device's
-# name; the longest match wins. MFU is printed only for the devices listed: a wrong peak is worse than none.
+# name; the longest match wins. MFU is printed only for the devices listed.
 PEAK_TFLOPS = {
     "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312,
     "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
@@ -106,14 +106,14 @@ def run_and_report(main):
 # signals
 
 class StopSignals:
-    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only note a stop request, so that training can save before it ends.
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only note a stop request: training saves before it ends.
 
     `StopSignals.received` is the name of the first signal, or None; parallel.stop_requested agrees on it across ranks.
     A second Ctrl-C ends the process at once, even inside a collective that hangs.
     """
-    # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, "try again later": a batch system can requeue on it.
+    # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, a temporary failure: a batch system can requeue on it.
     STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130}
-    received = None  # a class attribute: signal handlers, too, exist once per process
+    received = None  # a class attribute: signal handlers are per process, too
 
     def __enter__(self):
         # Python runs signal handlers between two bytecodes of the main thread, which may be inside a long operation.
@@ -138,7 +138,7 @@ class StopSignals:
         first = 0.0
         while byte := self.reader.recv(1):
             name = numbers.get(byte[0])
-            # the terminal sends Ctrl-C to every process and torchrun forwards it: within half a second it is the same one
+            # the terminal sends Ctrl-C to every process and torchrun forwards it: one within half a second is a duplicate
             if name == StopSignals.received == "SIGINT" and time.monotonic() - first > 0.5:
                 os._exit(130)
             if name and not StopSignals.received:
@@ -152,7 +152,7 @@ class StopSignals:
 # device and dtype
 
 def choose_device(device="auto"):
-    """"cuda", "mps" or "cpu" for "auto", the first that is available; ValueError for a device that is not available."""
+    """device, or for "auto" the first available of "cuda", "mps", "cpu"; ValueError for a device that is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, is_there in available.items() if is_there)
@@ -166,7 +166,7 @@ def choose_device(device="auto"):
 
 
 def choose_dtype(dtype, device):
-    """A name in DTYPES; "auto" is bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    """A name in DTYPES; "auto" is bfloat16 where the hardware supports it, float16 on older GPUs, else float32."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
@@ -186,7 +186,7 @@ def autocast(device, dtype):
 
 
 def synchronize(device):
-    """Waits until the device has finished all queued work, so that a clock read afterwards is right."""
+    """Waits until the device has finished all queued work; call it before reading a clock."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     elif device == "mps":
@@ -217,26 +217,26 @@ def set_rng_state(state, device):
 
 
 def use_deterministic_algorithms():
-    """Makes every operation deterministic, at some cost in speed; call it before CUDA is initialized.
+    """Makes every operation deterministic, at some cost in speed; call it before the first matmul on CUDA.
 
     An operation without a deterministic implementation raises. Eager runs on a CPU are bitwise identical without it;
-    torch.compile sums the embeddings' gradients in a varying order if there are several threads.
+    torch.compile sums the embeddings' gradients in a nondeterministic order if there are several threads.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each new tensor
     torch.backends.cudnn.benchmark = False
 
 
 # -----------------------------------------------------------------------------
-# speed, memory, and what to report about them
+# peak FLOPs, memory, and a description of the machine
 
 def peak_flops(device, dtype):
     """Peak dense FLOP/s of the device in a 16-bit dtype, or None if it is not known."""
     if not device.startswith("cuda") or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
-    # whole words: an RTX A3000 is not an A30; a suffix may name another chip, or a slice of one
+    # whole words: an RTX A3000 is not an A30; these suffixes denote other chips, or a part of one
     if re.search(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b", name):
         return None
     match = max((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), key=len, default=None)
@@ -251,7 +251,7 @@ def keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-4, 0)   # M_MMAP_MAX: no allocation is a mapping of its own
+        mallopt(-4, 0)   # M_MMAP_MAX: no allocation uses mmap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
@@ -277,7 +277,7 @@ def device_name(device):
 
 
 def describe_machine(device):
-    """{"commit", "device", "torch", "python"}: what a result was measured with."""
+    """{"commit", "device", "torch", "python"}, for results and logs. "commit" may be None."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
     return {"commit": git and git.stdout.strip() or None, "device": device_name(device), "torch": torch.__version__,

@@ -1,5 +1,5 @@
 """
-Text from a model: sampling of the next token, generation with a KV cache, and a command for both.
+Generates text: sampling of the next token, generation with a KV cache, and the command.
 
     python sample.py log/shakespeare --prompt "ROMEO:" --num-samples 4
     python sample.py log/gpt2-124M/model_19000.pt --prompt "Hello, I'm a language model," --temperature 0.8 --stream
@@ -55,8 +55,8 @@ def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1
 def context_start(T, block_size):
     """Where the context of a text of T tokens starts. For block_size 1024: 0 up to T = 1024, 512 up to 1536, 1024 up to 2048.
 
-    A context that slides by one token invalidates the KV cache: the position of every token changes, and positions are
-    learned. One that slides by half a block is processed again only every block_size / 2 tokens.
+    Moving the context by one token invalidates the KV cache, since the learned position of every token changes. Moving it
+    by half a block recomputes the cache only every block_size / 2 tokens.
     """
     half = (block_size + 1) // 2
     return -(-max(0, T - block_size) // half) * half
@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, bias, B):
         super().__init__()
         self.bias = bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), B)  # optimized for B rows, right for any
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), B)  # optimized for B rows, valid for any
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -259,13 +259,13 @@ def main():
     parser.add_argument("--num-samples", type=int, default=4, help="number of samples (default 4)")
     parser.add_argument("--stream", action="store_true", help="print each token as it is generated, one sample at a time")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens to generate per sample (default 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature, 0 for greedy (default 1.0)")
     parser.add_argument("--top-k", type=int, default=50, help="keep the k most likely tokens, 0 for all (default 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default 1.0, all)")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default 42)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: takes minutes, then speeds up a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which takes minutes")
     args = parser.parse_intermixed_args()  # accepts - after flags, too
     check_minimums(vars(args), num_samples=1, max_new_tokens=1, temperature=0, top_k=0)
     if not 0 < args.top_p <= 1:
@@ -273,7 +273,7 @@ def main():
     prompt = read_prompt(args)
     encode_prompt(prompt)  # an invalid prompt raises before the model is loaded
     keep_freed_memory()
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for characters it lacks
+    sys.stdout.reconfigure(errors="replace")  # "?" for characters that the terminal cannot encode
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, info = load_model(args.source, device)

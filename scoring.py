@@ -8,8 +8,8 @@ every position. Here an example is one row, with one copy of the context:
     positions      0, 1, ..., c-1        c, c+1, ...      c, c+1, ...      c, c+1, ...      c, c+1, ...
     attention to   earlier tokens        the context, and earlier tokens of the same ending
 
-So every token has the position and the context that it has in the lecture's row, and gets the same log-probability. Logits
-are computed only where a token of an ending is predicted, in float32, over GPT-2's 50257 ids.
+So every token has the same position, context and log-probability as in the lecture's row. Logits are computed only where
+a token of an ending is predicted, in float32, over GPT-2's 50257 ids.
 """
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def pack(encoded, block_size):
 
 
 def row_length(row):
-    """Number of input tokens of a row: the last token of an ending predicts nothing and is not one."""
+    """Number of input tokens of a row; the last token of an ending predicts nothing, so it is not an input."""
     context, endings = row
     return len(context) + sum(len(ending) - 1 for _, ending in endings)
 
@@ -133,8 +133,8 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress
     was_training = model.training
     model.eval()
     try:
-        with autocast(ranks.device, dtype):  # one region for all batches: it caches the weights that it casts
-            for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # equally often on every rank
+        with autocast(ranks.device, dtype):  # one region for all batches: it caches the cast weights
+            for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # the same number on each rank
                 if stop_requested(ranks):
                     return None
                 if i < len(batches):

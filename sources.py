@@ -54,7 +54,7 @@ class Piece:
     """A part of a file that a worker reads and tokenizes."""
     file: int            # index of the file in the source
     number: int          # index of the piece in the file
-    read: object         # function that returns an iterable of lists of texts; a value that is not a str is not text
+    read: object         # function that returns an iterable of lists of texts; values other than str are skipped
     begins: bool = True  # False: the piece continues the document of the previous piece
 
 
@@ -109,7 +109,7 @@ def parquet_pieces(open_file, metadata, column):
 
 
 def json_texts(lines, name, first, column):
-    """[texts] of JSON lines, numbered from first; raises BadFile for a line that is not a JSON object."""
+    """[texts] of JSON lines, numbered from first. BadFile if a line is not an object; ValueError if line 1 lacks column."""
     texts = []
     for number, line in enumerate(lines, first):
         try:
@@ -252,7 +252,7 @@ def hub_source(dataset, name, split, revision, commit=None):
 
 
 def estimate_tokens(source, column):
-    """Estimated number of tokens in a source, from its first file; rather too low than too high."""
+    """Estimated number of tokens in a source, from its first file; a low estimate."""
     name, tokens_per_byte = source.names[0], TOKENS_PER_BYTE
     if name.endswith(".parquet"):
         try:

@@ -37,7 +37,7 @@ from runtime import (StopSignals, autocast, choose_dtype, device_name, free_memo
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
-# the pieces of the loop
+# the parts of the loop
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd_decay=0.2):
     """Learning rate of a step: linear warmup, then cosine decay from max_lr to min_lr.
@@ -70,7 +70,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     """One optimizer step; returns (loss, gradient norm) before the update, floats, of all ranks.
 
     model is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the
-    weights if the loss or the norm is NaN or infinite.
+    weights if the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
     """
     first_window = loader.position
     # None instead of zeros: the first backward then writes gradients instead of adding to them
@@ -82,9 +82,9 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         x, y = loader.next_batch()  # (B, T), (B, T)
         if ranks.ddp:
             # DDP averages gradients over the ranks in the last backward only, instead of in each
-            # one; it reads this field in its forward. FSDP has none and always reduces.
+            # one; it reads this field in its forward. FSDP ignores it and reduces in each one.
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
-        # matmuls in bf16; softmax, LayerNorm and the loss, which need more digits, in float32
+        # matmuls in dtype; softmax, LayerNorm and the loss, which need more digits, in float32
         with autocast(ranks.device, dtype):
             _, loss = model(x, y)
         # cross_entropy is a mean over a micro-batch, and backward() adds to the gradients: without
@@ -97,10 +97,10 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     local_loss = loss_accum.clone()  # to name the rank if it is non-finite
     # the mean over the ranks; SUM, then divide: gloo has no reliable AVG
     loss_accum = parallel.all_reduce_sum(loss_accum, ranks) / ranks.world_size  # a scalar
-    # the gradients are scaled like the loss; the norm must not be
+    # the gradients are scaled like the loss; unscale them before the norm is computed
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    # one unlucky batch with a large gradient must not throw the weights off (GPT-3, appendix B)
+    # a batch with an unusually large gradient must not destabilize the model (GPT-3, appendix B)
     norm = parallel.clip_grad_norm(raw_model, grad_clip)
     # .item() makes the CPU wait for the GPU: only here, once per step
     loss, norm = loss_accum.item(), norm.item()
@@ -137,11 +137,11 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
     """
     model.eval()  # no dropout
     total, count = 0.0, 0  # sum of the losses of all targets; number of targets
-    # the logits are an evaluation's largest tensor; more than 4096 tokens of them gain nothing
+    # the logits are an evaluation's largest tensor; batches over 4096 tokens are no faster
     B = max(1, min(B, 4096 // T))
     for x, y in data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
                                      ranks.device):
-        # the ranks have equally many batches, so all of them stop at the same one
+        # every rank has the same number of batches, so all ranks stop at the same one
         if parallel.stop_requested(ranks):
             model.train()
             return None
@@ -153,7 +153,7 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
             total += loss.item() * y.numel()
             count += y.numel()
     model.train()
-    # float64, as float32 cannot count to 10M exactly once it has a fraction; MPS has no float64
+    # float64: float32 has too few digits for a sum over 10M tokens; MPS has no float64
     sums = torch.tensor([total, count], device=ranks.device,
                         dtype=torch.float32 if ranks.device == "mps" else torch.float64)
     total, count = parallel.all_reduce_sum(sums, ranks).tolist()
@@ -161,7 +161,7 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
 
 
 def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32):
-    """Prints samples that start with prompt; the ranks split them. None if a stop is requested."""
+    """Prints samples that start with prompt, split over the ranks; none if a stop is requested."""
     if parallel.stop_requested(ranks):
         return
     model.eval()  # no dropout
@@ -171,7 +171,7 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
         with autocast(ranks.device, dtype):
             texts += generate_text(model, prompt, 1, max_new_tokens, seed=42 + i)
     model.train()
-    # rank 0 prints, as lines of several processes would mix; sample i is from rank i % world_size
+    # only rank 0 prints: lines of several processes would interleave
     gathered = parallel.all_gather(texts, ranks)
     for i in range(num_samples):
         print0(f"sample {i}: {gathered[i % ranks.world_size][i // ranks.world_size]!r}")
@@ -182,7 +182,7 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
 
 def open_data(config, ranks):
     """[train TokenStream, val TokenStream]; a text file is tokenized first, by rank 0."""
-    # the other ranks find what rank 0 has tokenized
+    # the other ranks find the files that rank 0 has written
     with parallel.rank0_first(ranks):
         splits = data.prepare_data(config.data)
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
@@ -215,7 +215,7 @@ def make_plan(config, num_tokens, dtype, ranks):
         raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
                          f" of {total_batch_size:,}: use more --epochs, --max-steps, or a smaller"
                          " --total-batch-size")
-    # over 1: the model sees data again, in another order
+    # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
     parts = estimate_memory(config, num_params, B, dtype, W, on_cpu)
     needed = sum(parts.values())
@@ -240,7 +240,7 @@ def make_plan(config, num_tokens, dtype, ranks):
 
 
 def dry_run(config, dtype, ranks):
-    """Prints the plan of the run, also that of FineWeb-Edu before its shards exist."""
+    """Prints the plan of the run; FineWeb-Edu's shards need not exist."""
     if config.data == FINEWEB_DIR and not os.path.exists(FINEWEB_DIR):
         print0(f"{FINEWEB_DIR}/ does not exist: the plan of FineWeb-Edu's sample of 10B tokens")
         num_tokens = FINEWEB_TOKENS
@@ -251,7 +251,7 @@ def dry_run(config, dtype, ranks):
 
 def build_model(config, saved, ranks):
     """The GPT to train: the checkpoint's, --init-from's, or initialized from torch's generator."""
-    # fsdp moves the shards to the GPUs: the unsharded model need not fit on one of them
+    # fsdp moves shards to the GPUs: the unsharded model need not fit on one GPU
     device = "cpu" if parallel.is_fsdp(config, ranks) else ranks.device
     if not saved and config.init_from:
         return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
@@ -264,7 +264,7 @@ def build_model(config, saved, ranks):
 def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     """(model, state): contents of a checkpoint's two files, on rank 0's CPU; see checkpoint.py.
 
-    They are all that a resumed run needs to be bitwise identical. Every rank must call it.
+    A run resumed from them is bitwise identical. Every rank must call it.
     """
     weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
     # dropout's random numbers differ between ranks; all other state is the same on every rank
@@ -290,7 +290,7 @@ def restore(saved, optimizers, scaler, loader, config, ranks):
         print0(f"  changed: {ranks.world_size} processes, were {len(state['rng'])}; the order of"
                " the data is the same")
     if ranks.master_process:
-        # --resume may name an older checkpoint; what comes after it belongs to another run
+        # --resume may name an older checkpoint; newer ones belong to another run
         for path in checkpoint.rename_newer(config.run_dir, saved.step):
             print0(f"renamed {path} to *.aside: it is newer than the checkpoint")
 
@@ -318,7 +318,7 @@ def main():
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
     B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), dtype, ranks)
 
-    # resume: the first step, and its evaluations that the log has; a stop may interrupt them
+    # resume: the first step, and its evaluations in the log; a stop may have interrupted others
     first_step = saved.step if saved else 0
     log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step) if saved else (0, set())
     evaluated = parallel.all_gather(evaluated, ranks)[0]
@@ -347,28 +347,28 @@ def main():
         restore(saved, optimizers, scaler, loader, config, ranks)
         saved = None  # frees its memory
 
-    # log: rank 0 writes config.json, log.txt, and checkpoints, these in a background thread
+    # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
     writer = checkpoint.Writer()
     peak = peak_flops(device, dtype)  # of one device, FLOP/s; None if unknown
 
     def due(every, stream=None):
-        # every so many steps and after the last one, unless the log has it from before a resume
+        # every `every` steps and after the last one, unless logged before the run was resumed
         return (every and (step % every == 0 or step == max_steps)
                 and not (step == first_step and stream in evaluated))
 
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
             # once in a while: the validation loss. All evaluations use raw_model: the compiled
-            # model would compile again for their shapes.
+            # model would recompile for their shapes.
             val_loss = None
             if due(config.val_every, "val"):
                 val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
                                          config.val_tokens, dtype, ranks)
                 log(step, val=val_loss)
 
-            # once in a while: HellaSwag, by both styles of scoring
+            # once in a while: HellaSwag, in both styles of scoring
             if examples and due(config.hella_every, "hella"):
                 log(step, **hellaswag.score_in_training(parallel.unsharded_model(raw_model),
                                                         examples, dtype, ranks))
@@ -378,7 +378,7 @@ def main():
                 print_samples(parallel.unsharded_model(raw_model), config.prompt, dtype, ranks)
 
             # once in a while, and before stopping: a checkpoint
-            writer.check()  # raises what went wrong with the previous one
+            writer.check()  # raises the error of the previous one, if any
             stopping = parallel.stop_requested(ranks)
             if step > first_step and (due(config.save_every) or stopping):
                 log.flush()    # a checkpoint must not be on disk before the log up to it
@@ -389,7 +389,7 @@ def main():
             if stopping or step == max_steps:
                 break
 
-            # one optimizer step; the clock covers nothing else
+            # one optimizer step; only this is timed
             epoch = int(loader.epoch)
             lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps,
                         max_steps, config.schedule, config.wsd_decay)
@@ -415,7 +415,7 @@ def main():
     elif ranks.master_process:
         picture = plot_run(run_dir, baselines=FINEWEB_DIR in config.data)
         print0(f"finished; curves: {picture}, samples: python sample.py {run_dir}")
-    # on success only: after an error NCCL would wait here for ranks that no longer answer
+    # on success only: after an error NCCL would wait here for ranks that have exited
     parallel.teardown()
     sys.exit(StopSignals.STATUS[stopping] if stopping else 0)
 

@@ -1,1 +1,1 @@
-"""Benchmarks, each beside its reference; run as `python -m bench`. Nothing imports this package except tests."""
+"""Benchmarks against references; run as `python -m bench`. Nothing imports this package except tests."""

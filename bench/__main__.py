@@ -1,5 +1,5 @@
 """
-Benchmarks: each one beside its reference, as a ratio, in one run.
+Benchmarks: each measures its reference in the same run and prints ratios.
 
     python -m bench train                          # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
     python -m bench train --size gpt2-medium --batch-size 8 --steps 10 --json train.json
@@ -29,7 +29,7 @@ from model import SIZES
 BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,
               "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
 
-# --quick: enough to notice a regression, too little to publish
+# --quick: enough to notice a regression
 QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 
 COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")  # columns that --compare compares
@@ -52,7 +52,7 @@ def measurements(result):
 
 
 def print_comparison(old, new):
-    """Prints what both results measured, with ratios: above 1 is better now, whatever the unit. 100 tok/s, now 90 -> 0.9."""
+    """Prints what both results measured, with ratios; above 1 is faster or smaller: 100 tok/s, now 90 -> 0.9."""
     was = {**old["machine"], **old["settings"]}
     for name, value in {**new["machine"], **new["settings"]}.items():
         if was.get(name) != value:
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     parser = runtime.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.", allow_abbrev=False)
     add = parser.add_argument
     add("benchmark", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK",
-        help="train: a training step; ladder: what makes it fast, one change after the other; hellaswag: scoring; sample:"
+        help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
              " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all")
     add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
     add("--batch-size", type=int, default=0, help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")

@@ -1,4 +1,4 @@
-"""How long a save delays training, beside a synchronous save of the same checkpoint, and how long loading takes."""
+"""How long a save delays training, compared with a synchronous save of the same checkpoint, and how long loading takes."""
 import os
 import tempfile
 import time

@@ -1,7 +1,6 @@
 """
-The speed of tokenizing beside tiktoken and the lecture's pipeline, and of the data loader beside the step it feeds.
-
-The lecture's pipeline is in lines of our own.
+The speed of tokenizing compared with tiktoken and the lecture's pipeline, and of the data loader compared with a
+training step. The lecture's pipeline is reimplemented here.
 """
 import multiprocessing
 import os
@@ -105,7 +104,7 @@ def bench_tokenize(args):
 
 
 def time_loader(args, num_tokens=1 << 24, batches=200):
-    """(seconds to read, cast and move a batch, seconds that next_batch takes when each step is slower than that)."""
+    """(seconds to read, cast and move a batch, seconds that next_batch waits when each step takes longer than that)."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "random_train_000001.npy")
         data.write_shard(path, np.random.default_rng(0).integers(0, data.NUM_TOKENS, num_tokens).astype(np.uint16))
@@ -124,7 +123,7 @@ def time_loader(args, num_tokens=1 << 24, batches=200):
 
 
 def bench_loader(args):
-    """Rows of milliseconds per batch, shuffled, beside the training step (ours, eager) that consumes it."""
+    """Rows of milliseconds per batch, shuffled, compared with an eager training step."""
     read, wait = in_fresh_process(time_loader, args)
     step = time_step(Variant(args.dtype), args)["ms/step"]
     return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step} for name, ms in

@@ -1,4 +1,4 @@
-"""The lecture's ladder: what makes a training step fast, each rung added to all rungs before it."""
+"""The lecture's ladder: the optimizations of a training step, each rung added to all rungs before it."""
 from dataclasses import replace
 
 import torch

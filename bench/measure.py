@@ -1,4 +1,4 @@
-"""How the benchmarks measure: one timer, one way to start a fresh process, the peaks of this machine, one table."""
+"""What the benchmarks share: a timer, fresh processes, the peaks of this machine, and a table printer."""
 import multiprocessing
 import resource
 import statistics
@@ -13,7 +13,7 @@ import runtime
 
 
 def in_fresh_process(function, *args):
-    """function(*args), run in a new Python process, so that earlier work cannot affect what is measured.
+    """function(*args), run in a new Python process, where earlier work cannot affect the measurement.
 
     The result must be picklable. Raises MemoryError if the process was killed.
     """

@@ -1,5 +1,6 @@
 """
-The speed of sampling with the KV cache beside the lecture's sampling, transformers, and a lower bound: reading the weights.
+The speed of sampling with the KV cache compared with the lecture's sampling, transformers, and a roofline: reading the
+weights once per token.
 
 Random weights, prompts of eight tokens, top-k 50.
 """
@@ -31,7 +32,7 @@ def random_prompts(B):
 
 @torch.no_grad()
 def time_lecture(args, B, num_tokens):
-    """(seconds, tokens) of the lecture's sampling, which recomputes the whole context for each token: from eight lengths."""
+    """(seconds, tokens) of the lecture's sampling, which recomputes the context for each token; from eight lengths."""
     model, stride = random_model(args), max(1, num_tokens // 8)
     x = torch.randint(NUM_TOKENS, (B, PROMPT_LENGTH + num_tokens), device=args.device)
 

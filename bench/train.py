@@ -1,7 +1,6 @@
 """
-The speed of a training step beside the lecture's step and beside a lower bound, its matmuls and attention.
-
-The lecture's arithmetic is in lines of our own.
+The speed of a training step compared with the lecture's step, which is reimplemented here, and with a roofline: its
+matmuls and attention.
 """
 import os
 import socket
@@ -65,9 +64,9 @@ class LogitsWithGradient(GPT):
 
 
 def build_step(variant, args, ranks):
-    """(function that makes one training step and returns its loss, raw_model, optimizers) of a Variant.
+    """(function that runs one training step and returns its loss, raw_model, optimizers) of a Variant.
 
-    Every step trains on the same random batch, so that data loading is not timed.
+    Every step trains on the same random batch: data loading is not timed.
     """
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
@@ -123,8 +122,7 @@ def time_step(variant, args):
 def time_roofline(args):
     """Seconds of a training step's matmuls and attention, forward and backward: a lower bound for the step.
 
-    The weights are in dtype already; one layer is timed and multiplied by n_layer. No step that computes the same
-    products in the same dtype with the same library is faster.
+    The weights are already in dtype; one layer is timed and multiplied by n_layer.
     """
     def seconds_of(function, *shapes):
         return forward_backward_seconds(function, shapes, args.dtype, args.device, args.steps)

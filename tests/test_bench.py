@@ -76,7 +76,7 @@ def test_naive_attention_equals_flash_attention():
     assert torch.allclose(bench.train.naive_attention(q, k, v), bench.train.flash_attention(q, k, v), atol=1e-6)
 
 
-def test_a_step_is_built_as_its_variant_says():
+def test_a_step_has_the_settings_of_its_variant():
     changes = dict(flash=False, vocab_size=50257, fused=False, ours=False)
     _, raw_model, optimizers = build_step(Variant("float32", **changes), tiny_args(), ONE_RANK)
     assert raw_model.config.vocab_size == 50257
@@ -105,7 +105,7 @@ def test_the_roofline_counts_every_matmul_and_attention_of_the_step(monkeypatch)
 
 
 def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
-    """With a timer of our own: the lecture takes 4 s, ours eager 2 s, compiled 1 s; the roofline is 0.5 s."""
+    """With a fake timer: the lecture takes 4 s, ours eager 2 s, compiled 1 s; the roofline is 0.5 s."""
     seconds = {(False, False): 4, (True, False): 2, (True, True): 1}
 
     def time_step(variant, args):
@@ -135,7 +135,7 @@ def test_a_rung_that_this_machine_cannot_run_has_a_reason():
 
 
 def test_ladder_rows_are_relative_to_the_rung_before(monkeypatch, tmp_path, capsys):
-    """With a timer of our own: 100 s in float32, half of it from bf16 on, and a rung that runs out of memory."""
+    """With a fake timer: 100 s in float32, half of it from bf16 on, and a rung that runs out of memory."""
     def time_step(variant, args):
         if variant.fused and not variant.ours:
             raise MemoryError
@@ -244,7 +244,7 @@ def test_the_sampling_roofline_counts_each_weight_that_a_token_reads_once():
 # measuring
 
 def test_timed_takes_the_median_after_the_warmup():
-    """With a clock of our own: calls take 100, 1, 5 and 2 s, the first one is the warm-up."""
+    """With a fake clock: calls take 100, 1, 5 and 2 s, the first one is the warm-up."""
     now, durations = [0.0], iter([100, 1, 5, 2])
 
     def work():
@@ -286,7 +286,7 @@ def result(**benchmarks):
     return {"machine": {"device": "a"}, "settings": {"size": "gpt2"}, "benchmarks": benchmarks}
 
 
-def test_the_comparison_finds_what_is_worse_whatever_the_unit(capsys):
+def test_the_comparison_finds_what_is_worse_in_any_unit(capsys):
     old = result(train=[{"train": "eager", "tok/s": 100.0, "peak GB": 4.0, "loss": 9.0}, {"train": "gone", "tok/s": 1.0}],
                  loader=[{"loader": "read", "ms/batch": 2.0}], sample=[{"sample": "ours", "tok/s": 10.0, "x lecture": None}])
     new = result(train=[{"train": "eager", "tok/s": 90.0, "peak GB": 2.0, "loss": 1.0}, {"train": "new", "tok/s": 1.0}],

@@ -103,7 +103,7 @@ def test_after_a_kill_during_the_first_save_the_run_starts_over(tmp_path):
     assert checkpoint.load_latest(str(tmp_path)) is None
 
 
-def test_models_without_states_are_an_error_and_not_silently_started_over(tmp_path):
+def test_models_without_states_are_an_error_and_do_not_start_over_silently(tmp_path):
     save_step(tmp_path, 10)
     os.remove(tmp_path / "state_00010.pt")
     with pytest.raises(ValueError, match="state_00010.pt.*move the folder away to start over"):
@@ -146,7 +146,7 @@ def test_prune_keeps_the_best_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("keep_best, kept", [(False, [4]), (True, [2, 4])])
 def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, kept):
-    (tmp_path / "log.txt").write_text("1 val 3.0\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")  # of 5 there is no checkpoint
+    (tmp_path / "log.txt").write_text("1 val 3.0\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")  # step 5 has no checkpoint
     for step in (1, 2, 3, 4):
         state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
         checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
@@ -154,7 +154,7 @@ def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_p
     assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model_00004.pt'}\n")
 
 
-def test_newer_checkpoints_are_renamed_and_a_state_alone_is_pruned(tmp_path):
+def test_newer_checkpoints_are_renamed_and_a_state_without_its_model_is_pruned(tmp_path):
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00003.pt")
@@ -326,7 +326,7 @@ def test_a_damaged_newest_step_is_skipped_with_a_message(tmp_path, kind, how):
     assert f"{kind}_00020.pt" in message and "\n" not in message
 
 
-def test_if_every_step_is_damaged_that_is_an_error_and_not_silently_started_over(tmp_path):
+def test_only_damaged_steps_are_an_error_and_do_not_start_over_silently(tmp_path):
     save_step(tmp_path, 10)
     damage(tmp_path / "model_00010.pt", "truncated")
     with pytest.raises(ValueError, match="no checkpoint in .* can be loaded.*move the folder away"):
@@ -366,7 +366,7 @@ class Code:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, write):
+def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
     path = tmp_path / "model_00001.pt"
     write({"model": {}, "config": Code(str(tmp_path / "ran"))}, path)
     with pytest.raises(ValueError, match="model_00001.pt.*(could run code|not a checkpoint)"):
@@ -454,13 +454,13 @@ def test_a_resumed_run_keeps_earlier_steps_and_the_evaluations_of_its_step(tmp_p
 
 
 @pytest.mark.parametrize("torn", ["2 hella 0.2", "2 hel", "2 train 2.5", "2"])
-def test_a_torn_last_line_is_dropped_and_is_not_an_evaluation(tmp_path, torn):
-    """An evaluation whose line was torn once counted as logged: its line was dropped, and it was not repeated."""
+def test_a_truncated_last_line_is_dropped_and_is_not_an_evaluation(tmp_path, torn):
+    """An evaluation whose line was truncated once counted as logged: its line was dropped, and it was not repeated."""
     assert kept(tmp_path, BEFORE_2 + "2 val 2.5\n" + torn, 2) == (BEFORE_2 + "2 val 2.5\n", {"val"})
 
 
 @pytest.mark.parametrize("line", ["a note of mine\n", "\n", "2 val\n", "x val 3.0\n", "-1 val 2.0\n", "\udcff\n"])
-def test_a_line_that_is_not_of_a_run_is_kept_and_ignored(tmp_path, line):
+def test_an_invalid_line_is_kept_and_ignored(tmp_path, line):
     contents = (BEFORE_2 + line + EVALUATIONS_OF_2).encode(errors="surrogateescape")
     (tmp_path / "log.txt").write_bytes(contents + AFTER_2.encode())
     assert kept_log(str(tmp_path), 2) == (len(contents), {"val", "hella"})
@@ -469,7 +469,8 @@ def test_a_line_that_is_not_of_a_run_is_kept_and_ignored(tmp_path, line):
 @pytest.mark.parametrize("contents, last", [("0 train 3.5\n0 lr 0.1\n", 0), ("0 train 3.5\n1 train 3.0", 0), ("", -1)])
 def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
     assert kept(tmp_path, contents, 2)[1] == set()
-    assert capsys.readouterr().out == f"{tmp_path}/log.txt is incomplete: it lacks steps {last + 1} to 1 before the checkpoint\n"
+    message = f"{tmp_path}/log.txt is incomplete: it lacks steps {last + 1} to 1 before the checkpoint\n"
+    assert capsys.readouterr().out == message
     os.remove(tmp_path / "log.txt")
     assert kept_log(str(tmp_path), 2) == (0, set())
     assert "is incomplete" in capsys.readouterr().out
@@ -501,7 +502,7 @@ def test_log_does_nothing_for_an_evaluation_that_was_interrupted(tmp_path, capsy
     assert (tmp_path / "log.txt").read_text() == capsys.readouterr().out == "" and calls == []
 
 
-def test_log_of_a_resumed_run_cuts_off_what_it_does_not_keep(tmp_path):
+def test_log_of_a_resumed_run_truncates_what_it_does_not_keep(tmp_path):
     (tmp_path / "log.txt").write_text(BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2)
     log = open_log(tmp_path, *kept_log(str(tmp_path), 2)[:1])
     log(2, quiet=True, train=2.25)

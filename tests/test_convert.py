@@ -1,7 +1,7 @@
 """
 Other projects' formats. Files of build-nanogpt, nanoGPT and llm.c, written here in their documented layouts; wrong, truncated
 and malicious ones; the command. Hugging Face folders against transformers' models, tokenizers and pipeline, tiktoken, and the
-hashes of OpenAI's vocabulary files; uploads against a small Hub of our own.
+hashes of OpenAI's vocabulary files; uploads against a small fake Hub.
 
     .venv/bin/python -m pytest tests/test_convert.py
 
@@ -149,7 +149,7 @@ class Run:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda contents, path: path.write_bytes(pickle.dumps(contents, 2))])
 @pytest.mark.parametrize("where", ["config", "in the config", "optimizer"])
-def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, monkeypatch, where, write):
+def test_code_in_a_file_is_an_error_and_does_not_run(tmp_path, monkeypatch, where, write):
     path, ran = tmp_path / "model_00001.pt", str(tmp_path / "ran")
     contents = {"model": {}, **({} if where == "in the config" else {where: Run(ran)})}
     save_with_config(contents, path, monkeypatch, write=write, n_layer=Run(ran) if where == "in the config" else 2)
@@ -158,7 +158,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, monkeypatch, where
     assert not os.path.exists(ran)
 
 
-def test_other_pickled_classes_are_refused_and_the_config_only_loads_in_convert(tmp_path, monkeypatch):
+def test_other_pickled_classes_are_an_error_and_the_config_only_loads_in_convert(tmp_path, monkeypatch):
     path = str(tmp_path / "model_00001.pt")
     contents = {"model": make_model().state_dict()}
     save_with_config(contents, path, monkeypatch, "train_gpt2.OtherConfig")
@@ -213,7 +213,7 @@ def test_a_file_that_holds_no_model_is_an_error(tmp_path, contents, words):
         load_model(path)
 
 
-def test_an_untied_lm_head_is_refused(tmp_path):
+def test_an_untied_lm_head_is_an_error(tmp_path):
     weights = {**make_model().state_dict(), "lm_head.weight": torch.zeros(61, 16)}
     torch.save({"model": weights, "model_args": SIZES}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="ckpt.pt: lm_head.weight and wte.weight differ"):
@@ -317,7 +317,7 @@ def test_init_from_takes_the_shape_of_the_weights(tmp_path, monkeypatch):
     assert torch.equal(built.transformer.h[1].mlp.c_fc.weight, model.transformer.h[1].mlp.c_fc.weight)
 
 
-def test_init_from_refuses_a_longer_context_and_another_shape(tmp_path):
+def test_init_from_with_a_longer_context_or_another_shape_is_an_error(tmp_path):
     save_model(tmp_path, 10, make_model())
     with pytest.raises(ValueError, match="--block-size 13 is over the 12 positions"):
         config.shape_of_weights({"init_from": str(tmp_path), "block_size": 13})
@@ -395,7 +395,7 @@ def test_a_conversion_that_is_not_possible_is_an_error_and_writes_nothing(tmp_pa
 
 
 def start(*arguments, **environment):
-    """`python convert.py arguments` as a finished process, offline unless environment says otherwise."""
+    """`python convert.py arguments` as a finished process, offline unless environment changes that."""
     return subprocess.run([sys.executable, "convert.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
 

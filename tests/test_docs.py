@@ -2,7 +2,7 @@
 README.md and docs/: every command is known, those that can run offline run, and every name they mention exists.
 
     ./test.sh tests/test_docs.py            # the names and the list of commands
-    ./test.sh --all tests/test_docs.py      # and the commands, in a folder of their own with a run of two steps
+    ./test.sh --all tests/test_docs.py      # and the commands, in a new folder with a run of two steps
 """
 import ast
 import glob

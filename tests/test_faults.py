@@ -1,5 +1,5 @@
 """
-Runs that cannot be lost: real processes, real signals, real torchrun, damaged files, full disks.
+Faults that a run survives, with real processes, signals and torchrun, damaged files and full disks.
 
     ./test.sh tests/test_faults.py            # signals and damaged files; no network, no GPU
     ./test.sh --all tests/test_faults.py -s   # all of it; prints a table of the faults survived
@@ -125,7 +125,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     survived("signal while the last checkpoint is written")
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_process_ends(text, tmp_path):  # noqa: F811
+def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(text, tmp_path):  # noqa: F811
     process = start(tmp_path, "--data", text, "--max-steps", "100000")
     wait_for(process, r"step +2/")
     second = train(tmp_path, "--data", text)
@@ -155,8 +155,8 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_at_a_random_moment_loses_nothing(number, uninterrupted, text, tmp_path):  # noqa: F811
-    """Before the loop there is nothing to save; then a signal saves, in steps, evaluations and saves."""
+def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, tmp_path):  # noqa: F811
+    """A signal before the loop saves nothing; later ones save: in steps, evaluations and saves."""
     rng, lives = random.Random(int(number)), 0
     for _ in range(40):
         process = start(tmp_path, "--data", text, *FLAGS)
@@ -178,7 +178,7 @@ def test_a_signal_at_a_random_moment_loses_nothing(number, uninterrupted, text, 
 # kills
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments_change_nothing(text, tmp_path):  # noqa: F811
+def test_thirty_kills_at_random_moments_change_no_result(text, tmp_path):  # noqa: F811
     """SIGKILL anywhere: in startup, steps, validation, and, as each step saves, in saving, pruning and logging."""
     steps = ["--max-steps", "150", "--val-every", "5", "--save-every", "1", "--n-embd", "64", "--sample-every", "0"]
     whole = tmp_path / "whole"
@@ -309,7 +309,7 @@ def test_train_sbatch_saves_at_slurms_signal_and_requeues(uninterrupted_pair, te
     job = submit()
     out = job.communicate(timeout=180)[0]
     assert job.returncode == 0 and "resuming" in out, out
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # done: not once more
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # only once
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
     survived("Slurm's signal, saved and requeued")
 
@@ -328,7 +328,7 @@ def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
         for child in ranks_of(process).values() if ranks > 1 and psutil.pid_exists(process.pid) else ():
             child.kill()
         process.wait(timeout=30)
-        time.sleep(3)  # torchrun's ranks have their own sessions and take a while to notice that it is gone
+        time.sleep(3)  # torchrun's ranks have their own sessions and take a while to exit
         subprocess.run(["pkill", "-9", "-f", f"--data {text} "], check=False)
     process = train(tmp_path, *flags)
     assert process.returncode == 0 and "1 processes, were 2" in process.stdout, process.stderr + process.stdout
@@ -383,7 +383,7 @@ def damages(path):
             "another step's": lambda: write({**torch.load(path), "step": 99}), "noise": lambda: write(b"noise")}
 
 
-def test_every_damaged_file_is_skipped_by_name_and_runs_no_code(uninterrupted, tmp_path, monkeypatch):
+def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(uninterrupted, tmp_path, monkeypatch):
     """Each file of the newest checkpoint, each kind of damage: the previous checkpoint is loaded, or the same contents if a
     flipped bit is in the file's padding."""
     monkeypatch.chdir(tmp_path)
@@ -462,7 +462,7 @@ def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, u
 
 
 @pytest.mark.slow
-def test_other_data_is_refused_and_forced(uninterrupted, tmp_path):
+def test_other_data_is_an_error_unless_forced(uninterrupted, tmp_path):
     """A text with the same number of tokens, which the number of windows does not reveal."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)

@@ -151,7 +151,7 @@ def test_encoding_documents_together_equals_tiktoken_one_by_one(texts):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
-def test_a_text_file_read_in_blocks_has_the_tokens_of_the_whole_file(text):
+def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BLOCK_BYTES", 7)
         parts = [(read()[0][0], begins) for read, begins in sources.txt_pieces(io.BytesIO(text.encode()))]
@@ -294,7 +294,7 @@ def test_damaged_files_are_an_error_unless_skip_bad_files_is_given(tmp_path, mon
     assert stream[:len(true)] == true and stream[-len(true):] == true
 
 
-def test_documents_before_the_damage_are_kept_and_all_after_it_skipped(tmp_path, monkeypatch):
+def test_documents_before_the_damage_are_kept_and_later_ones_skipped(tmp_path, monkeypatch):
     texts = make_texts(60, seed=4)
     write_parquet(tmp_path / "a.parquet", texts)
     write_parquet(tmp_path / "b.parquet", texts)

@@ -302,7 +302,7 @@ def test_lm_eval_text_of_a_worked_example():
                "ctx": "[header] How to win [title] Try. the Man [step]", "label": 0,
                "endings": ["Go on. [substeps] Now", "[title] rest", "a  b", "[step]"]}
     context, endings = hellaswag.context_and_endings(example, "lm-eval")
-    assert context == "Family Life: How to win. Try. The man"  # capitalize lowers "Man"
+    assert context == "Family Life: How to win. Try. The man"  # capitalize lowercases "Man"
     assert endings == ["  Go on. Now", "   rest", "  a b", "  "]  # the context's trailing space moves to the ending
 
 
@@ -321,7 +321,7 @@ def test_split_context_equals_ctx_a_and_ctx_b_of_the_raw_examples():
 @pytest.mark.slow
 @needs_data
 def test_lm_evaluation_harness_agrees_on_the_raw_examples(tmp_path):
-    """The harness with its own task file and model class, on an exported folder and the 250 raw examples: log-probabilities
+    """The harness's task file and model class, on an exported folder and the 250 raw examples: log-probabilities
     to 1e-3, and the same predictions and scores."""
     pytest.importorskip("lm_eval")
     import yaml
@@ -386,7 +386,7 @@ def test_gzip_and_plain_files_have_the_same_examples(tmp_path):
     ({"activity_label": None}, "it has no 'activity_label'"), ({"ctx_a": None}, "both ctx_a and ctx_b, or neither"),
     ({"label": 4}, "label is 4"), ({"label": ""}, "invalid literal"), ({"ctx": 3}, "ctx is 3, it must be a string"),
     ({"endings": ["a", "b", "c"]}, "four non-empty strings"), ({"endings": ["a", "b", " ", "d"]}, "four non-empty strings")])
-def test_an_invalid_line_is_named(tmp_path, change, message):
+def test_an_invalid_line_is_an_error_with_its_number(tmp_path, change, message):
     examples = make_examples(3)
     examples[1] = {name: value for name, value in {**examples[1], **change}.items() if value is not None}
     path = write_jsonl(tmp_path / "bad.jsonl", examples)
@@ -394,7 +394,7 @@ def test_an_invalid_line_is_named(tmp_path, change, message):
         hellaswag.prepare(path)
 
 
-def test_malformed_truncated_and_missing_files_are_named(tmp_path):
+def test_malformed_truncated_and_missing_files_are_errors_with_their_names(tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", make_examples(3))
     with open(path, "a", encoding="utf-8") as f:
         f.write('{"ctx": "truncated\n')

@@ -4,7 +4,7 @@ loads none of the slow packages.
 
     .venv/bin/python -m pytest tests/test_imports.py
 
-Needs nothing but requirements-dev.txt.
+Needs only requirements-dev.txt.
 """
 import ast
 import glob
@@ -48,7 +48,7 @@ def our_imports():
 
 
 def test_every_module_imports_only_modules_of_the_layers_below_it():
-    """So there is no cycle. bench is above all of them, and no module."""
+    """Hence there is no cycle. bench is a package above all of them."""
     layer_of = {module: i for i, layer in enumerate(LAYERS) for module in layer}
     imports = our_imports()
     assert imports.keys() == layer_of.keys()

@@ -314,7 +314,7 @@ def test_weights_that_do_not_fit_are_an_error_that_names_them():
     ("scale_attn_weights", False), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False),
     ("add_cross_attention", True), ("model_type", "gpt_neo"),
 ])
-def test_from_hf_refuses_a_variant_of_gpt2_and_names_its_setting(name, value):
+def test_a_variant_of_gpt2_is_an_error_that_names_its_setting(name, value):
     config = {**GPT2Config(n_embd=32, n_head=4).to_dict(), name: value}
     with pytest.raises(ValueError, match=f"not a GPT-2: its config has {name}="):
         GPTConfig.from_hf(config)

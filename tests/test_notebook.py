@@ -3,7 +3,7 @@ play.ipynb runs from top to bottom in a fresh clone without a network, and its c
 
     ./test.sh tests/test_notebook.py      # no network, no GPU, no log/: a copy of the scripts in a temporary folder
 
-It is executed once, with fewer training steps: STEPS in its first code cell is the only number changed here.
+It is executed once, with fewer training steps: only STEPS in its first code cell is changed.
 """
 import ast
 import base64
@@ -76,7 +76,7 @@ def test_no_cell_raises_or_warns(executed):
     assert len(pictures(executed)) == 11
 
 
-def test_the_outputs_say_what_they_must(executed):
+def test_the_outputs_have_the_expected_values(executed):
     text = printed(executed)
     loss, ln_v = map(float, re.search(r"loss at initialization ([\d.]+), ln\(50304\) = ([\d.]+)", text).groups())
     assert ln_v == round(math.log(50304), 3) and abs(loss - ln_v) < 0.1
@@ -90,18 +90,18 @@ def test_the_outputs_say_what_they_must(executed):
     assert "the same tokens: True" in text
     assert "and 11 more blocks like h.0: 124,439,808 parameters" in text
     assert "checkpoints of steps [1, 2, 3, 4]" in text
-    assert len(re.findall(r"(?m)^   loss +[\d.]+ \*", text)) == 3  # an answer to each HellaSwag example
+    assert len(re.findall(r"(?m)^   loss +[\d.]+ \*", text)) == 3  # a prediction for each HellaSwag example
 
 
 def test_the_training_is_shown_while_it_runs(executed):
-    """The training cell printed a summary after minutes of silence."""
+    """The training cell once printed only a summary, after minutes without output."""
     text = printed(executed)
     assert [line for line in text.splitlines() if re.match(r"step +\d+ \| val ", line)] and "step     0/4 | loss " in text
     assert executed.updates >= 2  # of the loss curve: at the first step, and at the end
 
 
 def test_the_cache_is_faster_where_the_text_says_so(executed, committed):
-    """The stored times showed the sampler with the cache slower than the one without it."""
+    """The stored times once showed the sampler with the cache slower than the one without it."""
     ratios = [float(ratio) for ratio in re.findall(r"tokens: .*, ratio +([\d.]+)", printed(committed))]
     assert len(ratios) == 3 and ratios == sorted(ratios) and ratios[-1] > 2
     assert len(re.findall(r"tokens: .*, ratio +[\d.]+", printed(executed))) == 3

@@ -1,5 +1,5 @@
 """
-Sharding modes: ddp, zero and fsdp compute the same, save the same, evaluate the same; and what each needs in memory.
+Sharding modes: ddp, zero and fsdp compute, save and evaluate the same; the memory that each needs.
 
     ./test.sh tests/test_parallel.py        # no network, no GPU: real gloo ranks on the CPU
 
@@ -301,7 +301,7 @@ def test_what_is_sharded_is_held_once(two_ranks):
     assert results["bytes fsdp"] == pytest.approx([weights / 2, moments / 2], rel=0.01)
 
 
-def test_an_evaluation_needs_no_equal_number_of_batches(two_ranks):
+def test_ranks_may_evaluate_different_numbers_of_batches(two_ranks):
     results, *_ = two_ranks
     assert results["val zero"] == pytest.approx(results["val ddp"], abs=1e-5)
     assert results["val fsdp"] == pytest.approx(results["val ddp"], abs=1e-5)
@@ -349,7 +349,7 @@ def test_activation_checkpointing_stores_only_the_blocks_inputs():
 
 
 # -----------------------------------------------------------------------------
-# refusals
+# what is not supported
 
 def test_muon_cannot_be_sharded():
     for mode in ("zero", "fsdp"):
@@ -376,7 +376,7 @@ def needs(preset, B, W, dtype="bfloat16", **changes):
     return sum(estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, on_cpu=False).values()) / 1e9
 
 
-def test_the_sizes_fit_the_gpus_they_are_meant_for():
+def test_the_presets_fit_their_intended_gpus():
     assert needs("gpt2-124M", 4, 1) < 0.85 * 8
     assert needs("gpt2-124M", 64, 8) < 0.9 * 80                                # the lecture's
     assert needs("gpt2-1558M", 4, 8) > 24                                      # ddp
@@ -405,7 +405,7 @@ def test_the_optimizer_state_is_16_bytes_per_parameter_divided_by_the_ranks_that
 MEASURE = """
 import sys
 import train_gpt2
-train_gpt2.keep_freed_memory = lambda: None  # so that resident memory is memory in use
+train_gpt2.keep_freed_memory = lambda: None  # resident memory is then memory in use
 def status(name):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
@@ -424,7 +424,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (2, ["--parallel", "fsdp"]),
                                       (2, ["--parallel", "zero"])])
-def test_the_estimate_is_what_a_real_training_takes(W, flags, tmp_path):
+def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path):
     """The peak resident memory of 124M's processes in three steps, less that of Python with torch, is within 15%.
 
     glibc is set to return freed memory to the kernel; by default it keeps up to twice as much."""
@@ -469,7 +469,7 @@ def log_values(run_dir, *streams):
 
 
 def train_py(*flags, ranks, cwd):
-    """Runs train_gpt2.py to its end, on its own or under torchrun; the finished process."""
+    """Runs train_gpt2.py to its end, as one process or under torchrun; the finished process."""
     script = os.path.join(ROOT, "train_gpt2.py")
     if ranks > 1:
         return torchrun(script, *SMALL, *flags, ranks=ranks, cwd=cwd)

@@ -55,7 +55,7 @@ def test_a_log_is_what_the_lectures_notebook_reads(run_dir):
 
 
 @pytest.mark.parametrize("line", ["1 train", "1 train 2 3", "one train 2.0", "1 train high", "", "1.5 train 2.0"])
-def test_an_invalid_line_of_a_log_is_named(tmp_path, line):
+def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
     with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
         read_log(str(tmp_path / "log.txt"))
@@ -106,7 +106,7 @@ def test_baselines_add_gpt2s_line(run_dir):
 
 
 # -----------------------------------------------------------------------------
-# what is in a figure of curves, read back from its lines
+# the contents of a figure of curves, read from its lines
 
 def make_run(folder, n_layer=12, n_embd=768, total_batch_size=100, speeds=(10.0, 20.0, 5.0), **streams):
     """A run folder with config.json and a log of three steps; further streams as {step: value}."""
@@ -201,8 +201,8 @@ def noisy_fall(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 50, 100])
-def test_a_short_run_is_drawn_as_it_is_and_whole(tmp_path, steps):
-    """A running mean of few points is not one: the curve was drawn as "running mean" over one or two steps."""
+def test_a_short_run_is_drawn_whole_and_without_smoothing(tmp_path, steps):
+    """The curve of a short run was once drawn as a "running mean" over one or two steps."""
     fall = noisy_fall(steps)
     figure = curves_figure([make_run(tmp_path / "a", train=fall, norm=fall, val={0: 11.2, steps: 3.0})])
     lines = lines_of(figure)
@@ -229,7 +229,7 @@ def test_a_long_run_has_a_running_mean_and_a_very_long_one_omits_the_first_fall(
 
 
 def test_infinite_norms_of_a_float16_run_are_skipped(tmp_path):
-    """An infinite norm made the axis limits and every later mean invalid."""
+    """An infinite norm once made the axis limits and every later mean invalid."""
     norms = {step: math.inf if step % 10 == 0 else 1.0 for step in range(300)}
     figure = curves_figure([make_run(tmp_path / "a", norm=norms)])
     assert len(lines_of(figure, 2)[0][1]) == 270 and lines_of(figure, 2)[1][2] == pytest.approx([1.0] * 270)
@@ -238,7 +238,7 @@ def test_infinite_norms_of_a_float16_run_are_skipped(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# what is in a figure of weights
+# the contents of a figure of weights
 
 PROMPT = "The king and his queen"
 
@@ -295,7 +295,7 @@ def test_the_attention_of_each_head_is_drawn_with_the_tokens_beside_it(model):
 
 
 def test_a_long_prompt_is_cut_to_the_context_and_keeps_legible_labels(model):
-    """Beyond 24 tokens there were no labels at all."""
+    """Prompts of more than 24 tokens once had no labels."""
     panel = plots.attention_figure(model, "to be or\nnot " * 20).axes[0]
     assert panel.images[0].get_array().shape == (32, 32)
     labels = [label.get_text() for label in panel.get_xticklabels()]
@@ -303,7 +303,7 @@ def test_a_long_prompt_is_cut_to_the_context_and_keeps_legible_labels(model):
 
 
 def test_q_k_and_v_are_drawn_whole_side_by_side_in_one_scale(model):
-    """Only the first 300 columns of c_attn were drawn: of GPT-2 a part of q."""
+    """Once only the first 300 columns of c_attn were drawn: for GPT-2, a part of q."""
     figure = plots.c_attn_figure(model, layer=1)
     images = images_of(figure)
     assert [title for title, _ in images] == ["q", "k", "v"] and has_color_bar(figure)
@@ -314,7 +314,7 @@ def test_q_k_and_v_are_drawn_whole_side_by_side_in_one_scale(model):
     assert figure.get_suptitle() == "h.1.attn.c_attn.weight"
 
 
-def test_wpe_is_drawn_as_it_is(model):
+def test_wpe_is_drawn_without_changes(model):
     image, columns = plots.wpe_figure(model).axes[:2]
     wpe = model.transformer.wpe.weight.detach().numpy()
     assert np.array_equal(image.images[0].get_array(), wpe)
@@ -358,7 +358,7 @@ def test_the_default_prompt_is_of_the_runs_own_validation_data(model, tmp_path):
 # -----------------------------------------------------------------------------
 # the command line
 
-def test_the_command_line_draws_in_a_process_of_its_own(run_dir):
+def test_the_command_line_draws_in_a_new_process(run_dir):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "plots.py"), str(run_dir)], capture_output=True, text=True,
                           timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {run_dir}/loss.png\n", "")

@@ -3,7 +3,7 @@ Device, dtype, random number generators, signals, peak FLOPs, flags, and how a s
 
     .venv/bin/python -m pytest tests/test_runtime.py
 
-Needs nothing but requirements-dev.txt; the GPUs in it are only names.
+Needs only requirements-dev.txt; the GPUs are simulated.
 """
 import contextlib
 import os
@@ -162,7 +162,7 @@ run_main(main)
 
 
 @pytest.mark.parametrize("status, printed", [(0, ""), (1, "AssertionError: a bug"), (2, "error: no such thing")])
-def test_under_torchrun_a_script_exits_with_its_status_whatever_its_threads_do(status, printed, tmp_path):
+def test_under_torchrun_a_script_exits_with_its_status_while_a_thread_runs(status, printed, tmp_path):
     process = subprocess.run([sys.executable, "-c", THREADS_IN_CPP, str(status)], cwd=tmp_path, capture_output=True, text=True,
                              env={**os.environ, "RANK": "0", "PYTHONPATH": ROOT}, timeout=60)
     assert process.returncode == status and printed in process.stderr, process.stderr
@@ -221,7 +221,7 @@ def test_signals_only_note_the_first_stop_request(first, second, capsys):
 
 
 # -----------------------------------------------------------------------------
-# what a result was measured with
+# the description of the machine
 
 def test_describe_machine_works_without_git_and_outside_of_a_repository(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -415,7 +415,7 @@ PLAIN = "--dtype float32 --device cpu --temperature 0".split()
 
 
 def start(run_dir, *arguments, **options):
-    """`python sample.py run_dir arguments` in a process of its own: greedy, with its standard streams piped as bytes."""
+    """`python sample.py run_dir arguments` in a new process: greedy, with its standard streams piped as bytes."""
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "sample.py"), str(run_dir), *PLAIN, *map(str, arguments)],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=run_dir, **options)
 

@@ -59,7 +59,7 @@ def train(cwd, *flags, ranks=1, timeout=120):
 
 
 def log_of(run_dir, *streams):
-    """The log's lines of some streams, as they stand."""
+    """The log's lines of some streams, unchanged."""
     with open(os.path.join(run_dir, "log.txt"), encoding="utf-8") as f:
         return [line.strip() for line in f if line.split()[1] in streams]
 
@@ -71,7 +71,7 @@ def test_get_lr_is_warmup_then_cosine_decay_to_the_minimum():
     lr = [get_lr(step, 1.0, 0.1, 10, 110) for step in range(112)]
     assert lr[0] == pytest.approx(0.1)                  # not zero
     assert lr[9] == pytest.approx(1.0) and lr[10] == pytest.approx(1.0)
-    assert lr[60] == pytest.approx(0.55)                # half way down
+    assert lr[60] == pytest.approx(0.55)                # halfway
     assert lr[110] == lr[111] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(lr[9:], lr[10:]))
 
@@ -246,7 +246,7 @@ def test_a_nonfinite_loss_stops_before_the_update():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num()), name
 
 
-def test_a_float16_overflow_skips_the_update_and_halves_the_scale_while_there_is_one():
+def test_a_float16_overflow_skips_the_update_and_halves_the_scale_down_to_one():
     """A simulated overflow: the loss is scaled past float32's largest number."""
     model = tiny_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -338,7 +338,7 @@ def test_a_finished_run_is_not_changed(unbroken, text):
     assert never.returncode == 2 and "already holds a run" in never.stderr
 
 
-def test_an_evaluation_that_a_stop_interrupted_is_made_up_when_the_run_resumes(unbroken, text, tmp_path):
+def test_an_evaluation_that_a_stop_interrupted_is_repeated_when_the_run_resumes(unbroken, text, tmp_path):
     """Such an evaluation is not in the log, here the one after the last step."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(unbroken[0], run_dir)
@@ -475,7 +475,7 @@ def test_deterministic_runs_train(text, tmp_path):
     assert log_of(tmp_path / "log" / "a", "train", "val", "norm") == log_of(tmp_path / "log" / "b", "train", "val", "norm")
 
 
-def test_the_best_checkpoint_is_kept_when_asked(text, tmp_path):
+def test_keep_best_keeps_the_best_checkpoint(text, tmp_path):
     """With a learning rate that is far too high a later loss is worse than the first."""
     process = train(tmp_path, "--data", text, "--keep-best", "--keep-last", "1", "--save-every", "1", "--val-every", "1",
                     "--lr", "3", "--warmup-steps", "0")
