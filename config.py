@@ -266,7 +266,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
     "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, divided by
     world_size as far as they are sharded. "micro-batch" is added by a forward and backward, at its peak:
 
-    - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (68). They are the block's input, which
+    - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are the block's input, which
       LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v, attention's output, the second residual, and the MLP
       before and after GELU. With activation checkpointing a block keeps 4, and one block at a time has all 36.
     - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; torch.compile fuses some
@@ -281,7 +281,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
     block = 12 * C * C + 13 * C                            # parameters of a block
     root = num_params - L * block                          # of wte, wpe, ln_f
 
-    per_block = 36 if wide == 1 else 68
+    per_block = 36 if wide == 1 else 64
     activations = tokens * C * (4 * L + per_block if recompute else L * per_block)
     loss = tokens * V * (4 * wide + 4 if compiled else 2 * wide + 12)
     casts = 0 if wide == 2 else 2 * (V * C + block if recompute else num_params)
