@@ -97,6 +97,10 @@ def lock_run(run_dir):
     except (ImportError, OSError) as e:  # some network file systems have no locks
         print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
 
+    for name in os.listdir(folder):  # what a killed process was writing; the lock excludes a running one
+        if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
+            os.remove(os.path.join(folder, name))
+
     def unlock():
         with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
             if path in created and os.path.getsize(path) == 0:
@@ -316,7 +320,7 @@ def prune(run_dir, keep_last, best=None):
     steps = saved_steps(run_dir)
     kept = {*steps[-keep_last:], best}
     for name in sorted(os.listdir(run_dir)):  # a model before its state: one without the other would look damaged
-        m = re.fullmatch(r"(model|state)_(\d+)\.pt(\.\d+\.tmp|\.tmp)?", name)
+        m = re.fullmatch(r"(model|state)_(\d+)\.pt", name)
         if m and steps and int(m[2]) not in kept and int(m[2]) < steps[-1]:
             os.remove(os.path.join(run_dir, name))
 

@@ -96,7 +96,6 @@ class TrainConfig:
         self.sequence_length = self.sequence_length or self.block_size
         self.exp_name = self.exp_name or self.preset
         self.gpt_config()  # checks the model's fields
-        checkpoint.check_tracker(self.tracker)
         if self.sequence_length > self.block_size:
             raise ValueError(f"--sequence-length {self.sequence_length} is over --block-size {self.block_size}")
         if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
@@ -236,6 +235,8 @@ def config_from_flags(argv=None):
     given = parse_args(argv)
     preset, source, reason = choose_preset(given)
     saved = load_run(given)
+    # a resumed run may give up a tracker that is not installed on this machine
+    checkpoint.check_tracker(given.get("tracker", saved.state["train_config"]["tracker"] if saved else "none"))
     if not saved:
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None

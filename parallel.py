@@ -52,6 +52,11 @@ class Ranks:
         return self.rank == 0
 
 
+# The process group: gloo's destructor joins a thread that may need the global interpreter lock, which the thread that
+# frees the group (or a DDP module that uses it) holds. Ranks hung so at their exit.
+NEVER_FREED = []
+
+
 def setup(device="auto", timeout_minutes=10):
     """The Ranks of this process; joins the process group if torchrun started it (NCCL on CUDA, gloo otherwise)."""
     device = choose_device(device)
@@ -70,6 +75,7 @@ def setup(device="auto", timeout_minutes=10):
         dist.init_process_group("nccl", timeout=timeout, device_id=torch.device(device), **store_of_this_start(timeout))
     else:
         dist.init_process_group("gloo", timeout=timeout, **store_of_this_start(timeout))
+    NEVER_FREED.append(dist.group.WORLD)
     return Ranks(rank, local_rank, world_size, device, True)
 
 

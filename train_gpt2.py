@@ -295,6 +295,14 @@ def restore(saved, optimizers, scaler, loader, config, ranks):
             print0(f"renamed {path} to *.aside: it is newer than the checkpoint")
 
 
+def report_finished(config, step, ranks):
+    """Prints that the run is finished; draws its curves if a stop prevented that."""
+    print0(f"{config.run_dir} is finished at step {step}: sample from it with python sample.py"
+           f" {config.run_dir}, train longer with --max-steps, or start over with --exp-name")
+    if ranks.master_process and not os.path.exists(os.path.join(config.run_dir, "loss.png")):
+        print0(f"curves: {plot_run(config.run_dir, baselines=FINEWEB_DIR in config.data)}")
+
+
 # -----------------------------------------------------------------------------
 # the run
 
@@ -325,9 +333,7 @@ def main():
     missing = [stream for stream, wanted in (("val", config.val_every), ("hella", examples))
                if wanted and stream not in evaluated]
     if first_step > max_steps or first_step == max_steps and not missing:
-        print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
-               f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
-        return
+        return report_finished(config, first_step, ranks)
 
     # model: raw_model holds the only parameters; model, which a training step calls, is raw_model
     # compiled and wrapped in DDP. Every rank draws the same initial weights.
@@ -380,7 +386,9 @@ def main():
             # once in a while, and before stopping: a checkpoint
             writer.check()  # raises the error of the previous one, if any
             stopping = parallel.stop_requested(ranks)
-            if step > first_step and (due(config.save_every) or stopping):
+            # again at first_step if its validation was interrupted: the model file holds val_loss
+            is_new = step > first_step or step > 0 and val_loss is not None
+            if is_new and (due(config.save_every) or stopping):
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
@@ -408,13 +416,13 @@ def main():
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             if int(loader.epoch) > epoch:
                 log(step, epoch=int(loader.epoch))  # the next epoch has another order
-        writer.wait()  # until the last checkpoint is on disk; signals must not end the process now
+        writer.wait()  # until the last checkpoint is on disk
+        if stopping:
+            print0(f"stopped at step {step} by {stopping}; the same command resumes from there")
+        elif ranks.master_process:
+            print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
+                   f" samples: python sample.py {run_dir}")
 
-    if stopping:
-        print0(f"stopped at step {step} by {stopping}; the same command resumes from there")
-    elif ranks.master_process:
-        picture = plot_run(run_dir, baselines=FINEWEB_DIR in config.data)
-        print0(f"finished; curves: {picture}, samples: python sample.py {run_dir}")
     # on success only: after an error NCCL would wait here for ranks that have exited
     parallel.teardown()
     sys.exit(StopSignals.STATUS[stopping] if stopping else 0)
