@@ -388,6 +388,17 @@ for path in ("two/other/model_00001.pt", "three/used/log.txt"):
 """
 
 
+def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path):
+    """Their names hold the id of that process, so no later save would overwrite them."""
+    left = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp", "state_00004.pt.tmp"]
+    other = ["model_00004.pt", "state_00004.pt.aside", "notes.tmp", "loss.png.12.tmp"]
+    for name in left + other:
+        (tmp_path / name).write_text("x")
+    code = "import checkpoint; checkpoint.lock_run('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT})
+    assert sorted(os.listdir(tmp_path)) == sorted(other)
+
+
 def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path):
     """The first run of a log folder once removed the folder with all that later runs had saved in it."""
     os.makedirs(tmp_path / "four" / "existing")

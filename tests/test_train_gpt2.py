@@ -350,6 +350,41 @@ def test_an_evaluation_that_a_stop_interrupted_is_repeated_when_the_run_resumes(
     assert "is finished at step 8" in train(tmp_path).stdout
 
 
+def test_a_checkpoint_whose_validation_was_interrupted_gets_its_val_loss_when_the_run_resumes(unbroken, text, tmp_path):
+    run_dir = tmp_path / "log" / "shakespeare"
+    shutil.copytree(unbroken[0], run_dir)
+    model = torch.load(run_dir / "model_00008.pt")
+    torch.save({**model, "val_loss": None}, run_dir / "model_00008.pt")
+    log = (run_dir / "log.txt").read_text()
+    (run_dir / "log.txt").write_text("".join(line for line in log.splitlines(True) if not line.startswith("8 val")))
+    assert train(tmp_path).returncode == 0
+    assert torch.load(run_dir / "model_00008.pt")["val_loss"] == model["val_loss"]
+
+
+def test_a_finished_run_without_curves_draws_them(unbroken, text, tmp_path):
+    """A stop after the last evaluation ends the run before its curves are drawn."""
+    run_dir = tmp_path / "log" / "shakespeare"
+    shutil.copytree(unbroken[0], run_dir)
+    os.remove(run_dir / "loss.png")
+    process = train(tmp_path)
+    assert process.returncode == 0 and "is finished at step 8" in process.stdout and (run_dir / "loss.png").exists()
+
+
+def test_a_resumed_run_can_give_up_a_tracker_that_is_not_installed(unbroken, tmp_path, monkeypatch):
+    import importlib.util
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(unbroken[0], "log/shakespeare")
+    for path in glob.glob("log/shakespeare/state_*.pt"):
+        state = torch.load(path)
+        torch.save({**state, "train_config": {**state["train_config"], "tracker": "wandb"}}, path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    shutil.copytree("log/shakespeare", "log/other")  # this process keeps its lock
+    with pytest.raises(ValueError, match="--tracker wandb needs the package wandb"):
+        config_from_flags(["--exp-name", "other"])
+    assert config_from_flags(["--exp-name", "shakespeare", "--tracker", "none"])[0].tracker == "none"
+
+
 def kill_when(process, pattern):
     """SIGKILLs a process (group) once its output has a line with pattern."""
     for line in process.stdout:
