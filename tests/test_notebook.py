@@ -3,7 +3,7 @@ play.ipynb runs from top to bottom in a fresh clone without a network, and its c
 
     ./test.sh tests/test_notebook.py      # no network, no GPU, no log/: a copy of the scripts in a temporary folder
 
-It is executed once, with fewer training steps (STEPS in its first code cell) and shorter texts to time the KV cache.
+It is executed once, with fewer training steps: only STEPS in its first code cell is changed.
 """
 import ast
 import base64
@@ -62,8 +62,6 @@ def executed(tmp_path_factory):
     setting = code_cells(notebook)[0]
     assert len(re.findall(r"(?m)^STEPS = \d+ ", setting.source)) == 1
     setting.source = re.sub(r"(?m)^STEPS = \d+ ", "STEPS = 4 ", setting.source)
-    timing, = (cell for cell in code_cells(notebook) if "for length in (16, 64, 256):" in cell.source)
-    timing.source = timing.source.replace("(16, 64, 256)", "(16, 24)")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(clone / "no-cache"), "HF_HUB_OFFLINE": "1"}
     client = Client(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(clone)}})
     client.execute(env=env)
