@@ -322,7 +322,7 @@ class DataLoaderLite:
                      if name != "position" and state[name] != mine[name]]
         if different and not force:
             raise ValueError(f"the checkpoint was trained on other data or in another order: {'; '.join(different)};"
-                             " --force resumes anyway")
+                             " another --exp-name starts a run on it, --force resumes anyway")
         self.close()
         self.position = state["position"]
 

@@ -278,7 +278,8 @@ def main():
     dtype = choose_dtype(args.dtype, device)
     model, info = load_model(args.source, device)
     if info:
-        print(f"{info['path']}: step {info['step']}, val loss {info['val_loss']}", file=sys.stderr)
+        val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
+        print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
     prepare_for_sampling(model, dtype, 1 if args.stream or args.interactive else args.num_samples, args.compile)
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)

@@ -107,7 +107,6 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     # float16: if the scaled gradients overflow, the scaler skips the update and halves its scale
     overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-        scaler.update()
         raise nonfinite(step, loss, norm, local_loss, first_window, loader.position, ranks)
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
@@ -213,8 +212,8 @@ def make_plan(config, num_tokens, dtype, ranks):
     max_steps = config.max_steps or int(config.epochs * epoch_tokens / total_batch_size)
     if max_steps < 1:
         raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
-                         f" of {total_batch_size:,}: use more --epochs, --max-steps, or a smaller"
-                         " --total-batch-size")
+                         f" of {total_batch_size:,}: use --preset shakespeare, for little text,"
+                         " or --max-steps, or a smaller --total-batch-size")
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
     parts = estimate_memory(config, num_params, B, dtype, W, on_cpu)
@@ -274,15 +273,13 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     return checkpoint.model_contents(raw_model, val_loss, weights), state
 
 
-def restore(saved, optimizers, scaler, loader, config, ranks):
+def restore(saved, optimizers, scaler, config, ranks):
     """Restores what capture returned, as read from a checkpoint, except for the weights."""
     state = saved.state
     # without AdamW's moments the first updates would be far too large
     parallel.load_full_optimizer_state(optimizers, state["optimizers"])
     if state["scaler"]:  # empty unless the run was in float16
         scaler.load_state_dict(state["scaler"])
-    # the position in the data; ValueError if it is other data
-    loader.load_state_dict(state["loader"], config.force)
     if len(state["rng"]) == ranks.world_size:
         set_rng_state(state["rng"][ranks.rank], ranks.device)
     else:
@@ -293,6 +290,13 @@ def restore(saved, optimizers, scaler, loader, config, ranks):
         # --resume may name an older checkpoint; newer ones belong to another run
         for path in checkpoint.rename_newer(config.run_dir, saved.step):
             print0(f"renamed {path} to *.aside: it is newer than the checkpoint")
+
+
+def is_finished(config, examples, first_step, max_steps, evaluated):
+    """Whether all steps are made and the evaluations after the last one are in the log."""
+    missing = [stream for stream, wanted in (("val", config.val_every), ("hella", examples))
+               if wanted and stream not in evaluated]
+    return first_step > max_steps or first_step == max_steps and not missing
 
 
 def report_finished(config, step, ranks):
@@ -312,7 +316,7 @@ def main():
     T, run_dir = config.sequence_length, config.run_dir
 
     # device: cuda, mps or cpu, and this process's rank among those that torchrun started
-    keep_freed_memory()
+    keep_freed_memory()  # on a CPU
     ranks = parallel.setup(config.device, config.timeout)
     device, dtype = ranks.device, choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -321,36 +325,36 @@ def main():
     if config.dry_run:
         return dry_run(config, dtype, ranks)
 
-    # data: two streams of tokens, HellaSwag's examples, and how the tokens of a step are split up
+    # data: two streams of tokens, HellaSwag's examples, how the tokens of a step are split up
     train_stream, val_stream = open_data(config, ranks)
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
     B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), dtype, ranks)
-
-    # resume: the first step, and its evaluations in the log; a stop may have interrupted others
-    first_step = saved.step if saved else 0
-    log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step) if saved else (0, set())
-    evaluated = parallel.all_gather(evaluated, ranks)[0]
-    missing = [stream for stream, wanted in (("val", config.val_every), ("hella", examples))
-               if wanted and stream not in evaluated]
-    if first_step > max_steps or first_step == max_steps and not missing:
-        return report_finished(config, first_step, ranks)
-
-    # model: raw_model holds the only parameters; model, which a training step calls, is raw_model
-    # compiled and wrapped in DDP. Every rank draws the same initial weights.
-    seed_all(config.seed)
-    raw_model = build_model(config, saved, ranks)
-    model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
-
-    # optimizer and loader, with the checkpoint's state
-    optimizers = parallel.make_optimizers(raw_model, config, ranks)
-    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
+
+    # resume: the first step, and its evaluations in the log; a stop may have interrupted others
+    first_step, log_bytes, evaluated = 0, 0, set()
+    if saved:
+        first_step = saved.step
+        loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
+        log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step)
+    evaluated = parallel.all_gather(evaluated, ranks)[0]  # rank 0's: all ranks must evaluate alike
+    if is_finished(config, examples, first_step, max_steps, evaluated):
+        return report_finished(config, first_step, ranks)
+
+    # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
+    seed_all(config.seed)  # every rank draws the same initial weights
+    raw_model = build_model(config, saved, ranks)
+    model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
+
+    # optimizer, with the checkpoint's state
+    optimizers = parallel.make_optimizers(raw_model, config, ranks)
+    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     # from here on only dropout draws random numbers, different ones on each rank
     seed_all(config.seed + 1 + ranks.rank)
     if saved:
-        restore(saved, optimizers, scaler, loader, config, ranks)
+        restore(saved, optimizers, scaler, config, ranks)
         saved = None  # frees its memory
 
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
@@ -366,8 +370,7 @@ def main():
 
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
-            # once in a while: the validation loss. All evaluations use raw_model: the compiled
-            # model would recompile for their shapes.
+            # once in a while: the validation loss; model would recompile for other shapes
             val_loss = None
             if due(config.val_every, "val"):
                 val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
