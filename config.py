@@ -145,21 +145,28 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # from the command line
 
+# titles of --help's groups, by the first flag in each
+GROUPS = {"preset": "the run", "n_layer": "the model", "sequence_length": "the data", "optimizer": "the optimizer",
+          "device": "the machine", "val_every": "every so many steps, and after the last one (0: never)", "resume": "resuming"}
+
+
 def parse_args(argv=None):
     """The flags that were given, a dict; flags, help texts and types are made from TrainConfig's fields."""
     parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]", allow_abbrev=False)
     for f in fields(TrainConfig):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         kwargs = {**f.metadata, "default": SUPPRESS}
         if f.default is not False and "default" not in kwargs["help"]:  # the others say what their default is
             in_preset = any(f.name in changes for changes in PRESETS.values())
-            kwargs["help"] += f" (default {f.default}{', or the preset' if in_preset else ''})"
+            kwargs["help"] += f" (default {f.default}{'; depends on the preset' if in_preset else ''})"
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
-            parser.add_argument(name, action="store_true", **kwargs)
+            group.add_argument(name, action="store_true", **kwargs)
         elif f.name == "preset":
-            parser.add_argument(name, choices=list(PRESETS), **kwargs)
+            group.add_argument(name, choices=list(PRESETS), **kwargs)
         else:
-            parser.add_argument(name, type=f.type, metavar=None if "choices" in kwargs else f.type.__name__.upper(), **kwargs)
+            group.add_argument(name, type=f.type, metavar=None if "choices" in kwargs else f.type.__name__.upper(), **kwargs)
     return vars(parser.parse_args(argv))
 
 
