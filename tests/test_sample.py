@@ -332,6 +332,8 @@ def test_a_prepared_model_has_the_dtype_and_generates(dtype):
 
 @pytest.mark.slow
 def test_a_compiled_model_generates_the_same_tokens_with_few_graphs():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of the tests before this one
     model, rows = prepare_for_sampling(make_model(211), "float32", 3, compiled=True), random_rows([3, 9, 1])
     compiled = torch.compile(model.hidden, dynamic=True)
     tokens = torch.stack(list(stream(model, rows, 60, temperature=0, hidden=compiled)), dim=1).tolist()
