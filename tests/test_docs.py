@@ -16,6 +16,9 @@ import sys
 
 import pytest
 
+import convert
+from model import GPT, GPTConfig
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 
@@ -27,7 +30,6 @@ NOT_RUN = {
     r"python fineweb\.py( --dataset .*| --prepared .*)?": "downloads from the Hub",
     r"python hellaswag\.py": "downloads the examples",
     r"python sample\.py gpt2-xl .*": "downloads OpenAI's weights",
-    r"python train_gpt2\.py --init-from gpt2 .*": "downloads OpenAI's weights",
     r"torchrun .*": "needs several GPUs or machines; tests/test_parallel.py runs two ranks",
     r"sbatch .*": "needs Slurm; tests/test_faults.py runs it with stand-ins",
     r"python -m bench .*": "takes minutes; tests/test_bench.py runs the package",
@@ -127,6 +129,9 @@ def test_every_command_that_can_run_offline_runs(tmp_path):
     with open(tmp_path / "hellaswag" / "hellaswag_val.jsonl", "w", encoding="utf-8") as f:
         for label in range(4):
             f.write(json.dumps({"ctx": "the queen", "activity_label": "Reigning", "label": label, "endings": endings}) + "\n")
+
+    # --init-from gpt2 reads a local folder of that name
+    convert.write_hf(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16)), str(tmp_path / "gpt2"))
 
     def run(command, *more):
         _, *arguments = shlex.split(command)
