@@ -476,17 +476,21 @@ def train_py(*flags, ranks, cwd):
     return subprocess.run([sys.executable, script, *SMALL, *flags], capture_output=True, text=True, timeout=240, cwd=cwd)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_fsdp_evaluates_samples_and_resumes_like_one_process(ranks, tmp_path):
-    """Once train_gpt2.py evaluated the sharded model: 3 ranks with samples crashed ("mixed torch.Tensor and DTensor"), 2
-    ranks with an odd number of validation windows hung, since the ranks ran different numbers of batches."""
+@pytest.mark.parametrize("ranks, first", [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow),
+                                          pytest.param(3, "fsdp", marks=pytest.mark.slow)])
+def test_fsdp_evaluates_samples_and_resumes_like_one_process(ranks, first, tmp_path):
+    """Two steps in the first mode, then resumed in fsdp.
+
+    Once train_gpt2.py evaluated the sharded model: 3 ranks with samples crashed ("mixed torch.Tensor and DTensor"), 2 ranks
+    with an odd number of validation windows hung, since the ranks ran different numbers of batches.
+    """
     write_inputs(tmp_path)
     streams = ("train", "norm", "val", "hella", "hella_lm_eval")
     whole = train_py("--exp-name", "one", ranks=1, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    half = train_py("--exp-name", "fsdp", "--parallel", "fsdp", "--max-steps", "2", ranks=ranks, cwd=tmp_path)
+    half = train_py("--exp-name", "fsdp", "--parallel", first, "--max-steps", "2", ranks=ranks, cwd=tmp_path)
     assert half.returncode == 0, half.stderr[-3000:]
-    rest = train_py("--exp-name", "fsdp", ranks=ranks, cwd=tmp_path)
+    rest = train_py("--exp-name", "fsdp", "--parallel", "fsdp", ranks=ranks, cwd=tmp_path)
     assert rest.returncode == 0 and "resuming" in rest.stdout, rest.stderr[-3000:]
     one, fsdp = (log_values(tmp_path / "log" / name, *streams) for name in ("one", "fsdp"))
     assert fsdp.keys() == one.keys() and len(one) == 2 * 4 + 3 * 3

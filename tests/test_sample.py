@@ -436,7 +436,7 @@ def test_compile_does_not_change_greedy_text(run_dir):
 def test_the_command_prints_the_samples_to_stdout_and_the_checkpoint_to_stderr(run_dir, capsys, monkeypatch):
     status, stdout, stderr = run_sample(capsys, monkeypatch, run_dir, *PLAIN, "--prompt", "To be", "--num-samples", 2,
                                         "--max-new-tokens", 20)
-    assert status == 0 and stderr == f"{run_dir / 'model_00007.pt'}: step 7, val loss 3.25\n"
+    assert status == 0 and stderr == f"{run_dir / 'model_00007.pt'}: step 7, val loss 3.2500\n"
     before, *samples = stdout.split("--- sample ")
     assert before == "" and len(samples) == 2
     assert all(text.split("\n", 1)[1] == greedy_text("To be", 20) + "\n" for text in samples)

@@ -349,6 +349,7 @@ def test_an_evaluation_that_a_stop_interrupted_is_repeated_when_the_run_resumes(
     assert torch.load(run_dir / "model_00008.pt")["val_loss"] == model["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_curves_draws_them(unbroken, text, tmp_path):
     """A stop after the last evaluation ends the run before its curves are drawn."""
     run_dir = tmp_path / "log" / "shakespeare"
@@ -399,6 +400,7 @@ def test_a_killed_run_resumes_bitwise_identical(unbroken, text, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process(text, tmp_path):
     """Losses and both HellaSwag scores, without dropout, for which each rank draws its own random numbers."""
     endings = ["is king.", "will come to this house.", "is not", "and my lord"]
@@ -498,6 +500,7 @@ def test_deterministic_runs_train(text, tmp_path):
     assert log_of(tmp_path / "log" / "a", "train", "val", "norm") == log_of(tmp_path / "log" / "b", "train", "val", "norm")
 
 
+@pytest.mark.slow
 def test_keep_best_keeps_the_best_checkpoint(text, tmp_path):
     """With a learning rate that is far too high a later loss is worse than the first."""
     process = train(tmp_path, "--data", text, "--keep-best", "--keep-last", "1", "--save-every", "1", "--val-every", "1",
