@@ -243,7 +243,7 @@ def config_from_flags(argv=None):
     preset, source, reason = choose_preset(given)
     saved = load_run(given)
     # a resumed run may give up a tracker that is not installed on this machine
-    checkpoint.check_tracker(given.get("tracker", saved.state["train_config"]["tracker"] if saved else "none"))
+    checkpoint.check_tracker(given.get("tracker", saved.state["train_config"].get("tracker", "none") if saved else "none"))
     if not saved:
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
