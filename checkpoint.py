@@ -80,8 +80,8 @@ def load_file(path, mmap=False):
 def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends; ValueError if another running process holds it.
 
-    It is a kernel lock on log.txt, released however the process ends. At exit, a log.txt created here that is still empty
-    is removed, with the folders created for it.
+    It is a kernel lock on log.txt, released however the process ends. Temporary files that a killed process left are
+    removed; so are, at exit, a log.txt created here that is still empty and the folders created for it.
     """
     folder = os.path.abspath(run_dir)  # the process may change its directory
     path = os.path.join(folder, "log.txt")
@@ -96,10 +96,10 @@ def lock_run(run_dir):
                          " --exp-name") from e
     except (ImportError, OSError) as e:  # some network file systems have no locks
         print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
-
-    for name in os.listdir(folder):  # what a killed process was writing; the lock excludes a running one
-        if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
-            os.remove(os.path.join(folder, name))
+    else:
+        for name in os.listdir(folder):  # what a killed process was writing: the lock excludes a running one
+            if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
+                os.remove(os.path.join(folder, name))
 
     def unlock():
         with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything

@@ -399,6 +399,16 @@ def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path
     assert sorted(os.listdir(tmp_path)) == sorted(other)
 
 
+def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path):
+    """Another process may be writing them."""
+    (tmp_path / "state_00008.pt.12.tmp").write_text("x")
+    code = ("import fcntl, checkpoint\ndef flock(*_): raise OSError('no locks')\n"
+            "fcntl.flock = flock\ncheckpoint.lock_run('.')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT},
+                          capture_output=True, text=True)
+    assert "cannot be locked (no locks)" in done.stdout and os.listdir(tmp_path) == ["state_00008.pt.12.tmp"]
+
+
 def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path):
     """The first run of a log folder once removed the folder with all that later runs had saved in it."""
     os.makedirs(tmp_path / "four" / "existing")
