@@ -7,23 +7,26 @@ the checkpoint that the run resumes from, the weights of --init-from, the preset
 Sources: the GPT-2 paper (Radford et al. 2019) for the sizes, the GPT-3 paper (Brown et al. 2020, table 2.1 and appendix
 B) for learning rates, batch size and schedule, and the lecture "Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
 """
+import math
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import asdict, dataclass, field, fields
 
 import checkpoint
 import convert
 import data
 from model import GPTConfig, SIZES
-from runtime import ArgumentParser, check_minimums, print0
+from runtime import ArgumentParser, number, print0
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
 INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
 
 
-def flag(default, meaning, **kwargs):
-    """A field of TrainConfig with the help text of its flag."""
+def flag(default, meaning, low=0, high=math.inf, above=-math.inf, **kwargs):
+    """A field of TrainConfig with the help text of its flag; low, high, above: the range of a number."""
+    if type(default) in (int, float):
+        kwargs["type"] = number(type(default), low, high, above)
     return field(default=default, metadata={"help": meaning, **kwargs})
 
 
@@ -36,33 +39,34 @@ class TrainConfig:
     init_from: str = flag("", "initial weights: gpt2 ... gpt2-xl, a checkpoint file, a run folder or a Hugging Face folder"
                           " (default random)")
     # the model
-    n_layer: int = flag(12, "number of blocks")
-    n_head: int = flag(12, "attention heads per block")
-    n_embd: int = flag(768, "channels of the residual stream")
-    block_size: int = flag(1024, "maximum context length, tokens")
-    vocab_size: int = flag(50304, "GPT-2's 50257 padded to a multiple of 128, for faster matmuls")
-    dropout: float = flag(0.0, "dropout probability")
+    n_layer: int = flag(12, "number of blocks", low=1)
+    n_head: int = flag(12, "attention heads per block", low=1)
+    n_embd: int = flag(768, "channels of the residual stream", low=1)
+    block_size: int = flag(1024, "maximum context length, tokens", low=1)
+    vocab_size: int = flag(50304, "GPT-2's 50257 padded to a multiple of 128, for faster matmuls", low=1)
+    dropout: float = flag(0.0, "dropout probability", high=1)
     # the data
     sequence_length: int = flag(0, "T, tokens; default block_size")
     batch_size: int = flag(0, "micro-batch size B, sequences; default the largest that fits and divides the total batch")
-    total_batch_size: int = flag(524288, "tokens per optimizer step, over all ranks and micro-steps; 2**19 is about 0.5M")
-    epochs: float = flag(1.0, "passes over the training data, if max_steps is not given")
+    total_batch_size: int = flag(524288, "tokens per optimizer step, over all ranks and micro-steps; 2**19 is about 0.5M",
+                                 low=1)
+    epochs: float = flag(1.0, "passes over the training data, if max_steps is not given", above=0)
     max_steps: int = flag(0, "optimizer steps; default as many as the epochs have")
     shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the order in the files",
                         choices=("on", "off"))
     # the optimizer; defaults from the GPT-3 paper, appendix B
     optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(6e-4, "peak learning rate")
-    min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak")
+    min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak", high=1)
     embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
     schedule: str = flag("cosine", "after the warmup: cosine decay, or wsd: constant, then linear decay",
                          choices=("cosine", "wsd"))
-    wsd_decay: float = flag(0.2, "schedule wsd: fraction of the steps that the decay takes")
+    wsd_decay: float = flag(0.2, "schedule wsd: fraction of the steps that the decay takes", above=0, high=1)
     warmup_steps: int = flag(715, "steps of linear warmup; 375M tokens at 0.5M tokens per step")
     weight_decay: float = flag(0.1, "of matrices and embeddings")
-    beta1: float = flag(0.9, "AdamW's beta1")
-    beta2: float = flag(0.95, "AdamW's beta2")
-    grad_clip: float = flag(1.0, "maximum norm of the gradient")
+    beta1: float = flag(0.9, "AdamW's beta1", high=0.99999)
+    beta2: float = flag(0.95, "AdamW's beta2", high=0.99999)
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 turns clipping off")
     seed: int = flag(1337, "of the initial weights, the order of the data, and dropout")
     # the machine
     device: str = flag("auto", "cuda, mps or cpu")
@@ -80,7 +84,7 @@ class TrainConfig:
     sample_every: int = flag(250, "steps between samples")
     prompt: str = flag("Hello, I'm a language model,", "prompt of the samples")
     save_every: int = flag(250, "steps between checkpoints")
-    keep_last: int = flag(3, "checkpoints to keep; older ones are removed")
+    keep_last: int = flag(3, "checkpoints to keep; older ones are removed", low=1)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest validation loss too")
     tracker: str = flag("none", "also send the values of log.txt to TensorBoard or Weights & Biases",
                         choices=checkpoint.TRACKERS)
@@ -88,27 +92,30 @@ class TrainConfig:
     resume: str = flag("auto", "auto: resume the run if it has checkpoints; never: raise if it has any; or a run folder,"
                        " or a model_*.pt in one, to resume from")
     force: bool = flag(False, "resume even if the data, their order, the total batch size, seed, dropout or dtype have changed")
-    timeout: float = flag(10.0, "minutes that a rank waits for the others")
+    timeout: float = flag(10.0, "minutes that a rank waits for the others", low=0.01, high=1e6)
     deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
 
     def __post_init__(self):
+        for f in fields(self):
+            if "type" in f.metadata:  # values from a checkpoint have not passed the parser
+                try:
+                    setattr(self, f.name, f.metadata["type"](getattr(self, f.name)))
+                except ArgumentTypeError as e:
+                    raise ValueError(f"--{f.name.replace('_', '-')} {e}") from e
         self.sequence_length = self.sequence_length or self.block_size
         self.exp_name = self.exp_name or self.preset
         self.gpt_config()  # checks the model's fields
         if self.sequence_length > self.block_size:
             raise ValueError(f"--sequence-length {self.sequence_length} is over --block-size {self.block_size}")
-        if self.total_batch_size % self.sequence_length != 0 or self.total_batch_size < 1:
+        if self.total_batch_size % self.sequence_length != 0:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
         if self.optimizer == "muon" and self.parallel != "ddp":
             raise ValueError(f"--parallel {self.parallel} cannot shard muon, which needs unsharded matrices; use"
                              " --optimizer adamw or --parallel ddp")
-        check_minimums(asdict(self), batch_size=0, epochs=0, max_steps=0, lr=0, min_lr_ratio=0, warmup_steps=0, weight_decay=0,
-                       val_every=0, val_tokens=self.sequence_length, hella_every=0, sample_every=0, save_every=0, keep_last=1,
-                       timeout=0.01)
-        if not 0 < self.wsd_decay <= 1:
-            raise ValueError(f"--wsd-decay {self.wsd_decay}: a fraction of the steps, over 0 and at most 1")
+        if self.val_tokens < self.sequence_length:
+            raise ValueError(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
 
     @property
     def run_dir(self):
@@ -152,7 +159,7 @@ GROUPS = {"preset": "the run", "n_layer": "the model", "sequence_length": "the d
 
 def parse_args(argv=None):
     """The flags that were given, a dict; flags, help texts and types are made from TrainConfig's fields."""
-    parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]", allow_abbrev=False)
+    parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]")
     for f in fields(TrainConfig):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -166,7 +173,8 @@ def parse_args(argv=None):
         elif f.name == "preset":
             group.add_argument(name, choices=list(PRESETS), **kwargs)
         else:
-            group.add_argument(name, type=f.type, metavar=None if "choices" in kwargs else f.type.__name__.upper(), **kwargs)
+            metavar = None if "choices" in kwargs else f.type.__name__.upper()
+            group.add_argument(name, **{"type": f.type, "metavar": metavar, **kwargs})
     return vars(parser.parse_args(argv))
 
 

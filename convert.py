@@ -438,13 +438,13 @@ def convert(source, out, dtype, overwrite, folder):
 
 
 def main():
-    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.", allow_abbrev=False)
+    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
     takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
-    info = commands.add_parser("info", help="print what a checkpoint is", allow_abbrev=False)
+    info = commands.add_parser("info", help="print what a checkpoint is")
     info.add_argument("source", help=takes)
-    export = commands.add_parser("export", help="write a Hugging Face folder", allow_abbrev=False)
-    converter = commands.add_parser("convert", help="write another format", allow_abbrev=False)
+    export = commands.add_parser("export", help="write a Hugging Face folder")
+    converter = commands.add_parser("convert", help="write another format")
     for command, out in ((export, "folder to create"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
         command.add_argument("source", help=takes)
         command.add_argument("out", help=out)

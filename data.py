@@ -37,15 +37,44 @@ import torch
 # -----------------------------------------------------------------------------
 # files
 
+def check_regular(path):
+    """Raises ValueError if path is a folder, a device, a FIFO or a socket: reading one of these may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file; copy its contents into one")
+
+
+def check_output(path):
+    """Raises ValueError unless a file can be written at path: call it before the work whose result goes there."""
+    folder = os.path.dirname(path) or "."
+    if not path or os.path.isdir(path):
+        raise ValueError(f"{path or 'the empty name'!r} is not the name of a file to write")
+    if not os.path.isdir(folder):
+        raise ValueError(f"cannot write {path}: {folder} is not an existing folder")
+    if not os.access(path if is_special(path) else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+
+
+def is_special(path):
+    """Whether path is a device, a FIFO or a socket, such as /dev/stdout."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Context with an open file that becomes path when it is complete: flushed to disk under another name, then renamed.
 
-    An exception, or the end of the process, leaves no half-written path, and an older file at path untouched.
+    An exception, or the end of the process, leaves no half-written path, and an older file at path untouched. The target
+    of a symbolic link is replaced, not the link. A device or FIFO, such as /dev/stdout, is written to as it is.
     """
+    encoding = dict(encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n")
+    if is_special(path):
+        with open(path, mode, **encoding) as f:
+            yield f
+        return
+    path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as f:
+        with open(temporary, mode, **encoding) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

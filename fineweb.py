@@ -40,7 +40,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data import EOT, NUM_TOKENS, TOKENIZER_SHA256, TokenStream, atomic_write, find_shards, get_tokenizer, write_shard
-from runtime import ArgumentParser, check_minimums, exit_now, run_main
+from runtime import ArgumentParser, exit_now, number, run_main
 from sources import estimate_tokens, hub_source, is_damage, local_source, pieces, with_retries
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -392,7 +392,7 @@ def download_prepared(repo, out, revision, max_tokens):
 
 def parse_args(argv=None):
     """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(description="Tokenize text into shards for training.", allow_abbrev=False)
+    parser = ArgumentParser(description="Tokenize text into shards for training.")
     add = parser.add_argument
     add("--dataset", default=DATASET, metavar="REPO", help=f"dataset on the Hugging Face Hub (default {DATASET})")
     add("--name", help=f"config of the dataset: sample-100BT, CC-MAIN-2024-10, ... (default {NAME} for FineWeb-Edu)")
@@ -401,17 +401,17 @@ def parse_args(argv=None):
     add("--input", nargs="+", metavar="PATH", help="read local files or folders instead: parquet, jsonl, txt (.gz, .zst)")
     add("--text-column", default="text", metavar="NAME", help="column or JSON field with the text (default text)")
     add("--out", metavar="DIR", help="output folder (default edu_fineweb10B, ... for FineWeb-Edu's samples)")
-    add("--shard-size", type=int, default=10**8, metavar="N", help="tokens per shard (default 100M)")
-    add("--max-tokens", type=int, default=0, metavar="N", help="stop after this many tokens (default: no limit)")
-    add("--val-tokens", type=int, metavar="N", help="approximate tokens in the val split, which ends at a document boundary"
-        " (default: one shard, or 10%% of the estimated total if that is less)")
-    add("--workers", type=int, default=0, metavar="N", help="tokenizer threads (default: one per core)")
+    add("--shard-size", type=number(int, 2), default=10**8, metavar="N", help="tokens per shard (default 100M)")
+    add("--max-tokens", type=number(int, 0), default=0, metavar="N", help="stop after this many tokens (default: no limit)")
+    add("--val-tokens", type=number(int, 1), metavar="N",
+        help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
+        " of the estimated total if that is less)")
+    add("--workers", type=number(int, 0), default=0, metavar="N", help="tokenizer threads (default: one per core)")
     add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
     add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
     add("--verify", metavar="DIR", help="check the shards of a folder against its manifest.json, and do nothing else")
     add("--prepared", metavar="REPO", help="download shards that are already tokenized, e.g. kjj0/finewebedu10B-gpt2")
     args = parser.parse_args(argv)
-    check_minimums(vars(args), shard_size=2, max_tokens=0, workers=0, val_tokens=1)
     if args.dataset == DATASET:
         args.name = args.name or NAME
         if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):

@@ -55,7 +55,7 @@ from torch.nn import functional as F
 from convert import load_model
 from data import EOT, NUM_TOKENS, atomic_write, get_tokenizer
 from parallel import all_gather, rank0_first, setup, teardown
-from runtime import ArgumentParser, check_minimums, choose_dtype, keep_freed_memory, print0, run_main
+from runtime import ArgumentParser, choose_dtype, keep_freed_memory, number, print0, run_main
 from scoring import BATCH_TOKENS, score
 
 STYLES = ("completion", "lm-eval")
@@ -335,22 +335,21 @@ def print_example(dataset, sums, i):
 
 
 def parse_args():
-    parser = ArgumentParser(description="HellaSwag score of a GPT-2.", allow_abbrev=False)
+    parser = ArgumentParser(description="HellaSwag score of a GPT-2.")
     parser.add_argument("source", nargs="?", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
                         " if omitted, the examples are downloaded and nothing is scored")
     parser.add_argument("--data", metavar="FILE", help=f"examples, .jsonl or .jsonl.gz (default {path_of('val')}, downloaded)")
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N examples")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per batch, padding included"
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="score only the first N examples")
+    parser.add_argument("--batch-tokens", type=number(int, 1), metavar="N", help="tokens per batch, padding included"
                         f" (default {BATCH_TOKENS['cpu']} on the CPU, {BATCH_TOKENS['cuda']} on a GPU)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on the full set")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
-    parser.add_argument("--show", type=int, default=0, metavar="K", help="print the first K examples with their losses")
-    args = parser.parse_args()
-    check_minimums(vars(args), limit=1, batch_tokens=1, show=0)
-    return args
+    parser.add_argument("--show", type=number(int, 0), default=0, metavar="K",
+                        help="print the first K examples with their losses")
+    return parser.parse_args()
 
 
 def score_source(args, path, ranks):
@@ -368,11 +367,11 @@ def score_source(args, path, ranks):
         print_example(dataset, sums, i)
     if args.out:
         write_examples(args.out, dataset, sums)
-    for style, number in num_truncated.items():
-        if number:
-            print(f"note: {number} examples exceed the block_size; their contexts were truncated ({style})", file=sys.stderr)
-    if number := sum("ctx_a" not in example for example in dataset.examples):
-        print(f"note: {number} examples have only ctx, which was split into ctx_a and ctx_b (lm-eval)", file=sys.stderr)
+    for style, count in num_truncated.items():
+        if count:
+            print(f"note: {count} examples exceed the block_size; their contexts were truncated ({style})", file=sys.stderr)
+    if count := sum("ctx_a" not in example for example in dataset.examples):
+        print(f"note: {count} examples have only ctx, which was split into ctx_a and ctx_b (lm-eval)", file=sys.stderr)
     if args.json:
         print(json.dumps({"source": args.source, **info, "data": path, "n": n, "full": n == NUM_EXAMPLES, "dtype": dtype,
                           "seconds": round(seconds, 3), "truncated": num_truncated, **results}))

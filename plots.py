@@ -341,7 +341,7 @@ def attention_figure(model, prompt, layer=0):
 
 
 def main():
-    parser = ArgumentParser(description="Draw the curves of runs, or a model's weights and attention.", allow_abbrev=False)
+    parser = ArgumentParser(description="Draw the curves of runs, or a model's weights and attention.")
     parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
                         " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"

@@ -9,6 +9,8 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import difflib
+import math
 import os
 import platform
 import re
@@ -43,21 +45,66 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
+# flags of nanoGPT, build-nanogpt and transformers, and what they are called here
+SYNONYMS = {"start": "prompt", "out-dir": "log-dir", "dataset": "data", "max-iters": "max-steps", "lr-decay-iters": "max-steps",
+            "learning-rate": "lr", "min-lr": "min-lr-ratio", "eval-interval": "val-every", "eval-iters": "val-tokens",
+            "gradient-accumulation-steps": "total-batch-size", "warmup-iters": "warmup-steps", "wandb-log": "tracker",
+            "run-name": "exp-name", "tokens": "max-new-tokens", "length": "max-new-tokens", "max-length": "max-new-tokens",
+            "nsamples": "num-samples"}
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but an invalid flag raises ValueError: one line, without the usage text before it."""
+    """argparse's parser, but an invalid flag raises ValueError: one line, without the usage text before it.
+
+    --max_steps is --max-steps; an unknown flag gets the most similar one as a suggestion.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), arg)
+                for arg in (sys.argv[1:] if args is None else args)]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for name in (arg.partition("=")[0] for arg in unknown if arg.startswith("--")):
+            similar = [f"--{SYNONYMS.get(name[2:])}"] + [flag for flag in flags if flag.startswith(name)]
+            similar += difflib.get_close_matches(name, flags, cutoff=0.75)
+            if similar := [flag for flag in similar if flag in flags]:
+                self.error(f"unknown flag {name}: did you mean {similar[0]}?")
+        return namespace, unknown
 
     def error(self, message):
+        message = re.sub(r"^argument (--[\w-]+):", r"\1", message)
         raise ValueError(f"{message}; --help lists what is allowed")
 
 
-def check_minimums(values, **minimums):
-    """Raises ValueError naming the first flag whose value is below its minimum; None, a flag that was not given, passes.
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """The type of a flag (argparse's type=) whose value is an int or a float, low <= value <= high and value > above.
 
-    Example: check_minimums({"top_k": -1}, top_k=0) raises "--top-k -1: must be 0 or more".
+    NaN and infinity are refused, and integers that do not fit into 64 bits. ArgumentTypeError names what is allowed.
+    Example: number(float, above=0, high=1)("0") raises "0: must be a number, above 0 and at most 1".
     """
-    for name, minimum in minimums.items():
-        if values[name] is not None and not values[name] >= minimum:  # nan is not
-            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be {minimum} or more")
+    limits = [f"above {above:g}"] * (above > -math.inf) + [f"{low:g} or more"] * (low > -math.inf)
+    limits += [f"at most {high:g}"] * (high < math.inf)
+    allowed = ("an integer" if kind is int else "a number") + ", " * bool(limits) + " and ".join(limits)
+
+    def parse(value):
+        try:
+            result = kind(value)
+            valid = low <= result <= high and above < result and abs(result) < (2**63 if kind is int else math.inf)
+        except (ValueError, OverflowError, TypeError):
+            valid = False
+        if not valid or not isinstance(value, str) and result != value:  # a float for an int, from a file
+            raise argparse.ArgumentTypeError(f"{str(value)[:40]}: must be {allowed}")
+        return result
+    parse.kind = kind
+    return parse
+
+
+def printable(text):
+    """text without control characters, which could come from a file and change the terminal: "\x1b[31m" -> r"\x1b[31m"."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_main(main):
@@ -66,6 +113,8 @@ def run_main(main):
     Under torchrun the process exits without interpreter shutdown: gloo's threads may still need the interpreter then,
     which would abort the process.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1  # for an exception that is not caught below: a bug
     if "RANK" in os.environ:
         atexit.register(lambda: exit_now(status))  # registered first, so it runs last
@@ -79,8 +128,9 @@ def run_main(main):
 
 def exit_now(status):
     """Ends the process without interpreter shutdown, after flushing what it printed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -95,11 +145,19 @@ def run_and_report(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         sys.exit(1)
     except torch.OutOfMemoryError as e:
-        print(f"error: out of GPU memory; use a smaller --batch-size ({str(e).splitlines()[0][:120]})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"out of GPU memory; use a smaller --batch-size ({str(e).splitlines()[0][:120]})")
     except (ValueError, OSError) as e:  # FileNotFoundError and a full disk are OSErrors
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)
+    except (MemoryError, RuntimeError) as e:  # torch's CPU allocator raises RuntimeError
+        if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e):
+            raise
+        fail(f"out of memory: {e}")
+
+
+def fail(error):
+    """Prints an error as one line on stderr and exits with status 2."""
+    print("error:", printable(" ".join(str(error).split("\n"))), file=sys.stderr)
+    sys.exit(2)
 
 
 # -----------------------------------------------------------------------------

@@ -338,8 +338,8 @@ def test_all_runs_every_benchmark_and_quick_skips_the_ladder(monkeypatch, capsys
 
 
 @pytest.mark.parametrize("flags, message", [(["all", "--data", "x"], "all takes no --data"),
-                                            (["train", "--steps", "0"], "--steps 0: must be 1"),
-                                            (["train", "--batch-size", "-1"], "--batch-size -1: must be 0"),
+                                            (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
+                                            (["train", "--batch-size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
                                             (["nothing"], "invalid choice")])
 def test_invalid_flags_are_errors(flags, message):
     with pytest.raises(ValueError, match=message):

@@ -243,9 +243,9 @@ def test_max_tokens_may_end_within_a_document(corpus, tmp_path, monkeypatch):
     (("--text-column", "body"), "no column 'body'; it has text, score"),
     (("--text-column", "score"), "'score' of .* holds int64"),
     (("--val-tokens", 10**6), "no tokens are left for the train split"),
-    (("--shard-size", 1), "--shard-size 1: must be 2 or more"),
-    (("--max-tokens", -1), "--max-tokens -1: must be 0 or more"),
-    (("--val-tokens", 0), "--val-tokens 0: must be 1 or more"),
+    (("--shard-size", 1), "--shard-size 1: must be an integer, 2 or more"),
+    (("--max-tokens", -1), "--max-tokens -1: must be an integer, 0 or more"),
+    (("--val-tokens", 0), "--val-tokens 0: must be an integer, 1 or more"),
     (("--input", "nowhere"), "no input at nowhere"),
 ])
 def test_invalid_input_is_an_error(tmp_path, monkeypatch, flags, message):

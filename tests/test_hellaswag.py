@@ -567,8 +567,9 @@ def test_the_process_group_is_destroyed_only_after_success(command, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--limit", "0"], "--limit 0: must be 1 or more"), (["--batch-tokens", "0"], "--batch-tokens 0: must be 1 or more"),
-    (["--show", "-1"], "--show -1: must be 0 or more"), (["--dtype", "int8"], "unknown dtype")])
+    (["--limit", "0"], "--limit 0: must be an integer, 1 or more"),
+    (["--batch-tokens", "0"], "--batch-tokens 0: must be an integer, 1 or more"),
+    (["--show", "-1"], "--show -1: must be an integer, 0 or more"), (["--dtype", "int8"], "unknown dtype")])
 def test_invalid_flags_are_errors(command, flags, message):
     with pytest.raises(ValueError, match=message):
         command(*flags)

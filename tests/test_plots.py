@@ -389,7 +389,7 @@ def test_errors_of_the_command_line_are_one_line(run_dir, tmp_path, run_plots):
     status, _, error = run_plots(tmp_path)
     assert status == 2 and error == f"error: {tmp_path} has no log.txt; give a run folder, log/<exp-name>\n"
     status, _, error = run_plots(run_dir, "--output", "x.png")
-    assert (status, error) == (2, "error: unrecognized arguments: --output x.png; --help lists what is allowed\n")
+    assert (status, error) == (2, "error: unknown flag --output: did you mean --out?; --help lists what is allowed\n")
     status, _, error = run_plots(run_dir, "--by", "hours")  # no config.json, no speeds
     assert status == 2 and "--by hours needs total_batch_size and tok_per_sec" in error and error.count("\n") == 1
     (tmp_path / "log.txt").write_text("")

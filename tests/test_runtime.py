@@ -5,8 +5,10 @@ Device, dtype, random number generators, signals, peak FLOPs, flags, and how a s
 
 Needs only requirements-dev.txt; the GPUs are simulated.
 """
+import argparse
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,8 +19,8 @@ import pytest
 import torch
 
 import runtime
-from runtime import (StopSignals, autocast, check_minimums, choose_device, choose_dtype, describe_machine, get_rng_state,
-                     peak_flops, run_main, seed_all, set_rng_state)
+from runtime import (StopSignals, autocast, choose_device, choose_dtype, describe_machine, get_rng_state,
+                     number, peak_flops, run_main, seed_all, set_rng_state)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -176,9 +178,10 @@ def test_a_bug_keeps_its_traceback_and_success_is_status_0():
 
 
 def test_an_invalid_flag_is_one_line(capsys):
-    parser = runtime.ArgumentParser(prog="x.py", allow_abbrev=False)
+    parser = runtime.ArgumentParser(prog="x.py")
     parser.add_argument("--steps", type=int, choices=(1, 2))
-    for arguments, words in ((["--step", "1"], "unrecognized arguments: --step 1"), (["--steps", "3"], "invalid choice: 3"),
+    for arguments, words in ((["--step", "1"], "unknown flag --step: did you mean --steps"),
+                             (["--steps", "3"], "invalid choice: 3"),
                              (["--steps"], "expected one argument")):
         status, line = exit_of(lambda arguments=arguments: parser.parse_args(arguments), capsys)
         assert status == 2 and words in line and line.startswith("error: ") and line.count("\n") == 1
@@ -191,11 +194,41 @@ def test_print0_prints_only_on_rank_0(capsys, monkeypatch):
     assert capsys.readouterr().out == "rank 0\n"
 
 
-@pytest.mark.parametrize("value, printed", [(-1, "-1"), (0.5, "0.5"), (float("nan"), "nan"), (float("-inf"), "-inf")])
-def test_a_flag_below_its_minimum_is_an_error_that_names_it(value, printed):
-    check_minimums({"steps": 1, "min_lr": 0.0, "seed": -3, "limit": None}, steps=1, min_lr=0, limit=1)
-    with pytest.raises(ValueError, match=f"^--top-k {printed}: must be 1 or more$"):
-        check_minimums({"steps": 1, "top_k": value}, steps=1, top_k=1)
+def test_a_number_outside_of_its_range_is_an_error_that_says_what_is_allowed():
+    assert number(int, 1)("7") == 7 and number(float, 0)("1e-3") == 1e-3 and number(float, above=0, high=1)(1) == 1.0
+    for parse, value, words in ((number(int, 1), "0", "0: must be an integer, 1 or more"), (number(int), "1.5", "an integer"),
+                                (number(int), 1.5, "1.5: must be an integer"), (number(int, 0), str(2**63), "0 or more"),
+                                (number(float), "nan", "nan: must be a number"), (number(float), "-inf", "a number"),
+                                (number(float, 0), "-1", "must be a number, 0 or more"), (number(float), None, "None"),
+                                (number(float, above=0, high=1), "0", "0: must be a number, above 0 and at most 1")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(words)):
+            parse(value)
+
+
+def test_underscores_are_accepted_in_flags_but_kept_in_values():
+    parser = runtime.ArgumentParser()
+    parser.add_argument("--max-new-tokens", type=number(int, 1))
+    parser.add_argument("--out")
+    args = parser.parse_args(["--max_new_tokens=3", "--out", "a_b"])
+    assert (args.max_new_tokens, args.out) == (3, "a_b")
+    assert parser.parse_args(["--out=--c_d"]).out == "--c_d"
+
+
+@pytest.mark.parametrize("name, suggestion", [("--max-new-token", "--max-new-tokens"), ("--length", "--max-new-tokens"),
+                                              ("--start=x", "--prompt"), ("--promt", "--prompt")])
+def test_an_unknown_flag_gets_a_suggestion(name, suggestion):
+    parser = runtime.ArgumentParser()
+    for flag in ("--max-new-tokens", "--prompt"):
+        parser.add_argument(flag)
+    with pytest.raises(ValueError, match=f"unknown flag {name.partition('=')[0]}: did you mean {suggestion}"):
+        parser.parse_args([name, "1"])
+
+
+def test_control_characters_of_an_error_message_do_not_reach_the_terminal(capsys):
+    def main():
+        raise ValueError("bad \x1b[31mred\x1b[0m\nfield")
+    status, line = exit_of(lambda: run_main(main), capsys)
+    assert status == 2 and line == "error: bad \\x1b[31mred\\x1b[0m field\n"
 
 
 # -----------------------------------------------------------------------------

@@ -441,7 +441,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    (["--learning-rate", "1"], "unknown flag --learning-rate: did you mean --lr?"),
     (["--n-embd", "18", "--n-head", "4"], "n_head that fit: [1, 2, 3, 6, 9, 18]"),
     (["--sequence-length", "32"], "is over --block-size 16"),
     (["--total-batch-size", "100"], "is not a multiple of the sequence length"),
