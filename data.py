@@ -112,6 +112,23 @@ def get_tokenizer():
                              special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
 
 
+def encode(text):
+    """Token ids of a text, 1-D uint16; "<|endoftext|>" in it is ordinary text.
+
+    Raises ValueError for a text that tiktoken cannot encode: about a million consecutive blanks overflow the stack of its
+    regular expressions (encode_ordinary then aborts with a Rust panic, which encode_to_numpy turns into an exception), and
+    lone surrogates are not text.
+    """
+    try:
+        return get_tokenizer().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the text is not valid Unicode at character {e.start + 1}; convert it to UTF-8 first") from e
+    except ValueError as e:
+        longest = max(re.finditer(r"\s+", text), key=lambda m: m.end() - m.start())
+        raise ValueError(f"the text has {longest.end() - longest.start():,} consecutive blanks from character"
+                         f" {longest.start() + 1:,} on, more than the tokenizer can take; shorten them") from e
+
+
 # -----------------------------------------------------------------------------
 # shard files
 
@@ -440,12 +457,11 @@ def tokenize_texts(paths):
             raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it first") from e
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
-    tokenizer = get_tokenizer()
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary, exist_ok=True)  # exists if a killed process had the same id, as in containers
     try:
         for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
-            tokens = [np.array([EOT, *tokenizer.encode_ordinary(document)], dtype=np.uint16) for document in documents]
+            tokens = [np.concatenate(([EOT], encode(document))).astype(np.uint16) for document in documents]
             write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), np.concatenate(tokens))
         if not os.path.isdir(folder):  # another process may have created it meanwhile
             os.replace(temporary, folder)

@@ -658,3 +658,12 @@ def test_the_fingerprint_differs_for_other_data_of_the_same_length(tmp_path):
             data.write_shard(path, rng.integers(0, 50257, size).astype(np.uint16))
         prints += [data.TokenStream(paths).fingerprint()] * 2
     assert len(set(prints)) == 3
+
+
+def test_encode_equals_tiktoken_and_refuses_a_million_blanks_without_a_panic():
+    for text in ("", "Hello, I'm a language model", "a<|endoftext|>b", "é😀" * 10 + " " * 1000 + "x"):
+        assert data.encode(text).tolist() == data.get_tokenizer().encode_ordinary(text)
+    with pytest.raises(ValueError, match="1,000,000 consecutive blanks from character 4 on"):
+        data.encode("a b" + " " * 1_000_000 + "c")
+    with pytest.raises(ValueError, match="not valid Unicode at character 2"):
+        data.encode("a\udcff")
