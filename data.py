@@ -7,7 +7,7 @@ The data path: GPT-2's tokenizer, the shard files, and the loader that reads bat
     *_<n>.bin      llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520, version 1, number of tokens,
                    zeros), then the tokens as uint16
     train.bin, val.bin   nanoGPT: uint16 without a header
-- TokenStream: the shards of a split as one sequence of tokens, read through memory maps.
+- TokenStream: the shards of a split as one sequence of tokens.
 - DataLoaderLite: batches (x, y) for every rank, from one rank-independent cursor.
 - prepare_data: shards for --data (a folder of shards, a text file, a folder of text); text is tokenized once.
 
@@ -194,14 +194,18 @@ def find_shards(folder, split):
 class TokenStream:
     """The tokens of several shards as one sequence.
 
-    No file stays open or mapped between reads: resident memory does not grow with what has been read, and a thousand
-    shards do not need a thousand file descriptors.
+    The MAX_OPEN files opened last stay open, since a batch of shuffled windows reads from many shards. They are read, not
+    memory-mapped: resident memory does not grow with what has been read.
     """
+    MAX_OPEN = 128  # a thousand shards must not need a thousand file descriptors
+
 
     def __init__(self, paths, vocab_size=NUM_TOKENS):
         self.shards = [open_shard(path) for path in paths]
         self.starts = np.cumsum([0] + [shard.tokens for shard in self.shards])  # first token of each shard, and the end
         self.vocab_size = vocab_size
+        self.files = {}  # path -> open file, in the order in which they were opened
+        self.lock = threading.Lock()  # the position of a file is shared by the threads that read it
 
     def __len__(self):
         return int(self.starts[-1])
@@ -227,17 +231,34 @@ class TokenStream:
         return np.concatenate(pieces)
 
     def _read_shard(self, shard, begin, n):
+        tokens = np.empty(n, dtype="<u2")
         try:
-            if os.path.getsize(shard.path) != shard.offset + 2 * shard.tokens:
-                raise ValueError("its size is different")
-            tokens = np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset + 2 * begin, shape=(n,))
+            with self.lock:
+                f = self._open(shard)
+                f.seek(shard.offset + 2 * begin)
+                if f.readinto(tokens) != tokens.nbytes:
+                    raise ValueError("it ends before them")
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path} ({e});"
                              " it has changed since training started") from e
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"{shard.path} has the id {tokens.max()} among its tokens {begin:,} to {begin + n:,};"
                              f" allowed are ids below {self.vocab_size}: the shard is damaged or uses another tokenizer")
-        return np.array(tokens)
+        return tokens.astype(np.uint16, copy=False)
+
+    def _open(self, shard):
+        """The open file of a shard; ValueError if its size has changed."""
+        info, f = os.stat(shard.path), self.files.get(shard.path)
+        if info.st_size != shard.offset + 2 * shard.tokens:
+            raise ValueError("its size is different")
+        if f and not os.path.samestat(os.fstat(f.fileno()), info):  # replaced by another file
+            self.files.pop(shard.path).close()
+            f = None
+        if f is None:
+            if len(self.files) == self.MAX_OPEN:
+                self.files.pop(next(iter(self.files))).close()
+            f = self.files[shard.path] = open(shard.path, "rb", buffering=0)
+        return f
 
 
 # -----------------------------------------------------------------------------
@@ -271,13 +292,26 @@ def permute(positions, n, key):
     return values.astype(np.int64)
 
 
-def to_batch(windows, device):
-    """x and y, (B, T) int64 on device, from windows, a (B, T+1) uint16 array: y is x shifted by one."""
+def make_batch(windows, device):
+    """x and y, (B, T) int64 on the CPU, from windows, a (B, T+1) uint16 array: y is x shifted by one.
+
+    They are in pinned memory if the device is a GPU: a copy from there does not make the CPU wait.
+    """
     tokens = torch.from_numpy(windows.astype(np.int64))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if torch.device(device).type == "cuda":  # a copy from pinned memory is asynchronous
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-    return x.to(device), y.to(device)
+    # clone: contiguous() returns a single row as it is, with the strides of the larger array, for which torch.compile
+    # compiles another graph
+    batch = [t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:])]
+    return [t.pin_memory() for t in batch] if is_cuda(device) else batch
+
+
+def to_device(batch, device):
+    """x and y of make_batch on the device."""
+    return tuple(t.to(device, non_blocking=is_cuda(device)) for t in batch)
+
+
+def is_cuda(device):
+    """Whether a device, "cuda:0" or "cpu", is an NVIDIA or AMD GPU."""
+    return torch.device(device).type == "cuda"
 
 
 class DataLoaderLite:
@@ -315,10 +349,13 @@ class DataLoaderLite:
         return windows
 
     def _read_ahead(self, batches, position, stop):
-        """The prefetch thread: puts (position, windows or an exception) into the queue until stop is set."""
+        """The prefetch thread: puts (position, batch or an exception) into the queue until stop is set."""
+        if is_cuda(self.device):
+            torch.cuda.set_device(self.device)  # a thread starts with GPU 0, where pin_memory would create a context
         while not stop.is_set():
             try:
-                item = np.stack([self.stream.read(w * self.T, self.T + 1) for w in self.window_indices(position).tolist()])
+                windows = self.window_indices(position).tolist()
+                item = make_batch(np.stack([self.stream.read(w * self.T, self.T + 1) for w in windows]), self.device)
             except Exception as e:  # raised by next_batch, in the training loop's thread
                 item = e
             while not stop.is_set():
@@ -344,7 +381,7 @@ class DataLoaderLite:
             raise item
         assert position == self.position, (position, self.position)
         self.position += self.B * self.num_processes
-        return to_batch(item, self.device)
+        return to_device(item, self.device)
 
     def close(self):
         """Stops the prefetch thread; a later next_batch starts another one at position.
@@ -386,7 +423,7 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
             yield tuple(torch.empty((0, T), dtype=torch.long, device=device) for _ in range(2))
             return
         rows = range(start, min(start + B, mine.stop))
-        yield to_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device)
+        yield to_device(make_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device), device)
 
 
 # -----------------------------------------------------------------------------

@@ -457,6 +457,34 @@ def test_next_batch_raises_again_after_an_error_and_continues_when_the_shard_is_
     loader.close()
 
 
+def test_files_stay_open_between_reads_within_a_bound(tmp_path, monkeypatch):
+    """A batch of shuffled windows opened a file for each of them: 3 ms for 64, more on a network file system."""
+    stream, tokens = make_stream(str(tmp_path), [50] * 6)
+    monkeypatch.setattr(stream, "MAX_OPEN", 4)
+    opened, real_open = [], open
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: opened.append(path) or real_open(path, *args, **kwargs))
+    for _ in range(3):
+        for start in (0, 60, 120, 170):
+            assert stream.read(start, 20).tolist() == tokens[start:start + 20].tolist()
+    assert len(opened) == 4
+    for start in range(0, 280, 20):
+        assert stream.read(start, 20).tolist() == tokens[start:start + 20].tolist()
+        assert len(stream.files) == 4 and not any(f.closed for f in stream.files.values())
+    # a shard that is replaced by another file of the same size is read from the new file
+    write_shard(stream.shards[5].path, np.full(50, 7, dtype=np.uint16))
+    assert stream.read(280, 5).tolist() == [7] * 5
+
+
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_batches_have_the_strides_of_a_new_tensor_for_any_B(B, tmp_path):
+    """contiguous() keeps the strides of a single row of a larger array: torch.compile compiled a second graph for B = 1."""
+    stream, _ = make_stream(str(tmp_path), [300])
+    loader = DataLoaderLite(stream, B, 10)
+    batches = [loader.next_batch(), *iterate_batches(stream, B, 10, 100)]
+    loader.close()
+    assert all(t.stride() == (10, 1) and t.storage_offset() == 0 for batch in batches for t in batch)
+
+
 READ_200_MB = """
 import os, sys, psutil
 from data import DataLoaderLite, TokenStream
