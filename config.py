@@ -71,8 +71,9 @@ class TrainConfig:
     # the machine
     device: str = flag("auto", "cuda, mps or cpu")
     dtype: str = flag("auto", "autocast dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = flag("auto", "torch.compile the training step; auto: on CUDA, and on a CPU with a C++ compiler, if the run"
-                        " has 100 steps or more", choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile the training step; auto: if the run has 100 steps or more and a compiler works;"
+                        " max: also time Triton's matmuls and all tilings, which takes minutes, for 1 to 3%",
+                        choices=("auto", "on", "max", "off"))
     parallel: str = flag("ddp", "sharding mode under torchrun; ddp: nothing is sharded, zero: the optimizer state,"
                          " fsdp: weights and gradients too", choices=("ddp", "zero", "fsdp"))
     activation_checkpointing: bool = flag(False, "store only the blocks' inputs and recompute activations in the backward")
@@ -276,7 +277,7 @@ def config_from_flags(argv=None):
 # -----------------------------------------------------------------------------
 # what fits into memory
 
-def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
+def estimate_memory(config, num_params, B, dtype, world_size, compiled):
     """{part: bytes} that each training process needs at micro-batch size B; the sum is within 15% of measured CPU runs.
 
     "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, divided by
@@ -292,7 +293,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
     """
     wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
     mode, recompute = config.parallel if W > 1 else "ddp", config.activation_checkpointing
-    compiled = mode != "fsdp" and (config.compile == "on" or config.compile == "auto" and not on_cpu)
+    compiled = compiled and mode != "fsdp"
     V, C, L, tokens = config.vocab_size, config.n_embd, config.n_layer, B * T
     block = 12 * C * C + 13 * C                            # parameters of a block
     root = num_params - L * block                          # of wte, wpe, ln_f
@@ -307,13 +308,13 @@ def estimate_memory(config, num_params, B, dtype, world_size, on_cpu):
         gathered = 4 * root + 16 * block                   # weights of the root; weights and gradients of two blocks
         micro_batch = max(activations + loss + casts + gathered,                                  # at the loss
                           gathered + 4 * root + 8 * V * C,                                        # at the backward's end
-                          4 * num_params + min(tokens, max(T, 4096)) * V * (2 * wide + 8))        # unsharded, to evaluate
+                          4 * num_params + min(tokens, max(T, 16384)) * V * (2 * wide + 8))        # unsharded, to evaluate
     else:
         state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 
 
-def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
+def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, compiled):
     """The micro-batch size B: the config's, or the largest that divides the batch and fits into 85% of memory (bytes or None).
 
     It gives grad_accum_steps = total_batch_size / (B T world_size), which must be an integer. The largest B has at most 4096
@@ -331,5 +332,5 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype):
         return config.batch_size
     useful = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
     fit = [B for B in useful if memory is None
-           or sum(estimate_memory(config, num_params, B, dtype, world_size, on_cpu).values()) < 0.85 * memory]
+           or sum(estimate_memory(config, num_params, B, dtype, world_size, compiled).values()) < 0.85 * memory]
     return max(fit, default=1)

@@ -14,7 +14,6 @@ torch.distributed.fsdp is imported only in the functions that use it: it would d
 """
 import contextlib
 import os
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -152,69 +151,97 @@ def rank0_first(ranks):
         barrier(ranks)
 
 
-def stop_requested(ranks):
-    """Name of a signal that any rank has received ("SIGTERM", ...), or None: the same answer on every rank."""
-    if not ranks.ddp:
-        return StopSignals.received
-    received = torch.tensor(float(StopSignals.received is not None), device=ranks.device)
-    if all_reduce_sum(received, ranks).item() == 0:
-        return None
+def is_stop_requested():
+    """Whether this rank has received a signal: 1.0 or 0.0."""
+    return float(StopSignals.received is not None)
+
+
+def name_of_stop(ranks):
+    """Name of a signal that a rank has received ("SIGTERM", ...), the same on every rank, once all know that there is one."""
     return max(all_gather(StopSignals.received or "", ranks))  # any one if the ranks received different signals
+
+
+def stop_requested(ranks):
+    """Name of a signal that any rank has received, or None: the same answer on every rank."""
+    stops = all_reduce_sum(torch.tensor(is_stop_requested(), device=ranks.device), ranks) if ranks.ddp else is_stop_requested()
+    return name_of_stop(ranks) if stops else None
 
 
 # -----------------------------------------------------------------------------
 # the model to train
 
-def wrap(raw_model, config, steps, B, dtype, ranks):
+def should_compile(config, steps, ranks):
+    """Whether to compile the training step, the same on every rank, before anything depends on it; steps: left in the run.
+
+    --compile auto compiles if the run is long enough to pay for it and a small function compiles: Triton on a GPU and
+    inductor on a CPU need a C compiler, and Triton Python's headers. Otherwise a message is printed.
+    """
+    if config.compile != "auto":
+        return config.compile != "off"
+    if is_fsdp(config, ranks) or ranks.device_type == "mps" or steps < 100:
+        return False
+    if config.dry_run:
+        return ranks.device_type == "cuda"
+    reason = ""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=ranks.device))
+    except Exception as e:  # of torch.compile's many layers
+        reason = f"{type(e).__name__} {str(e).strip()[:160]!r}"
+    reasons = {rank: reason for rank, reason in enumerate(all_gather(reason, ranks)) if reason}
+    for rank, reason in list(reasons.items())[:1]:
+        print0(f"torch.compile fails on this machine (rank {rank}), training eagerly: {reason}")
+    return not reasons
+
+
+# --compile max: Triton's matmuls are timed beside cuBLAS's, and all kernels' tilings are searched
+MAX_OPTIONS = {"max_autotune": True, "coordinate_descent_tuning": True}
+
+
+def wrap(raw_model, config, compiled, B, dtype, ranks):
     """The module to train: raw_model compiled and wrapped in DDP, or under fsdp raw_model itself, sharded in place.
 
-    steps: length of the run, which decides whether to compile. Call it before the optimizers are created.
+    compiled: from should_compile. Call it before the optimizers are created.
     """
     if config.parallel != "ddp" and not ranks.ddp:
         print0(f"--parallel {config.parallel} is ignored on a single process; start several with torchrun")
+    options = MAX_OPTIONS if config.compile == "max" else None
     for block in raw_model.transformer.h:
         if config.activation_checkpointing:
             block.forward = recompute_activations(block.forward, ranks.device_type)
-        if is_fsdp(config, ranks) and config.compile == "on":
-            block.forward = torch.compile(block.forward)  # inside FSDP's hooks, which gather the weights
+        if is_fsdp(config, ranks) and compiled:
+            block.forward = torch.compile(block.forward, options=options)  # inside FSDP's hooks, which gather the weights
     if is_fsdp(config, ranks):
         if config.compile == "auto":
             print0("--parallel fsdp is not compiled unless --compile on asks for it (block by block)")
         shard(raw_model, ranks)
         return raw_model
-    model = compile_for_training(raw_model, config.compile, steps, B, config.sequence_length, dtype, ranks.device)
-    if not ranks.ddp:
-        return model
-    barrier(ranks)  # until every rank has compiled
-    return DDP(model, device_ids=[ranks.local_rank] if ranks.device_type == "cuda" else None, gradient_as_bucket_view=True)
-
-
-def compile_for_training(raw_model, mode, steps, B, T, dtype, device):
-    """torch.compile(raw_model) after one forward and backward to warm it up, or raw_model itself.
-
-    mode: "on", "off", or "auto": if a compiler is available and the run is long enough to pay for the compilation; if it
-    fails, a message is printed and training is eager. With the warmup each rank compiles before its first step.
-    """
-    has_compiler = device.startswith("cuda") or device == "cpu" and bool(shutil.which("g++") or shutil.which("clang++"))
-    if mode == "off" or mode == "auto" and not (has_compiler and steps >= 100):
-        return raw_model
-    print0("compiling ...")
-    start, rng_state = time.time(), get_rng_state(device)
-    model = torch.compile(raw_model)
-    x, y = (torch.zeros((B, T), dtype=torch.long, device=device) for _ in range(2))  # one tensor for both would recompile later
-    try:
-        with autocast(device, dtype):
-            _, loss = model(x, y)
-        loss.backward()
-        print0(f"compiled in {time.time() - start:.1f} s")
-    except Exception as e:  # no Python headers, no Triton, a GPU too old, ...
-        if mode == "on" or isinstance(e, torch.OutOfMemoryError):
-            raise
-        print0(f"torch.compile fails on this machine, training eagerly: {type(e).__name__} {str(e).strip()[:160]!r}")
-        model = raw_model
-    raw_model.zero_grad(set_to_none=True)
-    set_rng_state(rng_state, device)
+    model = torch.compile(raw_model, options=options) if compiled else raw_model
+    if ranks.ddp:
+        device_ids = [ranks.local_rank] if ranks.device_type == "cuda" else None
+        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    if compiled:
+        warm_up(model, raw_model, B, config.sequence_length, dtype, ranks)
     return model
+
+
+def warm_up(model, raw_model, B, T, dtype, ranks):
+    """Compiles model by one forward and backward, before the first step; then every rank waits for the others.
+
+    DDP splits the compiled graph between its gradient buckets, so that it reduces one while the backward computes the
+    next; it does so only for what is compiled inside it. In no_sync() it reduces nothing here.
+    """
+    print0("compiling ...")
+    start, rng_state = time.time(), get_rng_state(ranks.device)
+    # one tensor for both x and y would recompile later
+    x, y = (torch.zeros((B, T), dtype=torch.long, device=ranks.device) for _ in range(2))
+    with model.no_sync() if ranks.ddp else contextlib.nullcontext():
+        with autocast(ranks.device, dtype):
+            loss = model(x, y)[1]
+        loss.backward()
+    raw_model.zero_grad(set_to_none=True)
+    set_rng_state(rng_state, ranks.device)
+    barrier(ranks)
+    print0(f"compiled in {time.time() - start:.1f} s")
 
 
 def recompute_activations(forward, device_type):

@@ -210,17 +210,49 @@ class StopSignals:
 # device and dtype
 
 def choose_device(device="auto"):
-    """device, or for "auto" the first available of "cuda", "mps", "cpu"; ValueError for a device that is not available."""
+    """device, or for "auto" the first available of "cuda", "mps", "cpu"; the current CUDA device, if it has an index.
+
+    ValueError for a device that is not available, and for a GPU that this build of PyTorch cannot use: training on the CPU
+    instead would go unnoticed.
+    """
+    device_type, _, index = device.partition(":")
+    if device_type in ("auto", "cuda"):
+        check_cuda(int(index) if index.isdigit() else 0)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, is_there in available.items() if is_there)
-    device_type = device.split(":")[0]
     if not available.get(device_type):
         raise ValueError(f"device {device!r} is not available; this machine has"
                          f" {', '.join(name for name, is_there in available.items() if is_there)}")
-    if device_type == "cuda" and ":" in device and not int(device.split(":")[1]) < torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not available; this machine has {torch.cuda.device_count()} CUDA devices")
+    if ":" in device:
+        count = torch.cuda.device_count() if device_type == "cuda" else 1
+        if not index.isdigit() or int(index) >= count:
+            raise ValueError(f"device {device!r} is not available; this machine has {count} {device_type.upper()} devices")
+        if device_type == "cuda":
+            torch.cuda.set_device(int(index))  # otherwise Triton and pin_memory use GPU 0
     return device
+
+
+def check_cuda(index):
+    """Raises ValueError if the driver, or GPU `index`, is too old for this build of PyTorch."""
+    other_build = "install a build of PyTorch for an older CUDA (pytorch.org/get-started), or use --device cpu"
+    if not torch.cuda.is_available():
+        if torch.version.cuda and torch.cuda.device_count() > 0:  # counted by the driver's library, without CUDA
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            smi = shutil.which("nvidia-smi") and subprocess.run(query, capture_output=True, text=True).stdout.split()
+            driver = smi[0] if smi else "unknown"
+            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, but its driver ({driver}) is too old for"
+                             f" PyTorch's CUDA {torch.version.cuda}: update it (CUDA 13 needs 580 or newer), {other_build}")
+        return
+    if torch.version.hip or index >= torch.cuda.device_count():
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    # kernels run on GPUs of the same major and the same or a higher minor version; PTX (compute_*) on any newer one
+    archs = [(arch.split("_")[0], int(number[:-1]), int(number[-1])) for arch in torch.cuda.get_arch_list()
+             for number in [re.sub(r"\D", "", arch.split("_")[1])]]
+    if not any(m == major and n <= minor or kind == "compute" and (m, n) <= (major, minor) for kind, m, n in archs):
+        raise ValueError(f"this PyTorch has no kernels for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), only for"
+                         f" {', '.join(torch.cuda.get_arch_list())}: {other_build}")
 
 
 def choose_dtype(dtype, device):
@@ -243,10 +275,39 @@ def autocast(device, dtype):
     return torch.autocast(device_type=device.split(":")[0], dtype=DTYPES[dtype])  # autocast("cuda:0") raises
 
 
+@contextlib.contextmanager
+def full_float32():
+    """Context in which float32 matmuls on a GPU use 24 bits of mantissa, not TF32's 11: for evaluations.
+
+    A score must depend neither on the GPU nor on whether training or the command line computes it.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """Context in which attention uses flash, memory-efficient or math kernels on a GPU: for sampling and scoring.
+
+    torch 2.11 and later prefer cuDNN's attention on H100 and B200. It plans anew for each combination of lengths, which
+    takes longer than generating a token.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def synchronize(device):
     """Waits until the device has finished all queued work; call it before reading a clock."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif device == "mps":
         torch.mps.synchronize()
 

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from convert import load_model
 from data import EOT, NUM_TOKENS, get_tokenizer
-from runtime import DTYPES, ArgumentParser, choose_device, choose_dtype, keep_freed_memory, number, run_main
+from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, keep_freed_memory, number, run_main,
+                     without_cudnn_attention)
 
 # -----------------------------------------------------------------------------
 # one token
@@ -86,12 +87,14 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
             idx = torch.zeros((B, max(contexts)), dtype=torch.long)
             for b, (row, start) in enumerate(zip(rows, starts)):
                 idx[b, :contexts[b]] = torch.tensor(row[start:])
-            x = hidden(idx.to(device), torch.arange(max(contexts), device=device), None, cache)     # (B, T, C)
+            with without_cudnn_attention():
+                x = hidden(idx.to(device), torch.arange(max(contexts), device=device), None, cache)  # (B, T, C)
             x = x[torch.arange(B, device=device), last]                 # (B, C)
         else:
             # one new token per row
             attn_mask = torch.arange(max(contexts), device=device) <= last[:, None]                 # (B, S)
-            x = hidden(tokens, last[:, None], attn_mask[:, None, None, :], cache)[:, -1]            # (B, C)
+            with without_cudnn_attention():
+                x = hidden(tokens, last[:, None], attn_mask[:, None, None, :], cache)[:, -1]        # (B, C)
         tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p)          # (B, 1)
         tokens = tokens.masked_fill(ended[:, None], EOT)
         ended = ended | (tokens[:, 0] == EOT)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from data import NUM_TOKENS
 from parallel import all_reduce_sum, stop_requested
-from runtime import autocast
+from runtime import autocast, full_float32, without_cudnn_attention
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 32768}  # positions per batch, padding included
 
@@ -133,7 +133,8 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress
     was_training = model.training
     model.eval()
     try:
-        with autocast(ranks.device, dtype):  # one region for all batches: it caches the cast weights
+        # one autocast region for all batches: it caches the cast weights
+        with autocast(ranks.device, dtype), full_float32(), without_cudnn_attention():
             for i in range(ranks.rank, ranks.rank + len(batches), ranks.world_size):  # the same number on each rank
                 if stop_requested(ranks):
                     return None

@@ -31,9 +31,9 @@ from config import (FINEWEB_DIR, FINEWEB_TOKENS, choose_batch_size, config_from_
 from convert import load_model
 from model import GPT, GPTConfig
 from plots import plot_run
-from runtime import (StopSignals, autocast, choose_dtype, device_name, free_memory, get_rng_state,
-                     keep_freed_memory, peak_flops, print0, run_main, seed_all, set_rng_state,
-                     synchronize, use_deterministic_algorithms)
+from runtime import (StopSignals, autocast, choose_dtype, device_name, free_memory, full_float32,
+                     get_rng_state, keep_freed_memory, peak_flops, print0, run_main, seed_all,
+                     set_rng_state, use_deterministic_algorithms)
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -67,10 +67,11 @@ class NonFinite(ValueError):
 
 def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accum_steps, grad_clip,
                dtype, ranks):
-    """One optimizer step; returns (loss, gradient norm) before the update, floats, of all ranks.
+    """One optimizer step; returns (loss, gradient norm, stop request), the same on every rank.
 
-    model is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the
-    weights if the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
+    Loss and norm are floats, before the update; the stop request is a signal's name or None. model
+    is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the weights if
+    the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
     """
     first_window = loader.position
     # None instead of zeros: the first backward then writes gradients instead of adding to them
@@ -86,7 +87,8 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
             model.require_backward_grad_sync = (micro_step == grad_accum_steps - 1)
         # matmuls in dtype; softmax, LayerNorm and the loss, which need more digits, in float32
         with autocast(ranks.device, dtype):
-            _, loss = model(x, y)
+            # without a name, the logits, B * T * V numbers, are freed before the backward
+            loss = model(x, y)[1]
         # cross_entropy is a mean over a micro-batch, and backward() adds to the gradients: without
         # the division they would be those of a sum of means, grad_accum_steps times too large
         loss = loss / grad_accum_steps
@@ -95,25 +97,40 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         # the scaler is the identity unless dtype is float16, whose small gradients underflow
         scaler.scale(loss).backward()
     local_loss = loss_accum.clone()  # to name the rank if it is non-finite
-    # the mean over the ranks; SUM, then divide: gloo has no reliable AVG
-    loss_accum = parallel.all_reduce_sum(loss_accum, ranks) / ranks.world_size  # a scalar
+    # the step's only small all-reduce: the losses, and how many ranks are to stop. full_like fills
+    # on the GPU; copying a number there would make the CPU wait.
+    stops = torch.full_like(loss_accum, parallel.is_stop_requested())
+    sums = parallel.all_reduce_sum(torch.stack([loss_accum, stops]), ranks)
     # the gradients are scaled like the loss; unscale them before the norm is computed
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # a batch with an unusually large gradient must not destabilize the model (GPT-3, appendix B)
     norm = parallel.clip_grad_norm(raw_model, grad_clip)
-    # .item() makes the CPU wait for the GPU: only here, once per step
-    loss, norm = loss_accum.item(), norm.item()
-    # float16: if the scaled gradients overflow, the scaler skips the update and halves its scale
+    # tolist makes the CPU wait for the GPU: only here, once per step. It is before the update, so
+    # a non-finite step leaves the weights as they are.
+    loss, stops, norm = torch.cat([sums, norm[None]]).tolist()
+    loss /= ranks.world_size  # the mean: SUM, then divide, since gloo has no reliable AVG
+    # float16: scaled gradients may overflow; then the update is skipped and the scale halved
     overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
         raise nonfinite(step, loss, norm, local_loss, first_window, loader.position, ranks)
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
-        scaler.step(optimizer)
-    scaler.update()
-    return loss, norm
+        # all optimizers or none; scaler.step would decide for each one by itself, and wait
+        if not overflow:
+            optimizer.step()
+    update_scale(scaler, overflow)
+    return loss, norm, parallel.name_of_stop(ranks) if stops else None
+
+
+def update_scale(scaler, overflow):
+    """scaler.update(), but every rank halves its scale if any rank's gradients overflowed."""
+    state = scaler.state_dict() if overflow else {}
+    scaler.update()  # considers only the gradients on this rank: a part of them under fsdp
+    if overflow:
+        scaler.load_state_dict({**state, "scale": state["scale"] * state["backoff_factor"],
+                                "_growth_tracker": 0})
 
 
 def nonfinite(step, loss, norm, local_loss, first_window, end_window, ranks):
@@ -135,26 +152,31 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
     meanwhile.
     """
     model.eval()  # no dropout
-    total, count = 0.0, 0  # sum of the losses of all targets; number of targets
-    # the logits are an evaluation's largest tensor; batches over 4096 tokens are no faster
-    B = max(1, min(B, 4096 // T))
-    for x, y in data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
-                                     ranks.device):
-        # every rank has the same number of batches, so all ranks stop at the same one
-        if parallel.stop_requested(ranks):
+    on_cpu = ranks.device_type == "cpu"
+    # sum of the losses of all targets, on the device: reading it would make the CPU wait. float64:
+    # float32 has too few digits for a sum over 10M tokens; MPS has no float64.
+    total = torch.zeros((), device=ranks.device,
+                        dtype=torch.float32 if ranks.device_type == "mps" else torch.float64)
+    count = 0  # number of targets
+    # the logits are an evaluation's largest tensor; larger batches are no faster
+    B = max(1, min(B, (4096 if on_cpu else 16384) // T))
+    batches = data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
+                                   ranks.device)
+    for i, (x, y) in enumerate(batches):
+        # every rank has the same number of batches, so all ranks stop at the same one; asking
+        # waits for the GPU
+        if (on_cpu or i % 16 == 0) and parallel.stop_requested(ranks):
             model.train()
             return None
         # x is (0, T) on a rank that has no tokens left
         if len(x) > 0:
-            with autocast(ranks.device, dtype):
-                _, loss = model(x, y)
+            with autocast(ranks.device, dtype), full_float32():
+                loss = model(x, y)[1]
             # batches differ in size: weight each mean by its number of targets
-            total += loss.item() * y.numel()
+            total += loss.to(total.dtype) * y.numel()
             count += y.numel()
     model.train()
-    # float64: float32 has too few digits for a sum over 10M tokens; MPS has no float64
-    sums = torch.tensor([total, count], device=ranks.device,
-                        dtype=torch.float32 if ranks.device == "mps" else torch.float64)
+    sums = torch.stack([total, torch.full_like(total, count)])
     total, count = parallel.all_reduce_sum(sums, ranks).tolist()
     return total / count
 
@@ -194,19 +216,17 @@ def open_data(config, ranks):
     return streams
 
 
-def make_plan(config, num_tokens, dtype, ranks):
-    """(B, grad_accum_steps, max_steps) for num_tokens of training data; prints the run's plan."""
+def make_plan(config, num_tokens, dtype, ranks, first_step=0):
+    """(B, grad_accum_steps, max_steps, whether to compile) of the run, whose plan it prints.
+
+    num_tokens: size of the training data. first_step: where the run resumes.
+    """
     # the meta device has shapes without memory: enough to count parameters
     with torch.device("meta"):
         model = GPT(config.gpt_config())
     T, W, on_cpu = config.sequence_length, ranks.world_size, ranks.device == "cpu"
     total_batch_size = config.total_batch_size
     num_params, memory = model.num_params(), free_memory(ranks.device)
-    B = choose_batch_size(config, num_params, W, memory, on_cpu, dtype)
-    # the ranks may have different amounts of free memory; the smallest B fits all of them
-    B = min(parallel.all_gather(B, ranks))
-    # tokens per step are fixed; B and the number of ranks only arrange them
-    grad_accum_steps = total_batch_size // (B * T * W)
     # every token but the first is a target
     epoch_tokens = (num_tokens - 1) // T * T
     max_steps = config.max_steps or int(config.epochs * epoch_tokens / total_batch_size)
@@ -214,9 +234,16 @@ def make_plan(config, num_tokens, dtype, ranks):
         raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
                          f" of {total_batch_size:,}: use --preset shakespeare, for little text,"
                          " or --max-steps, or a smaller --total-batch-size")
+    # the compiled step needs less memory, so B depends on it
+    compiled = parallel.should_compile(config, max_steps - first_step, ranks)
+    B = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
+    # the ranks may have different amounts of free memory; the smallest B fits all of them
+    B = min(parallel.all_gather(B, ranks))
+    # tokens per step are fixed; B and the number of ranks only arrange them
+    grad_accum_steps = total_batch_size // (B * T * W)
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
-    parts = estimate_memory(config, num_params, B, dtype, W, on_cpu)
+    parts = estimate_memory(config, num_params, B, dtype, W, compiled)
     needed = sum(parts.values())
     flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
@@ -235,7 +262,7 @@ def make_plan(config, num_tokens, dtype, ranks):
         hours = total_flops / (0.5 * peak * W) / 3600
         print0(f"time: about {hours:.1f} hours at half the peak of"
                f" {W} x {device_name(ranks.device)}")
-    return B, grad_accum_steps, max_steps
+    return B, grad_accum_steps, max_steps, compiled
 
 
 def dry_run(config, dtype, ranks):
@@ -328,7 +355,8 @@ def main():
     # data: two streams of tokens, HellaSwag's examples, how the tokens of a step are split up
     train_stream, val_stream = open_data(config, ranks)
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
-    B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), dtype, ranks)
+    B, grad_accum_steps, max_steps, compiled = make_plan(config, len(train_stream), dtype, ranks,
+                                                         saved.step if saved else 0)
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
@@ -346,7 +374,7 @@ def main():
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
     seed_all(config.seed)  # every rank draws the same initial weights
     raw_model = build_model(config, saved, ranks)
-    model = parallel.wrap(raw_model, config, max_steps - first_step, B, dtype, ranks)
+    model = parallel.wrap(raw_model, config, compiled, B, dtype, ranks)
 
     # optimizer, with the checkpoint's state
     optimizers = parallel.make_optimizers(raw_model, config, ranks)
@@ -368,6 +396,7 @@ def main():
         return (every and (step % every == 0 or step == max_steps)
                 and not (step == first_step and stream in evaluated))
 
+    stopping = None  # name of the signal that requested a stop
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
             # once in a while: the validation loss; model would recompile for other shapes
@@ -388,7 +417,9 @@ def main():
 
             # once in a while, and before stopping: a checkpoint
             writer.check()  # raises the error of the previous one, if any
-            stopping = parallel.stop_requested(ranks)
+            # train_step asks for stop requests; so do evaluations, which may take minutes
+            if due(config.val_every) or due(config.hella_every) or due(config.sample_every):
+                stopping = parallel.stop_requested(ranks)
             # again at first_step if its validation was interrupted: the model file holds val_loss
             is_new = step > first_step or step > 0 and val_loss is not None
             if is_new and (due(config.save_every) or stopping):
@@ -404,12 +435,12 @@ def main():
             epoch = int(loader.epoch)
             lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps,
                         max_steps, config.schedule, config.wsd_decay)
-            synchronize(device)
             t0 = time.perf_counter()
-            loss, norm = train_step(step, model, raw_model, optimizers, scaler, loader, lr,
-                                    grad_accum_steps, config.grad_clip, dtype, ranks)
-            synchronize(device)            # CUDA runs asynchronously: wait for it
-            dt = time.perf_counter() - t0  # seconds
+            loss, norm, stopping = train_step(step, model, raw_model, optimizers, scaler, loader,
+                                              lr, grad_accum_steps, config.grad_clip, dtype, ranks)
+            # seconds from one wait for the GPU, in train_step, to the next: evaluations, samples
+            # and checkpoints end with one, too
+            dt = time.perf_counter() - t0
             tok_per_sec = config.total_batch_size / dt
             # model FLOPs utilization: the fraction of the peak of all devices
             mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)

@@ -29,7 +29,13 @@ def fake_devices(monkeypatch, cuda=0, mps=False):
     """Makes torch report this many CUDA devices, and whether there is an MPS device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"])
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    return current
 
 
 # -----------------------------------------------------------------------------
@@ -53,10 +59,39 @@ def test_a_device_that_is_not_available_is_an_error_that_lists_those_that_are(mo
 
 
 def test_the_index_of_a_missing_gpu_is_an_error_with_the_number_of_gpus(monkeypatch):
-    fake_devices(monkeypatch, cuda=2)
-    assert choose_device("cuda:1") == "cuda:1"
+    current = fake_devices(monkeypatch, cuda=2)
+    assert choose_device("cuda:1") == "cuda:1" and current == [1]  # Triton and pin_memory use the current device
+    for device in ("cuda:x", "cuda:-1", "cuda:", "cuda:0:1"):
+        with pytest.raises(ValueError, match=f"'{device}' is not available"):
+            choose_device(device)
     with pytest.raises(ValueError, match="'cuda:2' is not available; this machine has 2 CUDA devices"):
         choose_device("cuda:2")
+
+
+def test_a_driver_that_is_too_old_is_an_error_instead_of_training_on_the_cpu(monkeypatch, tmp_path):
+    fake_devices(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 550.54\necho 550.54\n")
+    os.chmod(tmp_path / "nvidia-smi", 0o755)
+    for path, driver in ((tmp_path, "550.54"), (tmp_path / "nothing", "unknown")):
+        monkeypatch.setenv("PATH", str(path))
+        for device in ("auto", "cuda", "cuda:1"):
+            with pytest.raises(ValueError, match=rf"8 GPUs, but its driver \({driver}\) is too old for PyTorch's CUDA 13.0"):
+                choose_device(device)
+    assert choose_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 0), False), ((7, 5), True), ((8, 9), True), ((9, 0), True), ((10, 3), True),
+                                              ((12, 1), True), ((13, 0), True), ((6, 1), False), ((11, 0), False)])
+def test_a_gpu_without_kernels_in_this_build_is_an_error(monkeypatch, capability, fits):
+    fake_devices(monkeypatch, cuda=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    if fits:
+        assert choose_device("auto") == "cuda"
+        return
+    with pytest.raises(ValueError, match=rf"no kernels for some GPU \(sm_{capability[0]}{capability[1]}\), only for sm_75"):
+        choose_device("auto")
 
 
 def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones():
