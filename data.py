@@ -350,7 +350,7 @@ class DataLoaderLite:
 
     def _read_ahead(self, batches, position, stop):
         """The prefetch thread: puts (position, batch or an exception) into the queue until stop is set."""
-        if is_cuda(self.device):
+        if is_cuda(self.device) and torch.device(self.device).index is not None:
             torch.cuda.set_device(self.device)  # a thread starts with GPU 0, where pin_memory would create a context
         while not stop.is_set():
             try:

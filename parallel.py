@@ -13,6 +13,7 @@ config.estimate_memory estimates the memory of each.
 torch.distributed.fsdp is imported only in the functions that use it: it would double the time of `--help`.
 """
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from checkpoint import snapshot
+from checkpoint import copy_to_cpu, snapshot
 from model import GPT
 from runtime import StopSignals, autocast, choose_device, get_rng_state, print0, set_rng_state
 
@@ -58,6 +59,9 @@ NEVER_FREED = []
 
 def setup(device="auto", timeout_minutes=10):
     """The Ranks of this process; joins the process group if torchrun started it (NCCL on CUDA, gloo otherwise)."""
+    # fewer gaps in GPU memory; read when CUDA is first used
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     device = choose_device(device)
     ddp = "RANK" in os.environ  # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
     if not ddp:
@@ -221,6 +225,9 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
         model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     if compiled:
         warm_up(model, raw_model, B, config.sequence_length, dtype, ranks)
+        # the garbage collector then skips the 400,000 objects of the compiler: a pause of 0.4 s (measured) now and then
+        gc.collect()
+        gc.freeze()
     return model
 
 
@@ -357,7 +364,7 @@ def full_state(raw_model, optimizers, ranks):
         if not is_sharded(value):
             return snapshot(value) if ranks.master_process else None
         tensor = unsharded_tensor(value)
-        return tensor.to("cpu", copy=True) if ranks.master_process else None
+        return copy_to_cpu(tensor) if ranks.master_process else None
 
     weights = collect({name: p.detach() for name, p in raw_model.named_parameters()})
     # named_parameters names the tied wte and lm_head once, a state dict twice

@@ -3,6 +3,7 @@ Benchmarks: each measures its reference in the same run and prints ratios.
 
     python -m bench train                          # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
     python -m bench train --size gpt2-medium --batch-size 8 --steps 10 --json train.json
+    python -m bench gpu_check                      # on a new machine, first of all
     python -m bench ladder --json ladder.json --picture ladder.png
     python -m bench hellaswag --data hellaswag/hellaswag_val.jsonl
     python -m bench tokenize --data FOLDER_OF_PARQUET_FILES
@@ -11,12 +12,14 @@ Benchmarks: each measures its reference in the same run and prints ratios.
 Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
 """
 import json
+import sys
 
 import torch
 
 import runtime
 from bench.checkpoint import bench_checkpoint
 from bench.data import bench_loader, bench_tokenize
+from bench.gpu_check import bench_gpu_check
 from bench.hellaswag import bench_hellaswag
 from bench.ladder import bench_ladder
 from bench.measure import in_fresh_process, print_table
@@ -27,7 +30,7 @@ from model import SIZES
 
 # functions of the flags that return rows: dicts with the same keys, the first of which names the row
 BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,
-              "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint}
+              "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint, "gpu_check": bench_gpu_check}
 
 # --quick: enough to notice a regression
 QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
@@ -75,7 +78,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("benchmark", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK",
         help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
-             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all")
+             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
+             " gpu_check: whether this machine computes the right thing, first of all on a new one")
     add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
     add("--batch-size", type=runtime.number(int, 0), default=0,
         help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
@@ -108,7 +112,7 @@ def main():
     old = read_result(args.compare) if args.compare else None
     names = [args.benchmark]
     if args.benchmark == "all":
-        names = [name for name in BENCHMARKS if name != "ladder" or not args.quick]
+        names = [name for name in BENCHMARKS if name != "gpu_check" and (name != "ladder" or not args.quick)]
     print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype}, training steps of"
           f" B={args.B}, T={args.T}", flush=True)
     # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
@@ -120,6 +124,8 @@ def main():
             json.dump(result, f, indent=1)
     if old:
         print_comparison(old, result)
+    if any(row.get("result") == "FAIL" for row in rows.get("gpu_check", [])):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

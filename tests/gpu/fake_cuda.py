@@ -1,0 +1,150 @@
+"""
+Runs training steps, evaluations, scoring and sampling on fake CUDA tensors: they have a device, a dtype and a shape, but no
+values, so a CPU tensor that meets a CUDA tensor is an error, as it would be on a GPU.
+
+    python tests/gpu/fake_cuda.py GUARD.so      # compiled from cuda_guard.cpp
+
+Prints one line of JSON, {check: its result, or the error}. The last two checks are planted errors.
+"""
+import contextlib
+import ctypes
+import json
+import os
+import sys
+from unittest import mock
+
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
+
+import data  # noqa: E402
+import parallel  # noqa: E402
+import runtime  # noqa: E402
+import sample  # noqa: E402
+import scoring  # noqa: E402
+import train_gpt2  # noqa: E402
+from config import TrainConfig  # noqa: E402
+from model import GPT  # noqa: E402
+
+RANKS = parallel.Ranks(0, 0, 1, "cuda:0", False)
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, sequence_length=16, vocab_size=50304, total_batch_size=64,
+             batch_size=2, compile="off", device="cuda")
+
+
+class Stream:
+    """641 tokens, in the place of a TokenStream."""
+
+    def __len__(self):
+        return 641
+
+    def read(self, start, length):
+        return (np.arange(start, start + length) % 500).astype(np.uint16)
+
+
+class Loader:
+    """Batches as DataLoaderLite makes them."""
+    position = 0
+
+    def next_batch(self):
+        self.position += 2
+        return data.to_device(data.make_batch(np.stack([Stream().read(0, 17)] * 2), "cuda:0"), "cuda:0")
+
+
+def values(tensor):
+    """Made-up values for a fake tensor: ones."""
+    return np.ones(tuple(int(n) for n in tensor.shape), dtype=float if tensor.is_floating_point() else int).tolist()
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """Context in which new tensors are fake, with made-up values where the code reads them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
+                          allow_non_fake_inputs=True)
+    patches = {"item": values, "tolist": values, "pin_memory": lambda tensor: tensor, "__bool__": lambda tensor: False,
+               "numpy": lambda tensor: np.asarray(values(tensor))}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mode)
+        for name, function in patches.items():
+            stack.enter_context(mock.patch.object(torch.Tensor, name, function))
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        yield mode
+
+
+def on_gpu(config, mode):
+    """The GPT of a TrainConfig with fake CUDA parameters."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
+        model = GPT(config.gpt_config())
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(FakeTensor(mode, p.detach(), torch.device("cuda:0")))
+    model.transformer.wte.weight = model.lm_head.weight
+    return model
+
+
+def training(dtype, optimizer):
+    """Devices of the optimizers' state, and dtypes of the gradients, after a training step of two micro-steps."""
+    with fake_cuda() as mode:
+        config = TrainConfig(**SIZES, optimizer=optimizer)
+        model = on_gpu(config, mode)
+        optimizers = parallel.make_optimizers(model, config, RANKS)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+        train_gpt2.train_step(0, model, model, optimizers, scaler, Loader(), 1e-3, 2, 1.0, dtype, RANKS)
+        states = [v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
+        return sorted({str(v.device) for v in states if v.dim() > 0}), sorted({str(p.grad.dtype) for p in model.parameters()})
+
+
+def evaluation(dtype):
+    with fake_cuda() as mode:
+        return train_gpt2.evaluate_loss(on_gpu(TrainConfig(**SIZES), mode), Stream(), 8, 16, 600, dtype, RANKS)
+
+
+def hellaswag(dtype):
+    """Number of scores of three examples."""
+    rows = [(np.arange(5, dtype=np.uint16), [np.arange(3 + k, dtype=np.uint16) for k in range(4)])] * 3
+    with fake_cuda() as mode, mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor):
+        return scoring.score(on_gpu(TrainConfig(**SIZES), mode), rows, dtype, RANKS)[0].size
+
+
+def sampling(dtype, top_p):
+    """Number of tokens, and their device."""
+    with fake_cuda() as mode, runtime.autocast("cuda:0", dtype):
+        tokens = list(sample.stream(on_gpu(TrainConfig(**SIZES), mode), [[1, 2, 3], [4, 5]], 4, None, top_p=top_p))
+        return len(tokens), str(tokens[0].device)
+
+
+def planted(where):
+    """An error that the checks must find: a tensor that stayed on the CPU."""
+    with fake_cuda() as mode:
+        model, x = on_gpu(TrainConfig(**SIZES), mode), torch.zeros(2, 16, dtype=torch.long)
+        if where == "targets":
+            return model(x.to("cuda:0"), x)
+        return model.transformer.wte(x.to("cuda:0")) + torch.zeros(2, 16, 32)
+
+
+def main():
+    checks = {f"train_step {dtype} {optimizer}": (training, dtype, optimizer)
+              for dtype in runtime.DTYPES for optimizer in ("adamw", "muon")}
+    for dtype in runtime.DTYPES:
+        checks |= {f"evaluate_loss {dtype}": (evaluation, dtype), f"score {dtype}": (hellaswag, dtype),
+                   f"sample {dtype}": (sampling, dtype, 1.0), f"sample top_p {dtype}": (sampling, dtype, 0.9)}
+    checks |= {"planted targets": (planted, "targets"), "planted positions": (planted, "positions")}
+    results = {}
+    for name, (function, *args) in checks.items():
+        try:
+            results[name] = function(*args)
+        except Exception as e:
+            results[name] = f"{type(e).__name__}: {e}"
+    print(json.dumps(results, default=str))
+    sys.stdout.flush()
+    os._exit(0)  # the made-up hooks cannot shut down
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""
+The CUDA path, rehearsed on a CPU: fake CUDA tensors, and train_gpt2.py with a CUDA that is the CPU, alone and as rank 0 of 8
+and of 512. Counts are budgets: a change that adds a synchronization or a collective to the training step fails here.
+
+    .venv/bin/python -m pytest tests/test_gpu.py
+
+Needs a C++ compiler for the fake tensors. On a machine with a GPU, `python -m bench gpu_check` tests the real thing.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GPU = os.path.join(ROOT, "tests", "gpu")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# -----------------------------------------------------------------------------
+# fake CUDA tensors
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """The results of fake_cuda.py."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    guard, home = str(tmp_path_factory.mktemp("guard") / "guard.so"), os.path.dirname(torch.__file__)
+    subprocess.run(["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", os.path.join(GPU, "cuda_guard.cpp"),
+                    "-o", guard, f"-L{home}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib"], check=True)
+    process = subprocess.run([sys.executable, os.path.join(GPU, "fake_cuda.py"), guard], capture_output=True, text=True,
+                             env=ENV, timeout=120)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.strip().split("\n")[-1])
+
+
+def test_no_cpu_tensor_meets_a_cuda_tensor(fake):
+    """A training step in each dtype with each optimizer, validation, HellaSwag and sampling; two planted errors are found."""
+    planted = {name: fake.pop(name) for name in list(fake) if name.startswith("planted")}
+    assert len(planted) == 2 and all("at least two devices, cuda:0 and cpu" in error for error in planted.values())
+    expected = {"train_step": [["cuda:0"], ["torch.float32"]], "evaluate_loss": 1.0, "score": 12, "sample": [4, "cuda:0"]}
+    assert len(fake) == 18
+    for name, result in fake.items():
+        assert result == expected[name.split()[0]], name
+
+
+# -----------------------------------------------------------------------------
+# train_gpt2.main() with a CUDA that is the CPU
+
+TINY = ["--data", "in.txt", "--preset", "shakespeare", "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size",
+        "16", "--val-tokens", "16384", "--save-every", "4", "--val-every", "4", "--sample-every", "4", "--compile", "on"]
+NO_EVALUATIONS = ["--val-every", "0", "--sample-every", "0", "--save-every", "0"]
+EXAMPLE = {"ind": 24, "activity_label": "Roof shingle removal", "ctx": "A man is on a roof. he", "label": 3,
+           "endings": ["is using wrap.", "is ripping.", "is here.", "is."]}
+
+
+def pretend(folder, world_size, *flags, **env):
+    """The report of pretend_cuda.py, a dict."""
+    if not (folder / "in.txt").exists():
+        (folder / "in.txt").write_text("To be, or not to be, that is the question.\n\n" * 12000)
+        (folder / "hella.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    process = subprocess.run([sys.executable, os.path.join(GPU, "pretend_cuda.py"), str(world_size), *TINY, *flags], cwd=folder,
+                             capture_output=True, text=True, timeout=300, env={**ENV, **env})
+    assert process.returncode == 0 and process.stdout, process.stderr[-3000:]
+    report = json.loads(process.stdout.strip().split("\n")[-1])
+    assert report["status"] == 0, process.stderr[-3000:]
+    return report
+
+
+def check_budgets(report, world_size, graphs=1):
+    """One wait for the GPU, one small all-reduce and no other collective per step; two pinned tensors per micro-step."""
+    step = report["step"]
+    assert sum(n for name, n in step.items() if name.startswith("wait")) == step.get("wait: tolist") == 1, step
+    assert step.get("all_reduce", 0) == (world_size > 1), step
+    assert not {"all_gather_object", "barrier"} & step.keys(), step
+    assert report["graphs"] == graphs
+    if world_size > 1:
+        assert report["first"] == "set_device 0" and report["backend"] == "nccl" and report["device_id"] == "cuda:0"
+        assert report["ddp"]["device_ids"] == [0]
+
+
+def test_a_step_of_8_ranks_waits_for_the_gpu_once_and_has_one_small_all_reduce(tmp_path):
+    report = pretend(tmp_path, 8, "--total-batch-size", "1024", "--batch-size", "1", "--block-size", "64", "--hellaswag",
+                     "hella.jsonl", "--hella-every", "4", "--max-steps", "6")
+    check_budgets(report, 8)
+    assert report["micro_steps"] == 2 and report["step"]["pin_memory"] >= 2
+    assert report["step"]["bucket"] >= 1 and report["calls"]["destroy_process_group"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size, flags", [
+    (1, ["--batch-size", "1"]), (1, ["--batch-size", "4", "--dtype", "float16"]), (1, ["--optimizer", "adamw"]),
+    (8, ["--batch-size", "1", "--dtype", "float16"]), (8, ["--optimizer", "adamw", "--parallel", "zero"]),
+    (512, ["--total-batch-size", "16384", "--batch-size", "1"]), (8, ["--batch-size", "4", "--activation-checkpointing"]),
+])
+def test_the_budgets_hold_in_each_configuration_and_after_a_resume(world_size, flags, tmp_path):
+    flags = ["--total-batch-size", "1024", "--batch-size", "2", *flags]
+    check_budgets(pretend(tmp_path, world_size, *flags, "--max-steps", "7"), world_size)
+    if "zero" not in flags:  # the fake process group does not send the other ranks' optimizer states
+        check_budgets(pretend(tmp_path, world_size, *flags, "--max-steps", "11"), world_size)
+
+
+@pytest.mark.slow
+def test_auto_compiles_after_trying_the_compiler(tmp_path):
+    report = pretend(tmp_path, 1, "--total-batch-size", "128", "--compile", "auto", "--max-steps", "102", *NO_EVALUATIONS)
+    check_budgets(report, 1, graphs=2)  # a small function, and the model
+
+
+@pytest.mark.slow
+def test_ddp_reduces_buckets_while_the_compiled_backward_runs(tmp_path):
+    """Warmed up before DDP, the backward was one graph: all buckets were reduced after it (bRRRR)."""
+    report = pretend(tmp_path, 8, "--total-batch-size", "256", "--batch-size", "1", "--n-layer", "8", "--n-head", "4",
+                     "--n-embd", "512", "--max-steps", "3", *NO_EVALUATIONS)
+    backward = report["backward"]
+    assert backward.count("R") >= 4 and backward.index("R") < backward.rindex("b") and "bRbRbR" in backward, backward
+
+
+@pytest.mark.slow
+def test_a_gpu_without_bfloat16_trains_in_float16(tmp_path):
+    report = pretend(tmp_path, 1, "--total-batch-size", "128", "--max-steps", "3", PRETEND_T4="1")
+    with open(tmp_path / "log" / "shakespeare" / "config.json") as f:
+        assert json.load(f)["dtype"] == "float16"
+    check_budgets(report, 1)
