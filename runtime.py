@@ -317,6 +317,10 @@ def free_memory(device):
     """Bytes available on the device, or None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES leaves out what the page cache would give back
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            if available := re.search(r"MemAvailable: *(\d+) kB", f.read()):
+                return 1024 * int(available[1])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
