@@ -598,12 +598,13 @@ def tokenize_texts(paths):
             raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it first") from e
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
+    splits = [np.concatenate([tokens for text in documents for tokens in ([EOT], encode(text))]).astype(np.uint16)
+              for documents in split_texts(texts)]
     temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"  # in containers, a killed process may have had the same id
     os.makedirs(temporary)
     try:
-        for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
-            tokens = [np.concatenate(([EOT], encode(document))).astype(np.uint16) for document in documents]
-            write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), np.concatenate(tokens))
+        for split, index, tokens in zip(("train", "val"), (1, 0), splits):
+            write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), tokens)
         if not os.path.isdir(folder):  # another process may have created it meanwhile
             os.replace(temporary, folder)
     finally:

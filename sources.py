@@ -267,10 +267,10 @@ def hub_source(dataset, name, split, revision, commit=None):
     commit: what revision referred to when the output folder was created, to resume it. Raises ValueError for a split that
     does not exist and for files of an unsupported format.
     """
-    import datasets
     from huggingface_hub import HfApi, HfFileSystem
-    datasets.disable_progress_bars()
     commit = with_retries(lambda: HfApi().dataset_info(dataset, revision=commit or revision), first=True).sha
+    import datasets
+    datasets.disable_progress_bars()
     builder = with_retries(lambda: datasets.load_dataset_builder(dataset, name, revision=commit))
     found = builder.config.data_files or {}
     if split not in found:
