@@ -212,12 +212,13 @@ class TokenizedSource:
         self.bar.set_postfix_str(f"shard {len(self.manifest['shards'])}", refresh=False)
         self.bar.update(n)
         self.tokens += n
-        now = time.monotonic()
+        now, done, total = time.monotonic(), self.bar.n + self.tokens, self.bar.total
         if now - self.reported > REPORT_SECONDS:
             self.reported = now
-            print_progress(tqdm.format_meter(self.bar.n + self.tokens, self.bar.total, now - self.began, unit="tok",
-                                             unit_scale=True, initial=self.bar.n, bar_format=
-                                             "{n_fmt} of about {total_fmt} tokens, {rate_fmt}, {remaining} left"))
+            known = done < total  # the total is a low estimate
+            form = "{n_fmt}" + " of about {total_fmt}" * known + " tokens, {rate_fmt}" + ", {remaining} left" * known
+            print_progress(tqdm.format_meter(done, total, now - self.began, unit="tok", unit_scale=True, initial=self.bar.n,
+                                             bar_format=form))
 
     def skip_file(self, i, error):
         """Records in the manifest that file i is damaged; without --skip-bad-files raises ValueError."""

@@ -42,11 +42,9 @@ class BadFile(Exception):
 
 def is_damage(error):
     """Whether an exception reports damaged contents of a file, not a failing disk (errno) or network (response)."""
-    if isinstance(error, (pa.ArrowMemoryError, pa.ArrowCancelled)):
-        return False
     if isinstance(error, OSError):  # pyarrow's: "Truncated compressed stream", "Corrupt snappy compressed data", ...
         return error.errno is None and not hasattr(error, "response")
-    return isinstance(error, (BadFile, pa.ArrowException, UnicodeDecodeError))
+    return isinstance(error, (BadFile, pa.ArrowInvalid, UnicodeDecodeError))
 
 
 # -----------------------------------------------------------------------------
