@@ -266,13 +266,14 @@ def load_manifest(folder):
             manifest = json.load(f)
         if has_fields(manifest, version=int) and manifest["version"] != MANIFEST_VERSION:
             raise ValueError(f"its format version is {manifest['version']}, supported is {MANIFEST_VERSION}")
-        if not has_fields(manifest, version=int, source=dict, shards=list, bad_files=list, next=dict, complete=bool):
+        if not has_fields(manifest, version=int, source=dict, shards=list, bad_files=list, next=dict,
+                          complete=bool) or not has_fields(manifest["next"], skipped=int):
             raise ValueError("a field is missing or of another type")
         names = set()
         for shard in manifest["shards"]:
             if (not has_fields(shard, file=str, split=str, tokens=int, documents=int, sha256=str) or shard["file"] in names
-                    or not re.fullmatch(rf"([^/]*_)?{shard['split']}_\d+\.(npy|bin)", shard["file"])
-                    or shard["split"] not in ("train", "val")):
+                    or shard["split"] not in ("train", "val")
+                    or not re.fullmatch(rf"([^/]*_)?{shard['split']}_\d+\.(npy|bin)", shard["file"])):
                 raise ValueError(f"the shard {reprlib.repr(shard)} is invalid or listed twice")
             names.add(shard["file"])
         if manifest["complete"] and not names:
@@ -586,7 +587,7 @@ def tokenize_texts(paths):
     if os.path.isdir(folder):
         return folder
     size = sum(size for _, size, _ in stats)
-    if hasattr(os, "sysconf") and 6 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if hasattr(os, "sysconf") and 4 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise ValueError(f"{paths[0]}: {size / 1e9:.1f} GB of text do not fit into memory with their tokens; create shards with"
                          " python fineweb.py --input, which reads in parts")
     texts = []

@@ -259,11 +259,11 @@ def output_folder(out):
     else:
         yield lock is not None
     finally:
-        if lock is not None:
-            os.remove(os.path.join(out, LOCK))
-            lock.close()
-        for folder in created:
-            with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty
+            if lock is not None:
+                os.remove(os.path.join(out, LOCK))
+                lock.close()
+            for folder in created:
                 os.rmdir(folder)
 
 
@@ -486,8 +486,8 @@ def parse_args(argv=None):
     add("--prepared", metavar="REPO", help="download shards that are already tokenized, e.g. kjj0/finewebedu10B-gpt2")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if value == "":
-            raise ValueError(f"--{name.replace('_', '-')} is empty: an unset shell variable?")
+        if isinstance(value, str) and (not value or not value.isprintable()):
+            raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
     if args.input and args.prepared:
         raise ValueError("--input and --prepared exclude each other; use one of them")
     if args.dataset == DATASET:

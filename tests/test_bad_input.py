@@ -241,9 +241,10 @@ FINEWEB = [
     ([*IN, "--format", "parquet"], "invalid choice: 'parquet'"),
     ([*IN, "--text_colum", "body"], "unknown flag --text-colum: did you mean --text-column?"),
     ([*IN, "--prepared", "a/b"], "--input and --prepared exclude each other"),
-    (["--input", "in.txt", "--out", ""], "--out is empty: an unset shell variable?"),
-    (["--verify", ""], "--verify is empty"),
-    (["--prepared", "", *NEW], "--prepared is empty"),
+    (["--input", "in.txt", "--out", ""], "--out '': must not be empty"),
+    (["--verify", ""], "--verify '': must not be empty"),
+    (["--prepared", "", *NEW], "--prepared '': must not be empty"),
+    (["--input", "in.txt", "--out", "new\n"], "must not be empty or contain control characters"),
     (["--dataset", "a/b/c", "--name", "x", *NEW], "Repo id"),
     # the output folder
     (["--input", "in.txt", "--out", "in.txt"], "in.txt is not a folder; choose another name"),
@@ -274,7 +275,10 @@ FINEWEB = [
     (AGAIN, "is invalid or listed twice", manifest(shards=lambda shards: shards + shards[:1])),
     *((AGAIN, "is invalid or listed twice", shard(**change)) for change in [
         {"tokens": -5}, {"tokens": 5.0}, {"documents": -1}, {"file": "../in.txt"}, {"file": "sub/x_val_000000.npy"},
-        {"file": "/etc/x_val_000000.npy"}, {"file": "a_train_000000.npy"}, {"split": "test"}, {"sha256": None}]),
+        {"file": "/etc/x_val_000000.npy"}, {"file": "a_train_000000.npy"}, {"split": "test"}, {"split": "("},
+        {"sha256": None}]),
+    (AGAIN, "a field is missing or of another type", manifest(next={})),
+    (AGAIN, "a field is missing or of another type", manifest(next={"skipped": -1})),
     (AGAIN, "shards/manifest.json is not a regular file", remove("shards/manifest.json"), fifo("shards/manifest.json")),
     # --verify
     (["--verify", "nowhere"], "no manifest.json in nowhere"),
