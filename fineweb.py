@@ -431,7 +431,7 @@ def download_prepared(repo, out, revision, max_tokens):
     if source.get("prepared") != repo or source.setdefault("revision", revision) != revision:
         raise ValueError(f"{out} was created from {reprlib.repr(source)}, not {repo} at {revision}; choose another --out")
     info = with_retries(lambda: HfApi().dataset_info(repo, revision=source.get("commit", revision), files_metadata=True), True)
-    source["commit"] = info.sha
+    source.setdefault("commit", info.sha)
     found = {f.rfilename: f for f in info.siblings if re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename)}
     if not found:
         raise ValueError(f"{repo} has no shards (*_train_000001.bin, *_val_000000.bin or .npy); use --dataset for text")
@@ -450,7 +450,8 @@ def download_prepared(repo, out, revision, max_tokens):
                 raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
             os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
         if not os.path.exists(path):
-            with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=info.sha, local_dir=out))
+            with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=source["commit"],
+                                                           local_dir=out))
         listed[name] = shard_entry(out, name, "val" if "_val_" in name else "train", read_shard(path))
         if found[name].lfs and found[name].lfs.sha256 != listed[name]["sha256"]:
             raise ValueError(f"{path} has another sha256 than the shard of {repo}; delete it, then run the same command again")

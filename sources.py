@@ -266,7 +266,8 @@ def hub_source(dataset, name, split, revision, commit=None):
     does not exist and for files of an unsupported format.
     """
     from huggingface_hub import HfApi, HfFileSystem
-    commit = with_retries(lambda: HfApi().dataset_info(dataset, revision=commit or revision), first=True).sha
+    info = with_retries(lambda: HfApi().dataset_info(dataset, revision=commit or revision), first=True)
+    commit = commit or info.sha
     import datasets
     datasets.disable_progress_bars()
     builder = with_retries(lambda: datasets.load_dataset_builder(dataset, name, revision=commit))
