@@ -437,7 +437,7 @@ def download_prepared(repo, out, revision, max_tokens):
         raise ValueError(f"{repo} has no shards (*_train_000001.bin, *_val_000000.bin or .npy); use --dataset for text")
     data.check_unlisted(out, manifest, found)
     total = 0
-    for name in tqdm(sorted(found, key=lambda name: ("_val_" not in name, name)), unit="shard", disable=None):
+    for name in tqdm(sorted(found, key=lambda name: (name.rsplit("_", 2)[1] != "val", name)), unit="shard", disable=None):
         path = os.path.join(out, name)
         size = os.path.getsize(path) if os.path.exists(path) else None
         if name in listed and size == found[name].size:
@@ -452,7 +452,7 @@ def download_prepared(repo, out, revision, max_tokens):
         if not os.path.exists(path):
             with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=source["commit"],
                                                            local_dir=out))
-        listed[name] = shard_entry(out, name, "val" if "_val_" in name else "train", read_shard(path))
+        listed[name] = shard_entry(out, name, name.rsplit("_", 2)[1], read_shard(path))
         if found[name].lfs and found[name].lfs.sha256 != listed[name]["sha256"]:
             raise ValueError(f"{path} has another sha256 than the shard of {repo}; delete it, then run the same command again")
         total += listed[name]["tokens"]

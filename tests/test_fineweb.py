@@ -988,18 +988,18 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
 
 
 def test_an_interrupted_download_is_incomplete_in_the_manifest(tmp_path, monkeypatch):
-    names = ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin")
+    names = ("fw_val_000000.bin", "fw_val_set_train_000001.bin", "x_train_000002.bin")
     hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
-    body = hub.files.pop("fw_train_000002.bin")
-    hub.files["fw_train_000002.bin"] = b"damaged"
-    with pytest.raises(ValueError, match="fw_train_000002.bin has no valid llm.c header"):
+    body = hub.files.pop("x_train_000002.bin")
+    hub.files["x_train_000002.bin"] = b"damaged"
+    with pytest.raises(ValueError, match="x_train_000002.bin has no valid llm.c header"):
         run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="out is incomplete: fineweb.py is still running or was interrupted"):
         data.prepare_data(str(tmp_path / "out"))
-    os.remove(tmp_path / "out" / "fw_train_000002.bin")
-    hub.files["fw_train_000002.bin"], hub.downloaded = body, []
+    os.remove(tmp_path / "out" / "x_train_000002.bin")
+    hub.files["x_train_000002.bin"], hub.downloaded = body, []
     run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
-    assert hub.downloaded == ["fw_train_000002.bin"] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 2
+    assert hub.downloaded == ["x_train_000002.bin"] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 2
 
 
 # -----------------------------------------------------------------------------
