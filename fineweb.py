@@ -51,7 +51,7 @@ from sources import estimate_tokens, hub_source, is_damage, local_source, pieces
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
-LOCK = ".lock"            # in the output folder, while a process writes there
+LOCK = ".fineweb.lock"    # in the output folder, while a process writes there
 REPORT_SECONDS = 15       # between two progress lines, where there is no terminal for a progress bar
 
 

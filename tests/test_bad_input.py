@@ -190,7 +190,7 @@ held = []
 
 def lock_folder(folder):
     """Holds the lock of shards/, as a running fineweb.py does, until the next call."""
-    held[:] = [data.lock(folder / "shards" / ".lock")]
+    held[:] = [data.lock(folder / "shards" / ".fineweb.lock")]
 
 
 # -----------------------------------------------------------------------------

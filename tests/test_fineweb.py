@@ -460,7 +460,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(corpus,
                 run(monkeypatch, *second)
     assert not (tmp_path / "o").exists()
     run(monkeypatch, *flags)
-    assert ".lock" not in os.listdir(tmp_path / "o")
+    assert fineweb.LOCK not in os.listdir(tmp_path / "o")
 
 
 def test_without_kernel_locks_temporary_files_are_kept(corpus, tmp_path, monkeypatch, capsys):
