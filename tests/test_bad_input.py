@@ -381,7 +381,32 @@ def test_plots(row, template, tmp_path, monkeypatch, capfd):
 # python -m bench
 
 BENCH = [
+    ([], "required: BENCHMARK"),
+    (["trian"], "invalid choice: 'trian'"),
     (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
+    (["train", "--steps", "1.5"], "--steps 1.5: must be an integer"),
+    (["train", "--batch_size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
+    (["train", "--size", "gpt4"], "invalid choice: 'gpt4'"),
+    (["train", "--sequence-length", "2048"], "--sequence-length 2048 is over the 1024 positions of gpt2"),
+    (["ladder", "--ranks", "20000"], "--ranks 20000: must be an integer, 0 or more and at most"),
+    (["train", "--device", "tpu"], "device 'tpu' is not available"),
+    (["train", "--dtype", "int8"], "unknown dtype 'int8'"),
+    (["all", "--data", "in.txt"], "all takes no --data"),
+    (["train", "--data", "in.txt"], "train takes no --data"),
+    (["tokenize", "--data", "nowhere"], "no data at 'nowhere'"),
+    (["hellaswag", "--data", ""], "no data at ''"),
+    (["train", "--json", ""], "'the empty name' is not the name of a file"),
+    (["train", "--json", "run"], "'run' is not the name of a file"),
+    (["train", "--json", "missing/a.json"], "missing is not an existing folder"),
+    (["train", "--json", "in.txt/a.json"], "in.txt is not an existing folder"),
+    (["ladder", "--picture", "missing/a.png"], "missing is not an existing folder"),
+    (["ladder", "--picture", "a.pdf"], "--picture a.pdf: only ladder draws one, into a file named *.png"),
+    (["train", "--picture", "a.png"], "--picture a.png: only ladder draws one"),
+    (["train", "--compare", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    (["train", "--compare", "in.txt"], "in.txt is not a file that --json wrote"),
+    (["train", "--compare", "run/config.json"], "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
+    (["train", "--compare", "/dev/zero"], "/dev/zero is not a regular file"),
+    (["train", "--compare", "fifo"], "fifo is not a regular file", lambda folder: os.mkfifo(folder / "fifo")),
 ]
 
 
