@@ -351,6 +351,8 @@ def rename_newer(run_dir, step):
 def check_tensors(weights, source):
     """Raises ValueError unless weights, read from a file, are dense floating-point tensors that are wholly in that file."""
     for name, t in weights.items():
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name} of {source} is {t!r:.40}, expected a tensor")
         if (t.layout, t.device.type) != (torch.strided, "cpu") or t.dtype not in (torch.float64, *DTYPES.values()):
             raise ValueError(f"{name} of {source} is {t.dtype}, {t.layout} on {t.device}, expected a dense tensor of floats")
     sizes = [t.numel() * t.element_size() for name, t in weights.items() if name != "lm_head.weight"]  # tied to wte
@@ -370,7 +372,7 @@ def check_weights(config, weights, source):
                          f" {config.num_params():,} parameters, they are {len(weights)} tensors with {count:,}")
     with torch.device("meta"):
         ours = GPT(config).state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
+    wrong = sorted(map(str, ours.keys() ^ weights.keys()))
     wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
               for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
     if wrong:

@@ -82,11 +82,11 @@ def read_pt(contents, path):
     if isinstance(config, PickledConfig):
         kind, config = "build-nanogpt", vars(config)
     weights = contents["model"]
-    if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in weights.items()):
+    if not isinstance(weights, dict):
         raise ValueError(f'"model" in {path} is not a state dict')
     # torch.compile and DDP prefix the names; the lecture's attention has its causal mask as a buffer
-    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in weights.items()
-               if not name.endswith(".attn.bias")}
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in weights.items()
+               if not str(name).endswith(".attn.bias")}
     check_tensors(weights, path)
     try:
         tie_lm_head(weights)

@@ -147,7 +147,7 @@ SHARDS = [{"file": "a_val_000000.npy", "split": "val", "tokens": 4, "documents":
 SETTINGS = {"tokenizer": {"name": "gpt2", "sha256": data.TOKENIZER_SHA256}, "source": {"files": ["in.txt"], "bytes": [9]},
             "shard_size": 100, "val_tokens": 10, "max_tokens": 0, "format": "npy", "text_column": "text",
             "skip_bad_files": False}
-MANIFEST = {"version": fineweb.VERSION, **SETTINGS, "shards": SHARDS, "bad_files": [{"file": 0, "why": "damaged"}],
+MANIFEST = {**fineweb.open_manifest("nowhere", SETTINGS), "shards": SHARDS, "bad_files": [{"file": 0, "why": "damaged"}],
             "complete": True, "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0}}
 
 
@@ -159,6 +159,7 @@ def test_manifest(tmp_path_factory, contents):
         data.write_shard(str(folder / f"a_{split}_{i:06d}.npy"), np.array([50256, 1, 2, 3], dtype=np.uint16))
     (folder / "manifest.json").write_bytes(contents)
     reads_or_explains(lambda: fineweb.open_manifest(str(folder), SETTINGS), str(folder))
+    reads_or_explains(lambda: data.prepare_data(str(folder)), str(folder))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         reads_or_explains(lambda: fineweb.verify(str(folder)), str(folder))
 
