@@ -15,10 +15,10 @@ import contextlib
 import importlib.util
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from data import atomic_write
+from data import atomic_write, check_regular
 from model import GPT, GPTConfig
-from runtime import describe_machine, print0
+from runtime import DTYPES, describe_machine, print0
 
 # -----------------------------------------------------------------------------
 # one file
@@ -49,10 +49,14 @@ def check_zip(path):
     """Raises BadZipFile for a torch.save file with a flipped bit: torch.load does not verify checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing and writes no folders (attribute 16), whose contents torch.load would not read
-            wrong = [entry.filename for entry in archive.infolist()
-                     if entry.file_size != entry.compress_size or entry.external_attr & 16]
-            if damaged := wrong[0] if wrong else archive.testzip():
+            entries = archive.infolist()
+            # torch.save compresses nothing; what is compressed, or overlaps, could have any size when it is read
+            if (any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries)
+                    or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+                raise zipfile.BadZipFile("its entries are compressed or overlap, which torch.save does not do")
+            # nor does it write folders (attribute 16), whose contents torch.load would not read
+            folders = [entry.filename for entry in entries if entry.external_attr & 16]
+            if damaged := folders[0] if folders else archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum or header of {damaged}")
 
 
@@ -61,17 +65,23 @@ def load_file(path, mmap=False):
 
     mmap: leave the tensors in the file until they are read.
     """
+    check_regular(path)
+    with open(path, "rb") as f:
+        start = f.read(2)
+    # a zip archive, or a pickle of protocol 2 and later
+    if not start.startswith((b"PK", b"\x80")):
+        raise ValueError(f"cannot load {path}: it is not a checkpoint, a file that torch.save wrote")
     try:
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
-            ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename:  # missing or not readable: the message is clear
-            raise
-        why = "it is truncated, damaged or not a checkpoint"
-        if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
-            why = "it contains objects other than tensors and plain values, which could run code"
-        raise ValueError(f"cannot load {path}: {why} ({repr(e).splitlines()[0][:100]})") from e
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols that torch.save does not use
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as e:  # on a damaged file torch's unpickler raises almost anything
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(f"cannot load {path}: it contains {code[1]}, not only tensors and plain values, and could run"
+                             " code") from e
+        reason = re.split(r"WeightsUnpickler error:\s*", str(e))[-1].split("\n")[0][:100]
+        raise ValueError(f"cannot load {path}: it is truncated, damaged or not a checkpoint"
+                         f" ({type(e).__name__}: {reason})") from e
 
 
 # -----------------------------------------------------------------------------
@@ -338,10 +348,31 @@ def rename_newer(run_dir, step):
     return newer
 
 
-def check_weights(model, weights, source):
-    """Raises ValueError, naming up to three tensors, if weights do not have the names and shapes of model's state dict."""
-    ours = model.state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
+def check_tensors(weights, source):
+    """Raises ValueError unless weights, read from a file, are dense floating-point tensors that are wholly in that file."""
+    for name, t in weights.items():
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name} of {source} is {t!r:.40}, expected a tensor")
+        if (t.layout, t.device.type) != (torch.strided, "cpu") or t.dtype not in (torch.float64, *DTYPES.values()):
+            raise ValueError(f"{name} of {source} is {t.dtype}, {t.layout} on {t.device}, expected a dense tensor of floats")
+    sizes = [t.numel() * t.element_size() for name, t in weights.items() if name != "lm_head.weight"]  # tied to wte
+    if sum(sizes) > num_bytes(weights):
+        raise ValueError(f"the tensors of {source} have {sum(sizes):,} bytes, more than are stored: it is damaged")
+
+
+def check_weights(config, weights, source):
+    """Raises ValueError, naming up to three tensors, unless weights are the state dict of a GPT of this GPTConfig.
+
+    What passes can be allocated: a damaged file may describe a model of any size.
+    """
+    check_tensors(weights, source)
+    count = sum(t.numel() for t in weights.values())
+    if config.n_layer > len(weights) or config.num_params() > count:
+        raise ValueError(f"the weights of {source} do not fit this model: its config says n_layer={config.n_layer} and"
+                         f" {config.num_params():,} parameters, they are {len(weights)} tensors with {count:,}")
+    with torch.device("meta"):
+        ours = GPT(config).state_dict()
+    wrong = sorted(map(str, ours.keys() ^ weights.keys()))
     wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
               for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
     if wrong:
@@ -351,7 +382,7 @@ def check_weights(model, weights, source):
 
 def load_weights(model, weights, source):
     """load_state_dict with the error messages of check_weights."""
-    check_weights(model, weights, source)
+    check_weights(model.config, weights, source)
     model.load_state_dict(weights)
 
 
@@ -363,9 +394,7 @@ def load_pair(run_dir, step):
     for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, state_keys)):
         if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
             raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
-    with torch.device("meta"):
-        empty = GPT(GPTConfig(**model["config"]))
-    check_weights(empty, model["model"], model_path)
+    check_weights(GPTConfig(**model["config"]), model["model"], model_path)
     return model, state
 
 

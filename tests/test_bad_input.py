@@ -16,16 +16,23 @@ import importlib
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
+import struct
 import sys
+import zipfile
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save as save_safetensors
 
 import data
+import convert
 import runtime
+from model import GPT, GPTConfig
 
 TIMEOUT = 20      # seconds that a command may take
 MEMORY = 2 << 30  # bytes of address space that a command may add
@@ -436,9 +443,189 @@ def test_sample(row, template, tmp_path, monkeypatch, capfd):
 # -----------------------------------------------------------------------------
 # convert.py
 
+SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
+
+
+def pt(config=None, weights=None, **changes):
+    """Writes a.pt, a small model with changes to its config, to its tensors (None: removed) and to its other fields."""
+    def prepare(folder):
+        tensors = {**GPT(GPTConfig(**SIZES)).state_dict(), **(weights or {})}
+        contents = {"model": {name: t for name, t in tensors.items() if t is not None}, "step": 2, "val_loss": 3.5,
+                    "config": {**SIZES, **(config or {})}, **changes}
+        torch.save(contents, folder / "a.pt")
+    return prepare
+
+
+def llmc(where, value):
+    """Writes a.bin, a small model of llm.c with another number at a place in its header."""
+    def prepare(folder):
+        with open(folder / "a.bin", "wb") as f:
+            convert.write_llmc(GPT(GPTConfig(**SIZES)), f)
+            f.seek(4 * where)
+            f.write(struct.pack("<i", value))
+    return prepare
+
+
+def hf(text=None, weights=None, index=None, **changes):
+    """Writes hf, a small Hugging Face model with changes to its config.json; or files with these contents (b"": no file)."""
+    def prepare(folder):
+        (folder / "hf").mkdir()
+        config = {**json.loads(convert.config_files(GPTConfig(**SIZES), "float32")["config.json"]), "vocab_size": 16, **changes}
+        (folder / "hf" / "config.json").write_text(json.dumps(config) if text is None else text)
+        state_dict = GPT(GPTConfig(**SIZES)).hf_state_dict()
+        files = {"model.safetensors": save_safetensors(state_dict | weights if isinstance(weights, dict) else state_dict)}
+        files |= {"model.safetensors": weights} if isinstance(weights, bytes) else {}
+        files |= {"model.safetensors": b"", "model.safetensors.index.json": index} if index is not None else {}
+        for name, contents in files.items():
+            if contents:
+                (folder / "hf" / name).write_bytes(contents)
+    return prepare
+
+
+def written(name, contents=b"hello"):
+    """Writes a file."""
+    return lambda folder: (folder / name).write_bytes(contents)
+
+
+def archive(compression, overlapping=False):
+    """Writes a.pt, a zip archive of 20 MB of zeros; overlapping: its directory lists them a hundred times."""
+    def prepare(folder):
+        with zipfile.ZipFile(folder / "a.pt", "w", compression) as z:
+            z.writestr("archive/data.pkl", bytes(20 << 20))
+            if overlapping:
+                z.filelist *= 100
+    return prepare
+
+
+def code(folder):
+    with open(folder / "a.pt", "wb") as f:
+        pickle.dump({"model": {}, "config": os.system}, f, protocol=2)
+
+
+def cut(folder):
+    contents = (folder / "run" / "model_00002.pt").read_bytes()
+    (folder / "a.pt").write_bytes(contents[:len(contents) // 2])
+
+
+def links(folder):
+    """A checkpoint a.pt and a link to it, and a link to a file in a folder that does not exist."""
+    pt()(folder)
+    (folder / "link.pt").symlink_to("a.pt")
+    (folder / "dangling.bin").symlink_to("missing/b.bin")
+
+
+WTE, C_FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
 CONVERT = [
-    (["info", "in.txt"], "cannot load in.txt"),
-    (["convert", "run", "in.txt"], "in.txt exists already"),
+    # flags
+    ([], "required"),
+    (["exprt", "run", "x"], "invalid choice: 'exprt'"),
+    (["export", "run"], "required: out"),
+    (["export", "run", "x", "--dtype", "float16"], "invalid choice: 'float16'"),
+    (["export", "run", "x", "--push", "not a name"], "not a name"),
+    (["export", "run", "x", "--push", ""], "Repo id must"),
+    # names
+    (["info", ""], "the name of the checkpoint is empty"),
+    (["export", "", "x"], "the name of the checkpoint is empty"),
+    (["export", "run", ""], "'the empty name' is not the name of a file"),
+    (["convert", "run", "", "--overwrite"], "'the empty name' is not the name of a file"),
+    (["info", "nowhere/model"], "no checkpoint at nowhere/model"),
+    (["info", "nobody/gpt2"], "hf download USER/NAME"),
+    (["info", "shards"], "shards holds no checkpoint"),
+    # what would be replaced
+    (["export", "run", "shards"], "shards exists already"),
+    (["export", "run", "."], ". exists already"),
+    (["export", "run", ".", "--overwrite"], "README.md and no model.safetensors", written("README.md")),
+    (["convert", "run", ".", "--overwrite"], "config.json and no model.safetensors", written("config.json")),
+    (["export", "run", "run", "--overwrite"], "run is the source itself"),
+    (["export", "run", "run/../run/", "--overwrite"], "run/../run/ is the source itself"),
+    (["export", "run/model_00002.pt", "run", "--overwrite"], "run is a run folder"),
+    (["convert", "run/model_00002.pt", "run/model_00002.pt", "--overwrite"], "model_00002.pt is the source itself"),
+    (["convert", "run", "run/model_00002.pt", "--overwrite"], "would be a checkpoint of that run"),
+    (["convert", "run", "run/state_00009.pt"], "would be a checkpoint of that run"),
+    (["convert", "a.pt", "link.pt", "--overwrite"], "link.pt is the source itself", links),
+    (["convert", "run", "a.pt"], "a.pt exists already", pt()),
+    (["convert", "run", "a.bin"], "a.bin exists already", llmc(0, 0)),
+    (["export", "run", "notes"], "notes exists already", written("notes")),
+    (["export", "run", "notes", "--overwrite"], "notes is not a folder", written("notes")),
+    (["export", "hf", "hf/.", "--overwrite"], "is the source itself", hf()),
+    # where nothing can be written
+    (["convert", "run", "in.txt"], ".txt is not a format to write"),
+    (["convert", "run", "x.gguf"], ".gguf is not a format to write"),
+    (["export", "run", "x.onnx"], ".onnx is not a format to write; give a folder"),
+    (["export", "run", "x.bin"], ".bin is not a format to write"),
+    (["convert", "run", "x.PT"], ".PT is not a format to write"),
+    (["convert", "run", "x.safetensors"], "give a folder"),
+    (["convert", "run", "missing/a.pt"], "missing is not an existing folder"),
+    (["export", "run", "missing/x"], "missing is not an existing folder"),
+    (["convert", "run", "in.txt/a.bin"], "in.txt is not an existing folder"),
+    (["convert", "run", "dangling.bin"], "missing is not an existing folder", links),
+    (["export", "run", "/dev/full"], "/dev/full is not a folder"),
+    (["convert", "run", "x.pt", "--dtype", "bfloat16"], "our own files are float32"),
+    (["export", "a.pt", "x"], "GPT-2's tokenizer does not fit it", pt()),
+    # files of other kinds
+    (["info", "in.txt"], "it is not a checkpoint"),
+    (["info", "a.pt"], "it is not a checkpoint", written("a.pt", b"")),
+    (["info", "fifo"], "fifo is not a regular file", lambda folder: os.mkfifo(folder / "fifo")),
+    (["info", "/dev/zero"], "/dev/zero is not a regular file"),
+    (["info", "run/state_00002.pt"], "state_00002.pt is not a model checkpoint"),
+    (["info", "a.pt"], "it is truncated, damaged", cut),
+    (["info", "a.pt"], "its entries are compressed or overlap", archive(zipfile.ZIP_DEFLATED)),
+    (["info", "a.pt"], "its entries are compressed or overlap", archive(zipfile.ZIP_STORED, True)),
+    (["info", "a.pt"], "it contains posix.system, not only tensors and plain values, and could run code", code),
+    (["info", "a.pt"], "not a checkpoint (UnpicklingError: Unsupported operand", written("a.pt", pickle.dumps([]))),
+    # damaged checkpoints: sizes
+    (["info", "a.pt"], "n_layer=1000000000 and", pt({"n_layer": 10**9})),
+    (["export", "a.pt", "x"], "do not fit this model", pt({"n_embd": 10**9 + 7, "n_head": 1})),
+    (["info", "a.pt"], "n_head that fit: [1]", pt({"n_embd": 10**9 + 7})),
+    (["info", "a.pt"], "n_embd=8 is not a multiple of n_head=1152921504606846976", pt({"n_head": 2**60})),
+    (["info", "a.pt"], "8,796,093,023", pt({"vocab_size": 2**40})),
+    (["info", "a.pt"], "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
+    (["info", "a.pt"], "more than are stored", pt({"vocab_size": 2**40}, {WTE: torch.zeros(1, 8).expand(2**40, 8)})),
+    # damaged checkpoints: types
+    (["info", "a.pt"], "n_layer=1.0: must be an integer", pt({"n_layer": 1.0})),
+    (["info", "a.pt"], "n_layer=True: must be an integer", pt({"n_layer": True})),
+    (["info", "a.pt"], "block_size='8': must be an integer", pt({"block_size": "8"})),
+    (["info", "a.pt"], "bias=1: must be true or false", pt({"bias": 1})),
+    (["info", "a.pt"], "dropout=nan: must be at least 0", pt({"dropout": float("nan")})),
+    (["info", "a.pt"], "it has rope", pt({"rope": True})),
+    (["info", "a.pt"], "is not a GPTConfig", pt(**{"config": None, "model_args": [1]})),
+    (["info", "a.pt"], '"model" in a.pt is not a state dict', pt(model=[torch.zeros(2)])),
+    (["info", "a.pt"], "1,080 parameters, they are 1 tensors with 2", pt(model={1: torch.zeros(2)})),
+    (["info", "a.pt"], "do not fit this model: 1 ", pt(weights={1: torch.zeros(2)})),
+    (["info", "a.pt"], "h of a.pt is {'weight': tensor", pt(model={"h": {"weight": torch.zeros(2)}})),
+    (["info", "a.pt"], "wte.weight of a.pt is torch.int64", pt(weights={WTE: torch.zeros(16, 8, dtype=int)})),
+    (["info", "a.pt"], "c_fc.weight of a.pt is torch.complex64", pt(weights={C_FC: torch.zeros(32, 8, dtype=torch.complex64)})),
+    (["info", "a.pt"], "torch.sparse_coo", pt(weights={C_FC: torch.zeros(32, 8).to_sparse()})),
+    (["info", "a.pt"], "on meta", pt(weights={WTE: torch.empty(16, 8, device="meta")})),
+    (["info", "a.pt"], "c_fc.weight (1, 32, 8) for (32, 8)", pt(weights={C_FC: torch.zeros(1, 32, 8)})),
+    (["info", "a.pt"], "differ (an untied lm_head)", pt(weights={"lm_head.weight": torch.zeros(16, 8)})),
+    (["info", "a.pt"], "do not fit this model: transformer.wpe.weight", pt(weights={"transformer.wpe.weight": None})),
+    (["info", "a.pt"], "\"val_loss\" in a.pt is '3.5', expected a number", pt(val_loss="3.5")),
+    (["info", "a.pt"], '"val_loss" in a.pt is [3.5]', pt(val_loss=[3.5])),
+    (["info", "a.pt"], r'"step" in a.pt is', pt(step="7\x1b[31m")),
+    # llm.c
+    (["info", "a.bin"], "it starts with [20240520]", llmc(0, 20240520)),
+    (["info", "a.bin"], "version 4 of llm.c", llmc(1, 4)),
+    (["info", "a.bin"], "block_size=-1: must be an integer", llmc(2, -1)),
+    (["info", "a.bin"], "it is truncated or damaged", llmc(4, 2**31 - 1)),
+    (["info", "a.bin"], "padded_vocab_size -5", llmc(7, -5)),
+    (["info", "a.bin"], "it starts with []", written("a.bin", b"")),
+    # Hugging Face
+    (["info", "hf"], "it lacks 'n_embd'", hf("{\"n_positions\": 8, \"vocab_size\": 16, \"n_layer\": 1, \"n_head\": 1}")),
+    (["info", "hf"], "is not the config.json of a GPT-2: 'list' object", hf("[]")),
+    (["info", "hf"], "is not the config.json of a GPT-2: Expecting", hf("{")),
+    (["info", "hf"], "n_layer=None: must be an integer", hf(n_layer=None)),
+    (["info", "hf"], "n_layer=1.0: must be an integer", hf(n_layer=1.0)),
+    (["info", "hf"], "block_size=16.5: must be an integer", hf(n_positions=16.5)),
+    (["info", "hf"], "activation_function='relu', GPT-2 has 'gelu_new'", hf(activation_function="relu")),
+    (["info", "hf"], "model_type='llama', GPT-2 has 'gpt2'", hf(model_type="llama")),
+    (["info", "hf"], "says 872,000,000,208 parameters", hf(n_layer=10**9)),
+    (["export", "hf", "x"], "says 8,796,093,023,", hf(vocab_size=2**40)),
+    (["info", "hf"], "model.safetensors is truncated or damaged", hf(weights=b"version https://git-lfs.github.com/spec/v1")),
+    (["info", "hf"], "(1, 8, 32) for (32, 8)", hf(weights={C_FC: torch.zeros(1, 8, 32)})),
+    (["info", "hf"], "model.safetensors.index.json is not", hf(index=b"{}")),
+    (["info", "hf"], "hf has no b.safetensors", hf(index=b'{"weight_map": {"a": "../b.safetensors"}}')),
+    (["info", "model.safetensors"], "model.safetensors lacks its config.json", written("model.safetensors")),
 ]
 
 
@@ -464,7 +651,32 @@ def test_plots(row, template, tmp_path, monkeypatch, capfd):
 # python -m bench
 
 BENCH = [
+    ([], "required: BENCHMARK"),
+    (["trian"], "invalid choice: 'trian'"),
     (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
+    (["train", "--steps", "1.5"], "--steps 1.5: must be an integer"),
+    (["train", "--batch_size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
+    (["train", "--size", "gpt4"], "invalid choice: 'gpt4'"),
+    (["train", "--sequence-length", "2048"], "--sequence-length 2048 is over the 1024 positions of gpt2"),
+    (["ladder", "--ranks", "20000"], "--ranks 20000: must be an integer, 0 or more and at most"),
+    (["train", "--device", "tpu"], "device 'tpu' is not available"),
+    (["train", "--dtype", "int8"], "unknown dtype 'int8'"),
+    (["all", "--data", "in.txt"], "all takes no --data"),
+    (["train", "--data", "in.txt"], "train takes no --data"),
+    (["tokenize", "--data", "nowhere"], "no data at 'nowhere'"),
+    (["hellaswag", "--data", ""], "no data at ''"),
+    (["train", "--json", ""], "'the empty name' is not the name of a file"),
+    (["train", "--json", "run"], "'run' is not the name of a file"),
+    (["train", "--json", "missing/a.json"], "missing is not an existing folder"),
+    (["train", "--json", "in.txt/a.json"], "in.txt is not an existing folder"),
+    (["ladder", "--picture", "missing/a.png"], "missing is not an existing folder"),
+    (["ladder", "--picture", "a.pdf"], "--picture a.pdf: only ladder draws one, into a file named *.png"),
+    (["train", "--picture", "a.png"], "--picture a.png: only ladder draws one"),
+    (["train", "--compare", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    (["train", "--compare", "in.txt"], "in.txt is not a file that --json wrote"),
+    (["train", "--compare", "run/config.json"], "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
+    (["train", "--compare", "/dev/zero"], "/dev/zero is not a regular file"),
+    (["train", "--compare", "fifo"], "fifo is not a regular file", lambda folder: os.mkfifo(folder / "fifo")),
 ]
 
 
