@@ -317,6 +317,11 @@ def free_memory(device):
     """Bytes available on the device, or None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES does not count the page cache, which fills most of the memory
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            for name, *value in (line.split() for line in f):
+                if name == "MemAvailable:":
+                    return 1024 * int(value[0])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
