@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from convert import load_model
 from data import EOT, NUM_TOKENS, check_regular, encode, get_tokenizer, open_file
-from runtime import DTYPES, ArgumentParser, choose_device, choose_dtype, free_memory, keep_freed_memory, number, run_main
+from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, free_memory, keep_freed_memory, number, printable,
+                     run_main)
 
 MAX_PROMPT = 2**22                      # bytes that are read of a prompt
 TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; its reciprocal is finite
@@ -321,7 +322,7 @@ def main():
         check_memory(model.config, device, dtype, prompt_tokens, args)
     if info:
         val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
-        print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
+        print(printable(f"{info['path']}: step {info['step']}{val_loss}"), file=sys.stderr)
     prepare_for_sampling(model, dtype, 1 if args.stream or args.interactive else args.num_samples, args.compile)
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)
