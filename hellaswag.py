@@ -394,7 +394,7 @@ def parse_args():
     parser.add_argument("--show", type=number(int, 0), default=0, metavar="K",
                         help="print the first K examples with their losses")
     args = parser.parse_args()
-    if args.source is None and (args.data or args.out or args.json or args.show):
+    if args.source is None and (args.data is not None or args.out is not None or args.json or args.show):
         raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
     if args.out is not None and os.environ.get("RANK", "0") == "0":  # the rank that writes
         check_output(args.out)
@@ -439,7 +439,7 @@ def main():
     keep_freed_memory()
     ranks = setup(args.device)
     with rank0_first(ranks):  # rank 0 downloads, then the others find the file
-        path = args.data or download()
+        path = download() if args.data is None else args.data
     if args.source is None:
         print0(f"HellaSwag examples: {path}")
     else:
