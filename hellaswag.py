@@ -431,7 +431,12 @@ def score_source(args, path, ranks):
     else:
         print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
     if args.out:  # last: whatever happens to the file, the score is printed
-        write_examples(args.out, dataset, sums)
+        try:
+            write_examples(args.out, dataset, sums)
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise OSError(f"cannot write {args.out}: {e.strerror}; the score above is complete") from e
 
 
 def main():
