@@ -36,8 +36,8 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from checkpoint import (check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log, save_file,
-                        steps_of)
+from checkpoint import (check_finite, check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log,
+                        save_file, steps_of)
 from data import EOT, NUM_TOKENS, check_output, check_regular, get_tokenizer
 from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
 from runtime import ArgumentParser, printable, run_main
@@ -408,11 +408,12 @@ def load_model(source, device="cpu", block_size=None, dropout=None):
     """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} if unknown) of a run folder, a file of any format
     at the top of this module, a Hugging Face folder, or one of OpenAI's names, such as "gpt2-xl".
 
-    block_size: keep the first positions only. dropout: replaces the checkpoint's.
+    block_size: keep the first positions only. dropout: replaces the checkpoint's. ValueError for NaN or infinite weights.
     """
     config, weights, info = read_model(source)
     model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
     model.load_state_dict(weights)
+    check_finite(model, info["path"])
     if block_size is not None:
         model.crop_block_size(block_size)
     known = info["step"] is not None or info["val_loss"] is not None

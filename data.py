@@ -48,7 +48,7 @@ def check_regular(path):
 
 def check_output(path):
     """Raises ValueError unless a file can be written at path: call it before the work whose result goes there."""
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or "."
     if not path or os.path.isdir(path):
         raise ValueError(f"{path or 'the empty name'!r} is not the name of a file to write")
     if not os.path.isdir(folder):
@@ -58,8 +58,14 @@ def check_output(path):
 
 
 def is_special(path):
-    """Whether path is a device, a FIFO or a socket, such as /dev/stdout."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    """Whether path is a device, a FIFO or a socket, or the name of an open file, such as /dev/stdout."""
+    return open_file(path) is not None or os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def open_file(path):
+    """The descriptor that a name such as /dev/stdout or /dev/fd/63 (process substitution) stands for; None for others."""
+    match = re.fullmatch(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)", path)
+    return match and (int(match[2]) if match[2] else ("stdin", "stdout", "stderr").index(match[1]))
 
 
 @contextlib.contextmanager
@@ -67,11 +73,13 @@ def atomic_write(path, mode="wb"):
     """Context with an open file that becomes path when it is complete: flushed to disk under another name, then renamed.
 
     An exception, or the end of the process, leaves no half-written path, and an older file at path untouched. The target
-    of a symbolic link is replaced, not the link. A device or FIFO, such as /dev/stdout, is written to as it is.
+    of a symbolic link is replaced, not the link. A device, a FIFO or an open file is written to as it is: /dev/stdout may be
+    a file that the shell has redirected it to, which must keep what was printed before.
     """
     encoding = dict(encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n")
     if is_special(path):
-        with open(path, mode, **encoding) as f:
+        descriptor = open_file(path)
+        with open(path if descriptor is None else descriptor, mode, closefd=descriptor is None, **encoding) as f:
             yield f
         return
     path = os.path.realpath(path)
