@@ -314,7 +314,8 @@ def gather_zero(optimizer, ranks):
                 tensor = states[p][name].to(device) if owner == ranks.rank else torch.empty(shape, device=device)
                 dist.broadcast(tensor, src=owner)
                 if ranks.master_process:
-                    gathered.setdefault(i, {})[name] = tensor.cpu()
+                    # a copy of this rank's own tensor, which the next update changes; what was received is already one
+                    gathered.setdefault(i, {})[name] = tensor.to("cpu", copy=owner == ranks.rank)
     return gathered
 
 
