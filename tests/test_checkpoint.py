@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -166,6 +167,30 @@ def test_newer_checkpoints_are_renamed_and_a_state_without_its_model_is_pruned(t
     save_step(tmp_path, 5)
     checkpoint.prune(str(tmp_path), 2)
     assert checkpoint.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
+
+
+def test_renamed_checkpoints_are_never_overwritten(tmp_path):
+    """Each rollback once replaced the *.aside files of the one before. The files of one rollback get the same number."""
+    for rollback in (1, 2, 3):
+        (tmp_path / "log.txt").write_text(f"{rollback} val 1.0\n")
+        save_step(tmp_path, 1)
+        save_step(tmp_path, 2, seed=rollback)
+        if rollback == 2:
+            os.remove(tmp_path / "state_00002.pt")
+        checkpoint.rename_newer(str(tmp_path), 1)
+    kept = [checkpoint.load_file(str(tmp_path / f"model_00002.pt{end}"))["model"] for end in (".aside", ".2.aside", ".3.aside")]
+    assert all(same_weights(weights, make_model(seed).state_dict()) for seed, weights in enumerate(kept, 1))
+    assert (tmp_path / "state_00002.pt.3.aside").exists() and not (tmp_path / "state_00002.pt.2.aside").exists()
+    assert [(tmp_path / f"log.txt{end}").read_text() for end in (".aside", ".3.aside", "")] == [
+        "1 val 1.0\n", "3 val 1.0\n", "3 val 1.0\n"]  # the run then truncates log.txt
+
+
+def test_a_log_that_was_edited_does_not_stop_a_run_that_keeps_the_best_checkpoint(tmp_path, capsys):
+    state = {**STATE, "train_config": {"keep_best": True, "keep_last": 1}}
+    for step, contents in ((1, "1 val 3.0\n"), (2, "a note of mine\n1 val 3.0\n")):
+        (tmp_path / "log.txt").write_text(contents)
+        checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and "--keep-best needs the log" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
@@ -377,47 +402,110 @@ def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
 # -----------------------------------------------------------------------------
 # the run folder: its lock and its config.json
 
-LOCK = """
-import os, checkpoint
-for run_dir in ("one/empty", "two/empty", "three/used", "four/existing"):
-    checkpoint.lock_run(run_dir)
-os.makedirs("two/other")
-for path in ("two/other/model_00001.pt", "three/used/log.txt"):
-    with open(path, "w") as f:
-        f.write("0 val 3.0")
-"""
+@pytest.fixture
+def lock(monkeypatch):
+    """Function that locks a run folder; with the argument at_exit=True it calls what lock_run registered for the exit."""
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+
+    def call(run_dir=None, at_exit=False):
+        if not at_exit:
+            checkpoint.lock_run(str(run_dir))
+        while at_exit and registered:
+            registered.pop()()
+    yield call
+    call(at_exit=True)
 
 
-def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path):
+def names_in(folder):
+    """Paths of everything below a folder."""
+    return sorted(os.path.relpath(os.path.join(parent, name), folder)
+                  for parent, folders, files in os.walk(folder) for name in folders + files)
+
+
+def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path, lock):
     """Their names hold the id of that process, so no later save would overwrite them."""
     left = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp", "state_00004.pt.tmp"]
     other = ["model_00004.pt", "state_00004.pt.aside", "notes.tmp", "loss.png.12.tmp"]
     for name in left + other:
         (tmp_path / name).write_text("x")
-    code = "import checkpoint; checkpoint.lock_run('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT})
-    assert sorted(os.listdir(tmp_path)) == sorted(other)
+    lock(tmp_path)
+    lock(at_exit=True)
+    assert names_in(tmp_path) == sorted(other)
 
 
-def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path):
+def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path, lock, monkeypatch, capsys):
     """Another process may be writing them."""
+    import fcntl
+
+    def flock(*_):
+        raise OSError("no locks")
     (tmp_path / "state_00008.pt.12.tmp").write_text("x")
-    code = ("import fcntl, checkpoint\ndef flock(*_): raise OSError('no locks')\n"
-            "fcntl.flock = flock\ncheckpoint.lock_run('.')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT},
-                          capture_output=True, text=True)
-    assert "cannot be locked (no locks)" in done.stdout and os.listdir(tmp_path) == ["state_00008.pt.12.tmp"]
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock(tmp_path)
+    assert "cannot be locked (no locks)" in capsys.readouterr().out
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["state_00008.pt.12.tmp"]
 
 
-def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path):
-    """The first run of a log folder once removed the folder with all that later runs had saved in it."""
+def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path, lock):
+    """The first run of a log folder once removed the folder with all that later runs had saved in it, and --resume e the user's
+    empty folder e."""
     os.makedirs(tmp_path / "four" / "existing")
-    done = run_python(LOCK, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    left = sorted(os.path.relpath(os.path.join(folder, name), tmp_path)
-                  for folder, folders, files in os.walk(tmp_path) for name in folders + files)
-    assert left == ["four", "four/existing", "three", "three/used", "three/used/log.txt",
-                    "two", "two/other", "two/other/model_00001.pt"]
+    for run_dir in ("one/empty", "two/empty", "three/used", "four/existing", "five/new/deep"):
+        lock(tmp_path / run_dir)
+    os.makedirs(tmp_path / "two" / "other")
+    for path in ("two/other/model_00001.pt", "three/used/log.txt"):
+        (tmp_path / path).write_text("0 val 3.0\n")
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["four", "four/existing", "three", "three/used", "three/used/log.txt", "two", "two/other",
+                                  "two/other/model_00001.pt"]
+
+
+def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(tmp_path, lock, monkeypatch):
+    mkdir = os.mkdir
+
+    def slower(path):
+        mkdir(path)  # by the other process
+        mkdir(path)
+    monkeypatch.setattr(os, "mkdir", slower)
+    lock(tmp_path / "log" / "a")
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["log", "log/a"]
+
+
+@pytest.mark.parametrize("name, contents, words", [
+    ("config.json", '{"model_type": "gpt2", "n_layer": 12}', "is not the config.json of a run"),  # of Hugging Face
+    ("config.json", "[" * 100_000, "is not the config.json of a run"),
+    ("log.txt", "Tuesday: called the plumber\n", "line 1: expected `step stream value`, got 'Tuesday: called the plumber'"),
+    ("log.txt", "my notes", "line 1: expected `step stream value`, got 'my notes'"),
+    ("log.txt", "0 val 3.5\n" + "x" * 100_000, "line 2: expected"), ("log.txt", "\0\xff\n", "line 1: expected"),
+    ("log.txt", "99999999999999999999 val 3.5\n", "line 1: expected"), ("log.txt", None, "log.txt is not a regular file"),
+    ("config.json", None, "config.json is not a regular file"),
+])
+def test_files_that_no_run_wrote_are_not_overwritten(name, contents, words, tmp_path, lock):
+    """`--log-dir . --exp-name hf` once overwrote the config.json of a Hugging Face folder, and truncated a log.txt of notes."""
+    path = tmp_path / "hf" / name
+    path.parent.mkdir()
+    if contents is None:
+        path.mkdir()
+    else:
+        path.write_text(contents)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        lock(tmp_path / "hf")
+    assert names_in(tmp_path) == ["hf", f"hf/{name}"] and (contents is None or path.read_text() == contents)
+
+
+def test_the_log_of_a_run_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lock, capsys):
+    for run in ("first", "second", "third"):
+        lock(tmp_path)
+        log = open_log(tmp_path)
+        log(0, quiet=True, **{run: 1.0})
+        log.file.close()
+        lock(at_exit=True)
+    assert [(tmp_path / name).read_text() for name in ("log.txt.aside", "log.txt.2.aside", "log.txt")] == [
+        "0 first 1.0\n", "0 second 1.0\n", "0 third 1.0\n"]
+    assert capsys.readouterr().out.count("log.txt to *.aside: it is of an earlier run") == 2
 
 
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
@@ -450,6 +538,12 @@ def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
     with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
         read_log(str(tmp_path / "log.txt"))
+
+
+@pytest.mark.parametrize("torn", ["", "1", "12 ", "1 tra", "1 train ", "1 train 2.", "1 train 2.5"])
+def test_a_log_that_was_cut_in_a_line_is_read_up_to_that_line(tmp_path, torn):
+    (tmp_path / "log.txt").write_text("0 train 3.0\n" + torn)
+    assert read_log(str(tmp_path / "log.txt")) == {"train": [(0, 3.0)]}
 
 
 # a run of 3 steps that evaluates at every second; step 2 has evaluations before and training values after its checkpoint
@@ -587,6 +681,27 @@ def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(tm
     log(501, quiet=True, train=3.5, lr=0.1)
     log(502)
     assert calls == [(str(tmp_path), 500), "closed", ("train", 3.5, 501), ("lr", 0.1, 501)]
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    """An exception of W&B once stopped the training."""
+    def fail(*_, **__):
+        raise RuntimeError("server\nsays no")
+    log = open_log(tmp_path)
+    log.tracker = fail
+    log(1, quiet=True, train=3.5)
+    log(2, quiet=True, train=3.25)
+    assert read_log(str(tmp_path / "log.txt")) == {"train": [(1, 3.5), (2, 3.25)]}
+    assert capsys.readouterr().out == "the tracker failed at step 1, it receives no more values: RuntimeError: server\n"
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=fail))
+    with pytest.raises(ValueError, match=r"--tracker wandb cannot be started \(RuntimeError: server\); --tracker none trains"):
+        open_log(tmp_path, tracker="wandb")
+    closed = []
+    monkeypatch.setattr(atexit, "register", closed.append)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
+        SummaryWriter=lambda *_, **__: types.SimpleNamespace(close=fail)))
+    open_log(tmp_path, tracker="tensorboard")
+    closed[0]()  # at exit
 
 
 def test_every_tracker_is_checked_and_none_needs_no_package(monkeypatch):
