@@ -419,7 +419,7 @@ def main():
     path = os.path.join(source, "loss.png") if args.out is None else args.out
     if args.out is not None:
         check_output(path)
-        if not path.endswith(".png") and not is_special(path):
+        if not os.path.realpath(path).endswith(".png") and not is_special(path):
             raise ValueError(f"--out {path}: pictures are PNG files; choose a name that ends in .png")
     figure = curves_figure(args.source, args.by, args.baselines)
     # the picture itself may go to stdout
