@@ -384,8 +384,8 @@ def kill_when(process, pattern):
     raise AssertionError(f"the process ended ({process.wait()}) without printing {pattern!r}")
 
 
-def start(cwd, *flags, ranks=1):
-    return subprocess.Popen(command(*flags, ranks=ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def start(cwd, *flags, ranks=1, stderr=subprocess.STDOUT):
+    return subprocess.Popen(command(*flags, ranks=ranks), cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
