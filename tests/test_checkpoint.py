@@ -4,10 +4,10 @@ and log, and the trackers that receive the log's values.
 
     .venv/bin/python -m pytest tests/test_checkpoint.py
 
-Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls; W&B's is a
-module on the path of a real training process.
+Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls.
 """
 import atexit
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -21,6 +21,8 @@ import pytest
 import torch
 
 import checkpoint
+import runtime
+import train_gpt2
 from checkpoint import Log, check_tracker, kept_log, read_log
 from model import GPT, GPTConfig
 from parallel import Ranks
@@ -724,16 +726,13 @@ def text(tmp_path):
     return str(path)
 
 
-def train(folder, text, *flags, modules=None):
-    """(a finished training process in folder, the calls its fake modules recorded). modules: {file name: code}, on its path."""
-    (folder / "path").mkdir(exist_ok=True)
-    for name, code in (modules or {}).items():
-        (folder / "path" / name).write_text(code)
-    calls = folder / "calls"
-    process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *TINY, "--data", text, *flags], cwd=folder,
-                             capture_output=True, text=True, timeout=120,
-                             env={**os.environ, "PYTHONPATH": str(folder / "path"), "CALLS": str(calls)})
-    return process, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+def train_here(monkeypatch, folder, text, *flags):
+    """Exit status of a training run in folder, in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "--data", text, *flags])
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(train_gpt2.main)
+    return end.value.code
 
 
 def logged_values(folder):
@@ -742,9 +741,14 @@ def logged_values(folder):
     return {(stream, value, step) for stream, points in streams.items() for step, value in points}
 
 
-def test_a_training_run_sends_every_value_of_its_log(tmp_path, text):
-    process, calls = train(tmp_path, text, "--tracker", "wandb", "--max-steps", "2", modules={"wandb.py": WANDB})
-    assert process.returncode == 0, process.stderr
+def test_a_training_run_sends_every_value_of_its_log(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="wandb.py")
+    exec(WANDB, wandb.__dict__)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train_here(monkeypatch, tmp_path, text, "--tracker", "wandb", "--max-steps", "2") == 0
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", {"project": "gpt2", "name": "shakespeare", "id": None, "resume": "allow", "config": 8,
                                  "dir": os.path.join("log", "shakespeare")}]
     assert calls[1] == ["metric", "*", "step"]
@@ -754,10 +758,13 @@ def test_a_training_run_sends_every_value_of_its_log(tmp_path, text):
     assert (tmp_path / "log" / "shakespeare" / "wandb_id.txt").read_text() == "abc123"
 
 
-def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text):
+def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    process, _ = train(tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2")
-    assert process.returncode == 0, process.stderr
+    closers = []
+    monkeypatch.setattr(atexit, "register", closers.append)
+    assert train_here(monkeypatch, tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2") == 0
+    for close in closers:
+        close()
     events = accumulator.EventAccumulator(str(tmp_path / "log" / "shakespeare"))
     events.Reload()
     read = {(stream, event.value, event.step) for stream in events.Tags()["scalars"] for event in events.Scalars(stream)}
@@ -767,14 +774,14 @@ def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text):
     assert {step: value for stream, value, step in read if stream == "train"} == pytest.approx(train_loss, abs=1e-5)
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path):
-    (tmp_path / "path" / "wandb").mkdir(parents=True)  # W&B leaves a folder wandb/ where it runs; it is not a package
-    hide = ("import importlib.util as u; real = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name == 'wandb' else real(name, *a)\n")
-    installed = importlib.util.find_spec("wandb") is not None
-    modules = {"sitecustomize.py": hide} if installed else {}
-    process, _ = train(tmp_path, "no-such-text", "--tracker", "wandb", modules=modules)
-    assert process.returncode == 2
-    assert process.stderr == ("error: --tracker wandb needs the package wandb, which is not installed: pip install wandb,"
-                              " or --tracker none\n")
-    assert not os.path.exists(tmp_path / "log" / "shakespeare" / "log.txt")
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, lock):
+    (tmp_path / "wandb").mkdir()  # W&B leaves a folder wandb/ where it runs; it is not a package
+    monkeypatch.syspath_prepend(tmp_path)
+    find_spec = importlib.util.find_spec
+    if installed := find_spec("wandb").origin:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    assert train_here(monkeypatch, tmp_path, "no-such-text", "--tracker", "wandb") == 2, installed
+    assert capsys.readouterr().err == ("error: --tracker wandb needs the package wandb, which is not installed: pip install"
+                                       " wandb, or --tracker none\n")
+    lock(at_exit=True)
+    assert not os.path.exists(tmp_path / "log")
