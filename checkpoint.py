@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -133,13 +134,13 @@ def lock_run(run_dir):
 def check_files(run_dir):
     """Raises ValueError if a run would overwrite a log.txt or config.json in run_dir that is not of a run."""
     path = os.path.join(run_dir, "log.txt")
-    read_config(run_dir)
-    check_regular(path)
-    if os.path.exists(path) and not steps_of(run_dir, "model"):  # a resumed run keeps what is in its log
-        try:
+    try:
+        read_config(run_dir)
+        check_regular(path)
+        if os.path.exists(path) and not steps_of(run_dir, "model"):  # a resumed run keeps what is in its log
             read_log(path)
-        except ValueError as e:
-            raise ValueError(f"{e}; it is not the log of a run: choose another --exp-name") from e
+    except ValueError as e:
+        raise ValueError(f"{e}; {run_dir} is not the folder of a run: choose another --exp-name") from e
 
 
 def write_config(run_dir, config, dtype, ranks):
@@ -162,8 +163,7 @@ def read_config(run_dir):
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f)["config"])
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is not the config.json of a run ({e!r}); choose another --exp-name, or move it away to"
-                         " continue without it") from e
+        raise ValueError(f"{path} is not the config.json of a run ({e!r}); move it away to continue without it") from e
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +288,6 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(run_dir, purge_step=first_step)
 
-
             def close():
                 with contextlib.suppress(Exception):  # the run is over, and its values are in log.txt
                     writer.close()  # flushes its queue
@@ -410,6 +409,7 @@ def rename_newer(run_dir, step):
 # types of the contents of the two files
 MODEL_TYPES = {"step": int, "model": dict, "config": dict}
 STATE_TYPES = {"step": int, "optimizers": list, "scaler": dict, "loader": dict, "rng": list, "train_config": dict}
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of float16; else empty
 
 
 def check_weights(model, weights, source):
@@ -441,6 +441,9 @@ def load_pair(run_dir, step):
             raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
         if wrong := [name for name, kind in types.items() if not isinstance(contents[name], kind)]:
             raise ValueError(f"{path} is damaged: {wrong[0]} is {reprlib.repr(contents[wrong[0]])}")
+    if state["scaler"].keys() not in (set(), SCALER) or not all(
+            type(value) in (int, float) and 0 <= value < math.inf for value in state["scaler"].values()):
+        raise ValueError(f"{state_path} is damaged: scaler is {reprlib.repr(state['scaler'])}")
     try:
         config = GPTConfig(**model["config"])
         if config.n_layer > len(model["model"]):  # before as many blocks are built

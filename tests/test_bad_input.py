@@ -21,6 +21,7 @@ import sys
 import pytest
 import torch
 
+import checkpoint
 import data
 import runtime
 
@@ -221,6 +222,8 @@ DAMAGED = [
     ("state_00002.pt is damaged: optimizers is None", state(optimizers=None)),
     ("state_00002.pt is damaged: loader is []", state(loader=[])),
     ("state_00002.pt is damaged: train_config is 5", state(train_config=5)),
+    ("state_00002.pt is damaged: scaler is {'scale': 1024.0}", state(scaler={"scale": 1024.0})),
+    ("state_00002.pt is damaged: scaler is {", state(scaler=dict.fromkeys(checkpoint.SCALER, float("nan")))),
     ("the checkpoint's position in the data is damaged: {}", state(loader={})),
     ("the checkpoint's position in the data is damaged", loader(position=-1)),
     ("the checkpoint's position in the data is damaged", loader(position="2")),
