@@ -27,6 +27,12 @@ workers are threads: tiktoken and pyarrow release Python's global interpreter lo
 
 The folder is locked meanwhile. Shards that the manifest does not list are never overwritten, and not accepted among its own.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import hashlib
