@@ -264,8 +264,8 @@ def make_optimizers(raw_model, config, ranks):
 
 
 def clip_grad_norm(raw_model, max_norm):
-    """Clips the norm of the gradient to max_norm, in place; returns the norm before, an unsharded scalar tensor."""
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
+    """Clips the norm of the gradient to max_norm (0: not), in place; returns the norm before, an unsharded scalar tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm or float("inf"))
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
@@ -349,15 +349,12 @@ def load_full_optimizer_state(optimizers, saved):
         mine = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's AdamW of this rank's parameters
         numbers = {p: i for i, p in enumerate(params_of(optimizer))}
         state, groups, n = {}, [], 0
-        for group, saved_group in zip(mine.param_groups, full_state_dict["param_groups"], strict=True):
-            groups.append({**saved_group, "params": list(range(n, n + len(group["params"])))})
+        for group in mine.param_groups:
+            groups.append({**group, "params": list(range(n, n + len(group["params"])))})
             for p in group["params"]:
                 state[n] = {name: shard_like(v, p) for name, v in full_state_dict["state"].get(numbers[p], {}).items()}
                 n += 1
         mine.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
-        if mine is not optimizer:
-            for group, saved_group in zip(optimizer.param_groups, full_state_dict["param_groups"]):
-                group.update({name: v for name, v in saved_group.items() if name != "params"})
 
 
 def shard_like(tensor, p):

@@ -45,12 +45,33 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
+def duration(seconds):
+    """A duration in its largest unit: 4000 -> "1.1 h"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def report_progress(label):
+    """A function of the fraction done that prints "label: 25%, 3.0 min left", rarely: after 5 s, then every 5 s or 10% more."""
+    start = last = time.monotonic()
+
+    def report(fraction):
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= max(5, (now - start) / 10) and 0 < fraction < 1:
+            last = now
+            print0(f"{label}: {fraction:.0%}, {duration((now - start) * (1 / fraction - 1))} left")
+    return report
+
+
 # flags of nanoGPT, build-nanogpt and transformers, and what they are called here
 SYNONYMS = {"start": "prompt", "out-dir": "log-dir", "dataset": "data", "max-iters": "max-steps", "lr-decay-iters": "max-steps",
             "learning-rate": "lr", "min-lr": "min-lr-ratio", "eval-interval": "val-every", "eval-iters": "val-tokens",
             "gradient-accumulation-steps": "total-batch-size", "warmup-iters": "warmup-steps", "wandb-log": "tracker",
             "run-name": "exp-name", "tokens": "max-new-tokens", "length": "max-new-tokens", "max-length": "max-new-tokens",
-            "nsamples": "num-samples"}
+            "nsamples": "num-samples", "wandb-run-name": "exp-name", "wandb-project": "tracker", "num-train-epochs": "epochs",
+            "per-device-train-batch-size": "batch-size", "output-dir": "log-dir", "model-name-or-path": "init-from",
+            "lr-scheduler-type": "schedule", "gradient-checkpointing": "activation-checkpointing", "save-steps": "save-every",
+            "eval-steps": "val-every", "max-grad-norm": "grad-clip", "eval": "eval-only", "eval-every": "val-every"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -317,8 +338,10 @@ def free_memory(device):
     """Bytes available on the device, or None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:  # with the page cache, which the kernel returns when memory is needed
+            available = re.search(r"^MemAvailable: +(\d+) kB", f.read(), re.M)
+        return available and 1024 * int(available[1])
     return None
 
 
