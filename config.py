@@ -44,9 +44,11 @@ def nonempty(value):
 def run_name(value):
     """The type of --exp-name: the name of a folder, without a slash at its end, which shells add."""
     name = str(value).rstrip("/")
-    if name in ("", ".", "..") or "/" in name or name[0] == "-" or name != name.strip() or not name.isprintable():
-        raise ArgumentTypeError(f"{value!r}: must be the name of a folder, not empty, without slashes (--log-dir chooses the"
-                                " folder of all runs), a leading dash, outer blanks or control characters")
+    if (name in ("", ".", "..") or "/" in name or name[0] == "-" or name != name.strip() or not name.isprintable()
+            or len(name.encode()) > 200):
+        raise ArgumentTypeError(f"{value!r:.100}: must be the name of a folder, not empty, without slashes (--log-dir chooses"
+                                " the folder of all runs), a leading dash, outer blanks or control characters, of at most 200"
+                                " bytes")
     return name
 
 

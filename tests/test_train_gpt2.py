@@ -779,7 +779,7 @@ def test_waiting_threads_sleep_soon_unless_the_user_chooses_otherwise():
     for policy, spins in ((None, "3000"), ("ACTIVE", "30000000000")):
         env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         env |= {"OMP_DISPLAY_ENV": "verbose", **({"OMP_WAIT_POLICY": policy} if policy else {})}
-        process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), "--help"], capture_output=True, text=True,
-                                 env=env)
+        process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), "--help"], env=env,
+                                 capture_output=True, text=True)
         assert process.returncode == 0 and "--total-batch-size" in process.stdout
         assert f"GOMP_SPINCOUNT = '{spins}'" in process.stderr
