@@ -157,7 +157,7 @@ def write_config(run_dir, config, dtype, ranks):
     if not ranks.master_process:
         return
     description = {"config": config, "command": sys.argv, "world_size": ranks.world_size, "dtype": dtype,
-                   **describe_machine(ranks.device)}
+                   "torchrun_id": os.environ.get("TORCHELASTIC_RUN_ID"), **describe_machine(ranks.device)}
     with atomic_write(os.path.join(run_dir, "config.json"), "w") as f:
         json.dump(description, f, indent=2)
 

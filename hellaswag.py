@@ -62,7 +62,8 @@ from torch.nn import functional as F
 from convert import load_model
 from data import EOT, NUM_TOKENS, atomic_write, check_output, check_regular, encode
 from parallel import all_gather, rank0_first, setup, teardown
-from runtime import ArgumentParser, choose_dtype, keep_freed_memory, number, print0, printable, run_main
+from runtime import (ArgumentParser, choose_dtype, keep_freed_memory, number, print0, printable, report_progress,
+                     run_main)
 from scoring import BATCH_TOKENS, score
 
 STYLES = ("completion", "lm-eval")
@@ -285,13 +286,19 @@ def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None, show_
     """
     results, sums, num_truncated = {}, {}, {}
     for style in STYLES:
-        with progress_bar(dataset, style) if show_progress else contextlib.nullcontext() as progress:
+        with progress_bar(dataset, style) if show_progress else progress_lines(style) as progress:
             scored = score(model, dataset.encoded[style], dtype, ranks, batch_tokens, hidden, progress)
         if scored is None:
             return None
         sums[style], num_truncated[style] = scored
         results[style] = metrics(sums[style], dataset.lengths[style], dataset.labels)
     return results, sums, num_truncated
+
+
+def progress_lines(style):
+    """A line now and then, as score's progress argument."""
+    report = report_progress(f"HellaSwag, {style} style")
+    return contextlib.nullcontext(lambda sums, fraction: report(fraction))
 
 
 @contextlib.contextmanager

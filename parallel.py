@@ -270,8 +270,8 @@ def make_optimizers(raw_model, config, ranks):
 
 
 def clip_grad_norm(raw_model, max_norm):
-    """Clips the norm of the gradient to max_norm, in place; returns the norm before, an unsharded scalar tensor."""
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
+    """Clips the norm of the gradient to max_norm (0: not), in place; returns the norm before, an unsharded scalar tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm or float("inf"))
     return norm.full_tensor() if is_sharded(norm) else norm
 
 

@@ -72,12 +72,33 @@ def discard_stdout():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def duration(seconds):
+    """A duration in its largest unit: 4000 -> "1.1 h"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def report_progress(label):
+    """A function of the fraction done that prints "label: 25%, 3.0 min left", rarely: after 5 s, then every 5 s or 10% more."""
+    start = last = time.monotonic()
+
+    def report(fraction):
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= max(5, (now - start) / 10) and 0 < fraction < 1:
+            last = now
+            print0(f"{label}: {fraction:.0%}, {duration((now - start) * (1 / fraction - 1))} left")
+    return report
+
+
 # flags of nanoGPT, build-nanogpt and transformers, and what they are called here
 SYNONYMS = {"start": "prompt", "out-dir": "log-dir", "dataset": "data", "max-iters": "max-steps", "lr-decay-iters": "max-steps",
             "learning-rate": "lr", "min-lr": "min-lr-ratio", "eval-interval": "val-every", "eval-iters": "val-tokens",
             "gradient-accumulation-steps": "total-batch-size", "warmup-iters": "warmup-steps", "wandb-log": "tracker",
             "run-name": "exp-name", "tokens": "max-new-tokens", "length": "max-new-tokens", "max-length": "max-new-tokens",
-            "nsamples": "num-samples"}
+            "nsamples": "num-samples", "wandb-run-name": "exp-name", "wandb-project": "tracker", "num-train-epochs": "epochs",
+            "per-device-train-batch-size": "batch-size", "output-dir": "log-dir", "model-name-or-path": "init-from",
+            "lr-scheduler-type": "schedule", "gradient-checkpointing": "activation-checkpointing", "save-steps": "save-every",
+            "eval-steps": "val-every", "max-grad-norm": "grad-clip", "eval": "eval-only", "eval-every": "val-every"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
