@@ -906,6 +906,7 @@ def test_a_dataset_that_does_not_exist_is_an_error_with_its_name(tmp_path):
     assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_prepared_shards_are_downloaded_checked_and_resumed(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "made")
     files = {}
@@ -983,8 +984,10 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
     run(monkeypatch, *flags, "--max-tokens", 2)
     assert len(data.load_manifest(tmp_path / "out")["shards"]) == 2 and hub.asked[-1] == COMMIT
     run(monkeypatch, *flags)
+    os.truncate(tmp_path / "out" / names[1], 2000)  # of the manifest, so it may be replaced
+    run(monkeypatch, *flags)
     run(monkeypatch, "--verify", tmp_path / "out")
-    assert hub.downloaded == ["fw_train_000001.bin", "fw_train_000002.bin"]
+    assert hub.downloaded == ["fw_train_000001.bin", "fw_train_000002.bin", "fw_train_000001.bin"]
 
 
 def test_an_interrupted_download_is_incomplete_in_the_manifest(tmp_path, monkeypatch):
