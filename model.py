@@ -52,8 +52,8 @@ class GPTConfig:
     def num_params(self):
         """Number of parameters, by arithmetic: a GPT of these sizes need not fit into memory."""
         V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
-        norm, biases = C * (1 + self.bias), 9 * C * self.bias
-        return (V + T) * C + L * (12 * C * C + biases + 2 * norm) + norm
+        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
+        return (V + T) * C + L * (12 * C * C + biases + 2 * norm) + norm  # wte, wpe, blocks, ln_f
 
     @classmethod
     def from_hf(cls, hf_config):
