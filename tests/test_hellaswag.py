@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -460,16 +461,21 @@ def test_gzip_is_recognized_by_its_contents(tmp_path):
 
 @pytest.mark.parametrize("contents", [b"", gzip.compress(b"")], ids=["empty", "gzip"])
 def test_a_huge_line_is_an_error_before_it_is_read(tmp_path, contents):
-    """A gzip file of zeros, or a sparse file, of a terabyte was read into memory."""
+    """A gzip file of zeros, or a sparse file, was read into memory as one line."""
     path = str(tmp_path / "a.jsonl")
     if contents:
         with gzip.open(path, "wb") as f:
             f.write(bytes(2**24))
     else:
         with open(path, "wb") as f:
-            f.truncate(2**40)
-    with pytest.raises(ValueError, match=f"line 1 is not a HellaSwag example: it is longer than {hellaswag.MAX_LINE:,} bytes"):
-        hellaswag.prepare(path)
+            f.truncate(2**28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"line 1 is not a HellaSwag example: it is longer than {hellaswag.MAX_LINE:,}"):
+            hellaswag.prepare(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # bytes at the peak
+    finally:
+        tracemalloc.stop()
 
 
 # -----------------------------------------------------------------------------
@@ -639,6 +645,7 @@ def test_out_may_be_stdout_even_if_that_is_a_file(command, monkeypatch, name):
         monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="utf-8", closefd=False))
         try:
             status = run_hellaswag(monkeypatch, "--out", name, "--limit", "2")
+            os.fstat(1)  # still open
         finally:
             os.dup2(saved, 1)
             os.close(saved)

@@ -22,8 +22,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogi
 
 import checkpoint
 import sample
+import train_gpt2
 from data import EOT, NUM_TOKENS, get_tokenizer
 from model import GPT, GPTConfig
+from parallel import Ranks
 from runtime import autocast
 from sample import (can_pack, encode_prompt, generate, generate_text, prepare_for_sampling, sample_next_token, stream,
                     stream_text)
@@ -105,7 +107,7 @@ def test_temperature_zero_is_argmax_and_uses_no_random_numbers():
 @pytest.mark.parametrize("options", [dict(temperature=1e-40), dict(top_p=1e-300), dict(temperature=1e-300, top_k=0)])
 def test_tiny_temperatures_and_probabilities_give_the_most_likely_token(options):
     """They were rounded to 0: torch.multinomial raised RuntimeError, for probabilities of NaN or 0."""
-    logits = torch.randn(8, 1000, generator=generator(1))
+    logits = torch.randn(8, 1000, generator=generator(1)) * 10
     assert torch.equal(sample_next_token(logits, generator(), **options), logits.argmax(-1, keepdim=True))
 
 
@@ -599,6 +601,14 @@ def test_the_largest_number_that_fits_into_memory_is_named_before_anything_is_al
     assert largest > 1000 and "may be at most" in errors(largest + 1)
     monkeypatch.setattr(sample, "prepare_for_sampling", lambda *args: sys.exit("it fits"))
     assert "may be at most" not in errors(largest)
+
+
+def test_an_overflow_in_float16_does_not_end_the_training(capsys):
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = 1e5
+    train_gpt2.print_samples(model, "To be", "float16", Ranks(0, 0, 1, "cpu", False), num_samples=2, max_new_tokens=3)
+    assert capsys.readouterr().out.count("logits are NaN or infinite") == 2
 
 
 def test_an_overflow_in_float16_is_one_line(run_dir, capsys, monkeypatch):
