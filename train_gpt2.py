@@ -471,11 +471,10 @@ def main():
                    f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
                    + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
-            log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # a new order
+            log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
         writer.wait()  # until the last checkpoint is on disk
         if stopping:
-            next_start = "resumes from there" if step > 0 else "starts over"
-            print0(f"stopped at step {step} by {stopping}; the same command {next_start}")
+            print0(f"stopped at step {step} by {stopping}; the same command resumes from there")
         elif ranks.master_process:
             print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
                    f" samples: python sample.py {run_dir}")
