@@ -16,7 +16,7 @@ import checkpoint
 import convert
 import data
 from model import GPTConfig, SIZES
-from runtime import ArgumentParser, number, print0
+from runtime import ArgumentParser, is_rank0, number, print0, printable
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
@@ -103,6 +103,9 @@ class TrainConfig:
                     setattr(self, f.name, f.metadata["type"](getattr(self, f.name)))
                 except ArgumentTypeError as e:
                     raise ValueError(f"--{f.name.replace('_', '-')} {e}") from e
+            elif type(value := getattr(self, f.name)) is not f.type or value not in f.metadata.get("choices", (value,)):
+                allowed = f.metadata.get("choices", f"a {f.type.__name__}")
+                raise ValueError(f"--{f.name.replace('_', '-')} is {value!r:.100}, must be {allowed}")
         self.sequence_length = self.sequence_length or self.block_size
         self.exp_name = self.exp_name or self.preset
         self.gpt_config()  # checks the model's fields
@@ -226,7 +229,7 @@ def run_folder(given):
 def load_run(given):
     """The Checkpoint to resume from, or None for a new run. Rank 0 locks the run folder before it is read."""
     run_dir, resume = run_folder(given), given.get("resume", "auto")
-    if int(os.environ.get("RANK", 0)) == 0 and not given.get("dry_run"):
+    if is_rank0() and not given.get("dry_run"):
         checkpoint.lock_run(run_dir)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         resume = "auto"  # torchrun restarted the ranks: resume from what the run has saved since
@@ -257,6 +260,8 @@ def config_from_flags(argv=None):
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
     # the run's settings, with defaults for flags that are newer than the run; how it was started is not a setting
     known = {name: value for name, value in saved.state["train_config"].items() if name in TrainConfig.__dataclass_fields__}
+    if unknown := saved.state["train_config"].keys() - known.keys():  # of another version of this file
+        print0(printable(f"  ignored: the run's settings {', '.join(sorted(map(str, unknown)))}, which no longer exist"))
     base = TrainConfig(**{**known, "dry_run": False, "force": False, "resume": "auto"})
     log_dir, exp_name = os.path.split(run_folder(given))  # the folder may have been moved
     config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})

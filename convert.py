@@ -25,6 +25,12 @@ Sources: https://github.com/karpathy/build-nanogpt (train_gpt2.py), https://gith
 https://github.com/karpathy/llm.c (train_gpt2.py: write_model; train_gpt2.cuh), https://github.com/openai/gpt-2
 (src/encoder.py) for the tokenizer, https://huggingface.co/openai-community/gpt2 for Hugging Face's files.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import os
 import re

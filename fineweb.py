@@ -25,6 +25,12 @@ Run an interrupted command again to resume it after the last finished shard. The
 of an uninterrupted run, for any number of workers. Documents keep the order of the source: training shuffles. The
 workers are threads: tiktoken and pyarrow release Python's global interpreter lock, so one process uses all cores.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import hashlib
 import json

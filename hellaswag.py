@@ -36,6 +36,12 @@ Reference, acc / acc_norm of OpenAI's weights on the 10,042 examples (build-nano
     GPT-2 124M    .2859 / .2955     .2892 / .3114
     GPT-2 1558M   .3842 / .4893     .4004 / .5089
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import gzip
 import hashlib

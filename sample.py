@@ -12,6 +12,12 @@ A text ends at <|endoftext|>, which is not printed.
 A prompt longer than the model's block_size is cut to its last block_size tokens. When the context is full, its older
 half is dropped, and the newer half is processed again from position 0: see context_start.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import platform
 import sys

@@ -13,6 +13,12 @@ save, and exit with status 0, 75 and 130; a second Ctrl-C exits at once.
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, table 2.1 and
 appendix B), and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import atexit
 import math
 import os
