@@ -13,10 +13,13 @@ A checkpoint is complete when both of its files are. They hold tensors and plain
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import pickle
 import re
+import reprlib
 import shutil
 import sys
 import zipfile
@@ -26,9 +29,9 @@ from typing import NamedTuple
 
 import torch
 
-from data import atomic_write
+from data import atomic_write, check_regular
 from model import GPT, GPTConfig
-from runtime import describe_machine, print0
+from runtime import describe_machine, first_line, print0, printable
 
 # -----------------------------------------------------------------------------
 # one file
@@ -61,6 +64,7 @@ def load_file(path, mmap=False):
 
     mmap: leave the tensors in the file until they are read.
     """
+    check_regular(path)
     try:
         check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
@@ -69,9 +73,17 @@ def load_file(path, mmap=False):
         if isinstance(e, OSError) and e.filename:  # missing or not readable: the message is clear
             raise
         why = "it is truncated, damaged or not a checkpoint"
-        if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
+        if isinstance(e, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(e)):
             why = "it contains objects other than tensors and plain values, which could run code"
         raise ValueError(f"cannot load {path}: {why} ({repr(e).splitlines()[0][:100]})") from e
+
+
+def aside(paths):
+    """A name for each path under which it is kept: path.aside, or with path.2.aside, path.3.aside ... names that are free."""
+    for n in itertools.count(1):
+        names = [f"{path}.aside" if n == 1 else f"{path}.{n}.aside" for path in paths]
+        if not any(os.path.lexists(name) for name in names):
+            return names
 
 
 # -----------------------------------------------------------------------------
@@ -81,12 +93,20 @@ def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends; ValueError if another running process holds it.
 
     It is a kernel lock on log.txt, released however the process ends. Temporary files that a killed process left are
-    removed; so are, at exit, a log.txt created here that is still empty and the folders created for it.
+    removed; so are, at exit, a log.txt created here that is still empty and the folders created for it. ValueError if a
+    run would overwrite a log.txt or config.json that is not of a run.
     """
     folder = os.path.abspath(run_dir)  # the process may change its directory
     path = os.path.join(folder, "log.txt")
-    created = [place for place in (path, folder, os.path.dirname(folder)) if not os.path.exists(place)]
-    os.makedirs(folder, exist_ok=True)
+    check_files(run_dir)
+    created, missing = [], [folder]
+    while not os.path.isdir(os.path.dirname(missing[-1])):
+        missing.append(os.path.dirname(missing[-1]))
+    for place in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # mkdir tells for certain who created it
+            os.mkdir(place)
+            created.insert(0, place)
+    is_new = not os.path.exists(path)
     f = open(path, "ab")
     try:
         import fcntl  # not on Windows
@@ -103,12 +123,24 @@ def lock_run(run_dir):
 
     def unlock():
         with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
-            if path in created and os.path.getsize(path) == 0:
+            if is_new and os.path.getsize(path) == 0:
                 os.remove(path)
-                for place in created[1:]:
+                for place in created:
                     os.rmdir(place)
         f.close()
     atexit.register(unlock)
+
+
+def check_files(run_dir):
+    """Raises ValueError if a run would overwrite a log.txt or config.json in run_dir that is not of a run."""
+    path = os.path.join(run_dir, "log.txt")
+    try:
+        read_config(run_dir)
+        check_regular(path)
+        if os.path.exists(path) and not steps_of(run_dir, "model"):  # a resumed run keeps what is in its log
+            read_log(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; {run_dir} is not the folder of a run: choose another --exp-name") from e
 
 
 def write_config(run_dir, config, dtype, ranks):
@@ -124,12 +156,13 @@ def write_config(run_dir, config, dtype, ranks):
 def read_config(run_dir):
     """The settings in a run folder's config.json, a dict; {} without the file, ValueError if it is not a run's."""
     path = os.path.join(run_dir, "config.json")
+    check_regular(path)
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f)["config"])
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is not the config.json of a run ({e!r}); move it away to continue without it") from e
 
 
@@ -141,15 +174,25 @@ TRACKERS = ("none", "tensorboard", "wandb")  # the last two are names of package
 
 
 def read_log(path):
-    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names an invalid line."""
+    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names an invalid line.
+
+    A truncated last line, which a kill or a power failure leaves, is ignored.
+    """
+    check_regular(path)
     streams = {}
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    with open(path, "rb") as f:
+        # of a file that is no log a line may be as long as the file
+        for number, line in enumerate(iter(lambda: f.readline(1000), b""), 1):
+            if re.fullmatch(rb"\d+( \w*( \S*)?)?", line):  # no newline
+                break
             try:
-                step, stream, value = line.split()
+                step, stream, value = line.decode().split()
+                if not 0 <= int(step) < 2**53:  # a float64 of the plots has no more digits
+                    raise ValueError(step)
                 streams.setdefault(stream, []).append((int(step), float(value)))
             except ValueError as e:
-                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {line.strip()!r}") from e
+                got = line.decode(errors="replace").strip()[:60]
+                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {got!r}") from e
     return streams
 
 
@@ -192,16 +235,26 @@ class Log:
         log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
         log(250, val=None)                          # does nothing: the evaluation was interrupted
 
-    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is truncated to it.
+    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is truncated to it. The log of an
+    earlier run without checkpoints is copied to log.txt.aside first.
     """
 
     def __init__(self, run_dir, settings, keep_bytes, first_step, ranks):
         self.file = self.tracker = None
         if ranks.master_process:
+            path = os.path.join(run_dir, "log.txt")
+            if keep_bytes == 0 and os.path.exists(path) and os.path.getsize(path) > 0:
+                # a copy: the file itself is locked
+                shutil.copyfile(path, aside([path])[0])
+                print0(f"copied {path} to *.aside: it is of an earlier run, which has no checkpoint")
             # line-buffered: what was logged survives a kill
-            self.file = open(os.path.join(run_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)
             self.file.truncate(keep_bytes)
-            self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
+            try:
+                self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
+            except Exception as e:  # no login, no network, no disk space
+                raise ValueError(f"--tracker {settings['tracker']} cannot be started ({first_line(e)}); --tracker none trains"
+                                 " without it") from e
 
     def __call__(self, step, quiet=False, **values):
         values = {stream: value for stream, value in values.items() if value is not None}
@@ -211,7 +264,11 @@ class Log:
             if self.file:
                 self.file.write(f"{step} {stream} {value}\n")
         if self.tracker and values:
-            self.tracker(step, values)
+            try:
+                self.tracker(step, values)
+            except Exception as e:  # whatever the package raises: the values are in log.txt, the run continues
+                self.tracker = None
+                print0(f"the tracker failed at step {step}, it receives no more values: {first_line(e)}")
 
     def flush(self):
         """Flushes log.txt to the disk."""
@@ -230,7 +287,11 @@ class Log:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(run_dir, purge_step=first_step)
-            atexit.register(writer.close)  # flushes its queue
+
+            def close():
+                with contextlib.suppress(Exception):  # the run is over, and its values are in log.txt
+                    writer.close()  # flushes its queue
+            atexit.register(close)
 
             def track(step, values):
                 for stream, value in values.items():
@@ -309,7 +370,10 @@ def save_and_prune(run_dir, step, model, state):
     save(run_dir, step, model, state)
     best, config = None, state["train_config"]
     if config["keep_best"]:
-        losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        try:
+            losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        except (OSError, ValueError) as e:  # the file was edited or removed: which one is the best is not known
+            return print0(f"saved {paths(run_dir, step)[0]}; no checkpoint is removed, because --keep-best needs the log: {e}")
         best = min((s for s in saved_steps(run_dir) if s in losses), key=losses.get, default=None)
     prune(run_dir, config["keep_last"], best)
     print0(f"saved {paths(run_dir, step)[0]}")
@@ -328,22 +392,35 @@ def prune(run_dir, keep_last, best=None):
 def rename_newer(run_dir, step):
     """Renames the checkpoints after step to *.aside: they do not belong to the run resumed at step.
 
-    Returns their old names. A state file without its model file, which a kill during a save leaves behind, is kept: the run
-    overwrites or prunes it.
+    Returns their old names. log.txt is copied: the run truncates it. A state file without its model file, which a kill
+    during a save leaves behind, is kept: the run overwrites or prunes it.
     """
     newer = [path for s in sorted(steps_of(run_dir, "model")) if s > step
              for path in paths(run_dir, s) if os.path.exists(path)]
-    for path in newer:
-        os.replace(path, f"{path}.aside")
+    log = [path for path in [os.path.join(run_dir, "log.txt")] if newer and os.path.exists(path)]
+    names = aside(newer + log)  # one number for all: they belong together
+    for path, name in zip(newer, names):
+        os.replace(path, name)
+    for path in log:
+        shutil.copyfile(path, names[-1])
     return newer
+
+
+# types of the contents of the two files
+MODEL_TYPES = {"step": int, "model": dict, "config": dict}
+STATE_TYPES = {"step": int, "optimizers": list, "scaler": dict, "loader": dict, "rng": list, "train_config": dict}
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of float16; else empty
 
 
 def check_weights(model, weights, source):
     """Raises ValueError, naming up to three tensors, if weights do not have the names and shapes of model's state dict."""
     ours = model.state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
-    wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
-              for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+    wrong = sorted(map(str, ours.keys() ^ weights.keys()))
+    for name in ours.keys() & weights.keys():
+        if not isinstance(weights[name], torch.Tensor) or weights[name].layout != torch.strided or weights[name].is_meta:
+            wrong.append(f"{name} is not a dense tensor")
+        elif ours[name].shape != weights[name].shape:
+            wrong.append(f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}")
     if wrong:
         raise ValueError(f"the weights of {source} do not fit this model: {', '.join(wrong[:3])}"
                          f" ({len(wrong)} tensors in all)")
@@ -359,12 +436,22 @@ def load_pair(run_dir, step):
     """(model contents, state contents) of a step; ValueError or FileNotFoundError if it is not a complete checkpoint."""
     model, state = (load_file(path) for path in paths(run_dir, step))
     model_path, state_path = paths(run_dir, step)
-    state_keys = {"optimizers", "scaler", "loader", "rng", "train_config"}
-    for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, state_keys)):
-        if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
+    for path, contents, types in ((model_path, model, MODEL_TYPES), (state_path, state, STATE_TYPES)):
+        if not isinstance(contents, dict) or not types.keys() <= contents.keys() or contents.get("step") != step:
             raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
-    with torch.device("meta"):
-        empty = GPT(GPTConfig(**model["config"]))
+        if wrong := [name for name, kind in types.items() if not isinstance(contents[name], kind)]:
+            raise ValueError(f"{path} is damaged: {wrong[0]} is {reprlib.repr(contents[wrong[0]])}")
+    if state["scaler"].keys() not in (set(), SCALER) or not all(
+            type(value) in (int, float) and 0 <= value < math.inf for value in state["scaler"].values()):
+        raise ValueError(f"{state_path} is damaged: scaler is {reprlib.repr(state['scaler'])}")
+    try:
+        config = GPTConfig(**model["config"])
+        if config.n_layer > len(model["model"]):  # before as many blocks are built
+            raise ValueError(f"{config.n_layer} blocks and {len(model['model'])} tensors")
+        with torch.device("meta"):
+            empty = GPT(config)
+    except (ValueError, TypeError, RuntimeError) as e:  # unknown or wrong fields; a size that overflows
+        raise ValueError(f"{model_path} is damaged: its config does not describe a model ({e})") from e
     check_weights(empty, model["model"], model_path)
     return model, state
 
@@ -380,8 +467,8 @@ def load_latest(run_dir):
     for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
             return Checkpoint(*load_pair(run_dir, step), messages)
-        except (ValueError, OSError, TypeError) as e:
-            messages.append(f"skipping step {step}: {e}")
+        except (ValueError, OSError) as e:
+            messages.append(printable(f"skipping step {step}: {e}"))
     if steps_of(run_dir, "model"):
         raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
                          " move the folder away to start over")

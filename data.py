@@ -364,6 +364,8 @@ class DataLoaderLite:
     def load_state_dict(self, state, force=False):
         """Restores the position of a state_dict, at any B and number of ranks; ValueError for other data unless force."""
         mine = self.state_dict()
+        if state.keys() != mine.keys() or type(state["position"]) is not int or state["position"] < 0:
+            raise ValueError(f"the checkpoint's position in the data is damaged: {state!r:.200}; resume from an older one")
         different = [f"{name} was {state[name]}, is {mine[name]}" for name in state
                      if name != "position" and state[name] != mine[name]]
         if different and not force:
