@@ -19,7 +19,10 @@ import signal
 import sys
 
 import pytest
+import torch
 
+import checkpoint
+import data
 import runtime
 
 TIMEOUT = 20      # seconds that a command may take
@@ -56,6 +59,16 @@ def template(tmp_path_factory):
                    monkeypatch) == 0
         shutil.rmtree("texts")
         shutil.rmtree(".tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenized(template, tmp_path_factory):
+    """The same folder with the tokens of in.txt, which training writes before it reads the checkpoint's state."""
+    folder = tmp_path_factory.mktemp("tokenized") / "here"
+    shutil.copytree(template, folder, symlinks=True)
+    with contextlib.chdir(folder):
+        data.prepare_data("in.txt")
     return folder
 
 
@@ -103,6 +116,17 @@ def check(script, row, template, tmp_path, monkeypatch, capfd):
     assert not {name for name in changed if not (name in before and (folder / name).is_dir())}, changed
 
 
+def write(path, contents):
+    """A function that replaces a file of the folder by contents, text or bytes; None: by a FIFO."""
+    def prepare(folder):
+        (folder / path).unlink(missing_ok=True)
+        if contents is None:
+            os.mkfifo(folder / path)
+        else:
+            (folder / path).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return prepare
+
+
 def ids(rows):
     return [" ".join(row[0])[-60:] or "(no arguments)" for row in rows]
 
@@ -121,6 +145,116 @@ def test_train_gpt2(row, template, tmp_path, monkeypatch, capfd):
     # the row's own flags come last, so they win
     row = ([*TINY, "--data", "in.txt", *row[0]], *row[1:])
     check("train_gpt2", row, template, tmp_path, monkeypatch, capfd)
+
+
+# -----------------------------------------------------------------------------
+# train_gpt2.py, resuming a run whose files are damaged
+
+def edit(name, change):
+    """A function that changes the contents of one of the run's files, model_00002.pt or state_00002.pt: change(contents)."""
+    def prepare(folder):
+        path = folder / "run" / f"{name}_00002.pt"
+        contents = torch.load(path)
+        changed = change(contents)
+        torch.save(contents if changed is None else changed, path)
+    return prepare
+
+
+def state(**changes):
+    return edit("state", lambda contents: contents.update(changes))
+
+
+def weights(changes):
+    return edit("model", lambda contents: contents["model"].update(changes))
+
+
+def wpe(value):
+    return weights({"transformer.wpe.weight": value})
+
+
+def config(**changes):
+    return edit("model", lambda contents: contents["config"].update(changes))
+
+
+def setting(**changes):
+    return edit("state", lambda contents: contents["train_config"].update(changes))
+
+
+def loader(**changes):
+    return edit("state", lambda contents: contents["loader"].update(changes))
+
+
+def moments(**changes):
+    return edit("state", lambda contents: contents["optimizers"][0]["state"].update({0: changes}))
+
+
+DAMAGED = [
+    # the files
+    ("log.txt is not a regular file", write("run/log.txt", None)),
+    ("config.json is not a regular file", write("run/config.json", None)),
+    ("config.json is not the config.json of a run", write("run/config.json", "{")),
+    ("config.json is not the config.json of a run", write("run/config.json", '{"model_type": "gpt2", "n_layer": 12}')),
+    ("config.json is not the config.json of a run", write("run/config.json", "[" * 100_000)),
+    ("model_00002.pt is not a regular file", write("run/model_00002.pt", None)),
+    ("cannot load ./run/state_00002.pt: it is truncated, damaged", write("run/state_00002.pt", "404: Not Found")),
+    ("cannot load ./run/model_00002.pt: it is truncated, damaged", write("run/model_00002.pt", b"")),
+    ("state_00002.pt", lambda folder: os.remove(folder / "run" / "state_00002.pt")),
+    # the model
+    ("model_00002.pt is not the model file of step 2", edit("model", lambda contents: torch.zeros(3))),
+    ("model_00002.pt is not the model file of step 2", edit("model", lambda contents: {"model": contents["model"], "step": 2})),
+    ("model_00002.pt is damaged: model is [", edit("model", lambda contents: contents.update(model=[1, 2]))),
+    ("model_00002.pt is damaged: config is 'gpt2'", edit("model", lambda contents: contents.update(config="gpt2"))),
+    ("model_00002.pt is damaged: step is 2.0", edit("model", lambda contents: contents.update(step=2.0))),
+    ("its config does not describe a model", config(activation="gelu")),
+    ("its config does not describe a model", config(n_layer="1")),
+    ("its config does not describe a model", config(n_layer=10**9)),
+    ("its config does not describe a model", config(vocab_size=2**62)),
+    ("transformer.wte.weight", config(vocab_size=2**40)),
+    ("do not fit this model: extra", weights({"extra": torch.zeros(1)})),
+    ("do not fit this model: 5", weights({5: torch.zeros(1)})),
+    ("transformer.wpe.weight is not a dense tensor", wpe([1.0])),
+    ("transformer.wpe.weight is not a dense tensor", wpe(torch.zeros(16, 16).to_sparse())),
+    ("transformer.wpe.weight is not a dense tensor", wpe(torch.zeros(16, 16, device="meta"))),
+    ("transformer.wpe.weight (16, 8) for (16, 16)", wpe(torch.zeros(16, 8))),
+    (r"\x1b[31m", weights({"\x1b[31mred": torch.zeros(1)})),
+    # the state
+    ("state_00002.pt is not the state file of step 2", state(step=3)),
+    ("state_00002.pt is damaged: optimizers is None", state(optimizers=None)),
+    ("state_00002.pt is damaged: loader is []", state(loader=[])),
+    ("state_00002.pt is damaged: train_config is 5", state(train_config=5)),
+    ("state_00002.pt is damaged: scaler is {'scale': 1024.0}", state(scaler={"scale": 1024.0})),
+    ("state_00002.pt is damaged: scaler is {", state(scaler=dict.fromkeys(checkpoint.SCALER, float("nan")))),
+    ("the checkpoint's position in the data is damaged: {}", state(loader={})),
+    ("the checkpoint's position in the data is damaged", loader(position=-1)),
+    ("the checkpoint's position in the data is damaged", loader(position="2")),
+    ("the checkpoint's position in the data is damaged", loader(extra=2)),
+    ("trained on other data", loader(fingerprint="0")),
+    ("random number generators: TypeError", state(rng=[5])),
+    ("random number generators: KeyError", state(rng=[{}])),
+    ("random number generators: TypeError", state(rng=[{"cpu": torch.zeros(5056)}])),
+    ("random number generators: RuntimeError", state(rng=[{"cpu": torch.zeros(7, dtype=torch.uint8)}])),
+    ("has the state of 0 optimizers, this run has 1", state(optimizers=[])),
+    ("the state of AdamW in the checkpoint does not fit the model", state(optimizers=["AdamW"])),
+    ("the state of AdamW in the checkpoint does not fit the model", state(optimizers=[{"state": 5, "param_groups": []}])),
+    ("the state of AdamW in the checkpoint does not fit the model", moments()),
+    ("the state of AdamW in the checkpoint does not fit the model",
+     moments(step=torch.zeros(()), exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))),
+    ("the state of AdamW in the checkpoint does not fit the model", moments(step=2, exp_avg=None, exp_avg_sq=None)),
+    ("the state of AdamW in the checkpoint does not fit the model", moments(momentum_buffer=torch.zeros(50304, 16))),
+    # its settings
+    ("--lr fast: must be a number", setting(lr="fast")),
+    ("--n-layer 1.5: must be an integer", setting(n_layer=1.5)),
+    ("--data is 5, must be a str", setting(data=5)),
+    ("--shuffle is 'maybe', must be ('on', 'off')", setting(shuffle="maybe")),
+    ("--keep-best is 'yes', must be a bool", setting(keep_best="yes")),
+]
+
+
+@pytest.mark.parametrize("row", DAMAGED, ids=[f"{i} {row[0]}"[-60:] for i, row in enumerate(DAMAGED)])
+def test_a_damaged_run(row, tokenized, tmp_path, monkeypatch, capfd):
+    """Resumed with the settings in its checkpoint."""
+    row = (["--log-dir", ".", "--exp-name", "run", "--max-steps", "3"], *row)
+    check("train_gpt2", row, tokenized, tmp_path, monkeypatch, capfd)
 
 
 # -----------------------------------------------------------------------------
@@ -182,8 +316,58 @@ def test_convert(row, template, tmp_path, monkeypatch, capfd):
 # -----------------------------------------------------------------------------
 # plots.py
 
+def settings(**changes):
+    """A function that writes these settings into the run's config.json."""
+    return write("run/config.json", json.dumps({"config": changes}))
+
+
+LOSSES = "0 train 3.5\n1 train 3.25\n"
 PLOTS = [
     (["shards"], "shards has no log.txt"),
+    (["nowhere"], "nowhere has no log.txt"),
+    (["in.txt"], "in.txt has no log.txt"),
+    ([], "the following arguments are required: source"),
+    (["run", "run"], "got 2 sources; name their common picture"),
+    (["run", "--by", "epochs"], "invalid choice: 'epochs'"),
+    (["run", "--baselines", "pile"], "invalid choice: 'pile'"),
+    (["run", "--out", ""], "'the empty name' is not the name of a file"),
+    (["run", "--out", "shards"], "'shards' is not the name of a file"),
+    (["run", "--out", "nowhere/x.png"], "nowhere is not an existing folder"),
+    (["run", "--out", "in.txt/x.png"], "in.txt is not an existing folder"),
+    (["run", "--out", "x.pdf"], "pictures are PNG files"),
+    (["run", "--out", "picture"], "pictures are PNG files"),
+    (["run", "--out", "/dev/full"], "No space left on device"),
+    (["run", "--prompt", "a"], "--prompt is the text of the attention pictures: add --weights"),
+    (["run", "--weight"], "unknown flag --weight: did you mean --weights"),
+    (["--weights", "run", "run"], "--weights takes one"),
+    (["--weights", "nowhere"], "nowhere is not a folder; name a folder for the pictures"),
+    (["--weights", "run", "--out", ""], "'the empty name' is not the name of a file"),
+    (["--weights", "run", "--out", "in.txt"], "in.txt is not an existing folder"),
+    (["--weights", "run", "--out", "in.txt/new"], "in.txt is not an existing folder"),
+    (["--weights", "run", "--prompt", " " * 2_000_000], "blank"),
+    (["run"], "has no values yet", write("run/log.txt", "")),
+    (["run"], "has no values yet", write("run/log.txt", "0 train 3")),
+    (["run"], "line 1: expected `step stream value`, got '404: Not Found'", write("run/log.txt", "404: Not Found\n")),
+    (["run"], "line 1: expected", write("run/log.txt", b"\x89PNG\r\n\x1a\n\0\0")),
+    (["run"], "line 3: expected", write("run/log.txt", LOSSES + "two train 3\n")),
+    (["run"], "line 3: expected", write("run/log.txt", LOSSES + "-2 train 3\n")),
+    (["run"], "line 3: expected", write("run/log.txt", LOSSES + "9" * 30 + " train 3\n")),
+    (["run"], r"got '2 \x1b[31mtrain", write("run/log.txt", LOSSES + "2 \x1b[31mtrain 3 4\n")),
+    (["run"], "log.txt is not a regular file", write("run/log.txt", None)),
+    (["run", "--baselines"], "has no finite loss, train or val, to draw; its streams are lr",
+     write("run/log.txt", "0 lr 0.1\n")),
+    (["run"], "has no finite loss", write("run/log.txt", "0 train nan\n1 train inf\n1 lr 0.1\n")),
+    (["run", "--by", "hours"], "needs tok_per_sec, missing", write("run/log.txt", LOSSES)),
+    (["run", "--by", "hours"], "a tok_per_sec of 0 or less", write("run/log.txt", LOSSES + "1 tok_per_sec 0\n")),
+    (["run", "--by", "tokens"], "needs total_batch_size", settings()),
+    (["run"], "total_batch_size in run/config.json is '128', must be a positive integer", settings(total_batch_size="128")),
+    (["run"], "n_layer in run/config.json is 0", settings(n_layer=0)),
+    (["run"], "n_embd in run/config.json is None", settings(n_embd=None)),
+    (["run"], "config.json is not the config.json of a run", write("run/config.json", "{")),
+    (["run"], "config.json is not the config.json of a run", write("run/config.json", '{"model_type": "gpt2"}')),
+    (["run"], "config.json is not the config.json of a run", write("run/config.json", "[" * 100_000)),
+    (["run"], "config.json is not the config.json of a run", write("run/config.json", b"\xff\xfe")),
+    (["run"], "config.json is not a regular file", write("run/config.json", None)),
 ]
 
 
