@@ -131,6 +131,17 @@ def check(script, row, template, tmp_path, monkeypatch, capfd):
     assert not {name for name in changed if not (name in before and (folder / name).is_dir())}, changed
 
 
+def write(path, contents):
+    """A function that replaces a file of the folder by contents, text or bytes; None: by a FIFO."""
+    def prepare(folder):
+        (folder / path).unlink(missing_ok=True)
+        if contents is None:
+            os.mkfifo(folder / path)
+        else:
+            (folder / path).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return prepare
+
+
 def ids(rows):
     return [" ".join(row[0])[-60:] or "(no arguments)" for row in rows]
 

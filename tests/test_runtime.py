@@ -242,16 +242,20 @@ os.kill(os.getpid(), signal.SIGINT)
 print("not interrupted")
 sys.exit(0)
 """
-SCRIPTS = ["train_gpt2.py", "fineweb.py", "hellaswag.py", "sample.py", "convert.py", "plots.py",
-           os.path.join("bench", "__main__.py")]
+SCRIPTS = ["train_gpt2.py", "fineweb.py", "hellaswag.py", "sample.py", "convert.py", "plots.py", "bench"]
+
+
+def script_command(script):
+    """The command line of a script, or of the package bench."""
+    return [sys.executable, *(["-m", "bench"] if script == "bench" else [os.path.join(ROOT, script)])]
 
 
 def interrupted_imports(scripts, handler, tmp_path):
     """[(script, status, output)] of scripts that receive SIGINT, inherited with a handler, when they import torch."""
     (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)  # found before the real one
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    started = [subprocess.Popen([sys.executable, os.path.join(ROOT, script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, handler))
+    started = [subprocess.Popen(script_command(script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, handler))
                for script in scripts]
     return [(script, process.wait(timeout=60), process.communicate()[0]) for script, process in zip(scripts, started)]
 
@@ -268,9 +272,9 @@ def test_ctrl_c_during_the_imports_prints_nothing(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_at_any_moment_of_the_start_prints_at_most_one_line(script, tmp_path):
     for delay in (0.1, 0.2, 0.4, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0):
-        arguments = ["data", "--quick"] if "bench" in script else ["gpt2"] if script != "train_gpt2.py" else [
+        arguments = ["data", "--quick"] if script == "bench" else ["gpt2"] if script != "train_gpt2.py" else [
             "--preset", "shakespeare", "--compile", "off", "--max-steps", "3"]
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=tmp_path, text=True,
+        process = subprocess.Popen([*script_command(script), *arguments], cwd=tmp_path, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                    env={**os.environ, "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"})
         time.sleep(delay)
