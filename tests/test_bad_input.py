@@ -131,17 +131,6 @@ def check(script, row, template, tmp_path, monkeypatch, capfd):
     assert not {name for name in changed if not (name in before and (folder / name).is_dir())}, changed
 
 
-def write(path, contents):
-    """A function that replaces a file of the folder by contents, text or bytes; None: by a FIFO."""
-    def prepare(folder):
-        (folder / path).unlink(missing_ok=True)
-        if contents is None:
-            os.mkfifo(folder / path)
-        else:
-            (folder / path).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    return prepare
-
-
 def ids(rows):
     return [" ".join(row[0])[-60:] or "(no arguments)" for row in rows]
 
@@ -382,8 +371,8 @@ DAMAGED = [
     ("config.json is not the config.json of a run", write("run/config.json", '{"model_type": "gpt2", "n_layer": 12}')),
     ("config.json is not the config.json of a run", write("run/config.json", "[" * 100_000)),
     ("model_00002.pt is not a regular file", write("run/model_00002.pt", None)),
-    ("cannot load ./run/state_00002.pt: it is truncated, damaged", write("run/state_00002.pt", "404: Not Found")),
-    ("cannot load ./run/model_00002.pt: it is truncated, damaged", write("run/model_00002.pt", b"")),
+    ("cannot load ./run/state_00002.pt: it is not a checkpoint", write("run/state_00002.pt", "404: Not Found")),
+    ("cannot load ./run/model_00002.pt: it is not a checkpoint", write("run/model_00002.pt", b"")),
     ("state_00002.pt", lambda folder: os.remove(folder / "run" / "state_00002.pt")),
     # the model
     ("model_00002.pt is not the model file of step 2", edit("model", lambda contents: torch.zeros(3))),
@@ -393,14 +382,14 @@ DAMAGED = [
     ("model_00002.pt is damaged: step is 2.0", edit("model", lambda contents: contents.update(step=2.0))),
     ("its config does not describe a model", config(activation="gelu")),
     ("its config does not describe a model", config(n_layer="1")),
-    ("its config does not describe a model", config(n_layer=10**9)),
-    ("its config does not describe a model", config(vocab_size=2**62)),
-    ("transformer.wte.weight", config(vocab_size=2**40)),
+    ("its config says n_layer=1000000000 and", config(n_layer=10**9)),
+    ("they are 17 tensors with", config(vocab_size=2**62)),
+    ("17,592,186,047,984 parameters, they are", config(vocab_size=2**40)),
     ("do not fit this model: extra", weights({"extra": torch.zeros(1)})),
     ("do not fit this model: 5", weights({5: torch.zeros(1)})),
-    ("transformer.wpe.weight is not a dense tensor", wpe([1.0])),
-    ("transformer.wpe.weight is not a dense tensor", wpe(torch.zeros(16, 16).to_sparse())),
-    ("transformer.wpe.weight is not a dense tensor", wpe(torch.zeros(16, 16, device="meta"))),
+    ("transformer.wpe.weight of ./run/model_00002.pt is [1.0], expected a tensor", wpe([1.0])),
+    ("torch.sparse_coo on cpu, expected a dense tensor", wpe(torch.zeros(16, 16).to_sparse())),
+    ("torch.strided on meta, expected a dense tensor", wpe(torch.zeros(16, 16, device="meta"))),
     ("transformer.wpe.weight (16, 8) for (16, 16)", wpe(torch.zeros(16, 8))),
     (r"\x1b[31m", weights({"\x1b[31mred": torch.zeros(1)})),
     # the state
@@ -429,7 +418,7 @@ DAMAGED = [
     ("the state of AdamW in the checkpoint does not fit the model", moments(momentum_buffer=torch.zeros(50304, 16))),
     # its settings
     ("--lr fast: must be a number", setting(lr="fast")),
-    ("--n-layer 1.5: must be an integer", setting(n_layer=1.5)),
+    ("--batch-size 1.5: must be an integer", setting(batch_size=1.5)),
     ("--data is 5, must be a str", setting(data=5)),
     ("--shuffle is 'maybe', must be ('on', 'off')", setting(shuffle="maybe")),
     ("--keep-best is 'yes', must be a bool", setting(keep_best="yes")),
@@ -580,7 +569,7 @@ UNLISTED = remove("shards/manifest.json")  # shards without a manifest, as build
 BIN = write("bin/x_val_000000.bin", llmc(20240520, 1, 2))
 DATA = [
     (["nowhere"], "no data at nowhere"),
-    ([""], "no data at "),
+    ([""], "must not be empty; omit the flag"),
     # text
     (["a.txt"], "a.txt is empty: there is nothing to train on", write("a.txt", "")),
     (["a.txt"], "a.txt is empty", write("a.txt", b"\xef\xbb\xbf")),
@@ -660,12 +649,6 @@ def damaged(kind):
             del weights["transformer.ln_f.bias"]
         torch.save(contents, folder / f"{kind}.pt")
     return save
-
-
-def write(name, contents):
-    """A function that writes a file into the folder it is given."""
-    contents = contents.encode() if isinstance(contents, str) else contents
-    return lambda folder: (folder / name).write_bytes(contents)
 
 
 def fifo(folder):
@@ -819,7 +802,7 @@ SAMPLE = [
     (["run", "--num-samples", str(2**62), "--top-k", "0"], "4,611,686,018,427,387,904 sample(s) of 64 tokens need about"),
     # the model
     (["nowhere"], "no checkpoint at nowhere"),
-    ([""], "no checkpoint at"),
+    ([""], "the name of the checkpoint is empty"),
     (["log"], "no checkpoint at log"),
     (["shards"], "shards holds no checkpoint"),
     (["in.txt"], "cannot load in.txt"),
