@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import atomic_write, check_regular
+from data import atomic_write, check_regular, lock, make_folders
 from model import GPT, GPTConfig
 from runtime import DTYPES, describe_machine, first_line, print0, printable
 
@@ -108,23 +108,16 @@ def lock_run(run_dir):
     folder = os.path.abspath(run_dir)  # the process may change its directory
     path = os.path.join(folder, "log.txt")
     check_files(run_dir)
-    created, missing = [], [folder]
-    while not os.path.isdir(os.path.dirname(missing[-1])):
-        missing.append(os.path.dirname(missing[-1]))
-    for place in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # mkdir tells for certain who created it
-            os.mkdir(place)
-            created.insert(0, place)
+    created = []
+    make_folders(folder, created)
     is_new = not os.path.exists(path)
-    f = open(path, "ab")
     try:
-        import fcntl  # not on Windows
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        f = lock(path)
     except BlockingIOError as e:
         raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it, or choose another"
                          " --exp-name") from e
-    except (ImportError, OSError) as e:  # some network file systems have no locks
-        print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
+    if f is None:
+        print0(f"{run_dir} cannot be locked on this file system: do not start a second run in it")
     else:
         for name in os.listdir(folder):  # what a killed process was writing: the lock excludes a running one
             if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
@@ -136,7 +129,8 @@ def lock_run(run_dir):
                 os.remove(path)
                 for place in created:
                     os.rmdir(place)
-        f.close()
+        if f is not None:
+            f.close()
     atexit.register(unlock)
 
 

@@ -124,7 +124,8 @@ class TrainConfig:
                            " and exit; nothing is written")
 
     def __post_init__(self):
-        self.exp_name = self.exp_name or self.preset
+        if type(self.exp_name) is str:  # as all fields, it may be anything if it comes from a damaged file
+            self.exp_name = self.exp_name or self.preset
         for f in fields(self):
             if "type" in f.metadata:  # values from a checkpoint have not passed the parser
                 try:

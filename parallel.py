@@ -357,10 +357,13 @@ MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "ZeroRedundancyOptimizer"
 
 def check_optimizer_state(optimizer, saved):
     """Raises ValueError unless saved, a state dict, has all states of all parameters, or none at all: no step was made."""
-    expected = [{name: () if name == "step" else p.shape for name in MOMENTS[type(optimizer).__name__]}
-                for p in params_of(optimizer)]
+    def kind(tensor):  # the fused AdamW writes out of bounds if one differs
+        return tensor.shape, tensor.dtype, tensor.layout, tensor.device.type
+
+    expected = [{name: (() if name == "step" else p.shape, torch.float32, torch.strided, "cpu")
+                 for name in MOMENTS[type(optimizer).__name__]} for p in params_of(optimizer)]
     try:
-        found = [{name: v.shape for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]
+        found = [{name: kind(v) for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]
     except (KeyError, TypeError, AttributeError):
         found = None
     if found not in ([], expected):
