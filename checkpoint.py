@@ -13,12 +13,15 @@ A checkpoint is complete when both of its files are. They hold tensors and plain
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
+import math
 import os
-import pickle
 import re
+import reprlib
 import shutil
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,9 +29,9 @@ from typing import NamedTuple
 
 import torch
 
-from data import atomic_write
+from data import atomic_write, check_regular, lock, make_folders
 from model import GPT, GPTConfig
-from runtime import describe_machine, print0
+from runtime import DTYPES, describe_machine, first_line, print0, printable
 
 # -----------------------------------------------------------------------------
 # one file
@@ -49,10 +52,14 @@ def check_zip(path):
     """Raises BadZipFile for a torch.save file with a flipped bit: torch.load does not verify checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing and writes no folders (attribute 16), whose contents torch.load would not read
-            wrong = [entry.filename for entry in archive.infolist()
-                     if entry.file_size != entry.compress_size or entry.external_attr & 16]
-            if damaged := wrong[0] if wrong else archive.testzip():
+            entries = archive.infolist()
+            # torch.save compresses nothing; what is compressed, or overlaps, could have any size when it is read
+            if (any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries)
+                    or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+                raise zipfile.BadZipFile("its entries are compressed or overlap, which torch.save does not do")
+            # nor does it write folders (attribute 16), whose contents torch.load would not read
+            folders = [entry.filename for entry in entries if entry.external_attr & 16]
+            if damaged := folders[0] if folders else archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum or header of {damaged}")
 
 
@@ -61,17 +68,31 @@ def load_file(path, mmap=False):
 
     mmap: leave the tensors in the file until they are read.
     """
+    check_regular(path)
+    with open(path, "rb") as f:
+        start = f.read(2)
+    # a zip archive, or a pickle of protocol 2 and later
+    if not start.startswith((b"PK", b"\x80")):
+        raise ValueError(f"cannot load {path}: it is not a checkpoint, a file that torch.save wrote")
     try:
         check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, NotImplementedError,
-            ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.filename:  # missing or not readable: the message is clear
-            raise
-        why = "it is truncated, damaged or not a checkpoint"
-        if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
-            why = "it contains objects other than tensors and plain values, which could run code"
-        raise ValueError(f"cannot load {path}: {why} ({repr(e).splitlines()[0][:100]})") from e
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols that torch.save does not use
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as e:  # on a damaged file torch's unpickler raises almost anything
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(f"cannot load {path}: it contains {code[1]}, not only tensors and plain values, and could run"
+                             " code") from e
+        reason = re.split(r"WeightsUnpickler error:\s*", str(e))[-1].split("\n")[0][:100]
+        raise ValueError(f"cannot load {path}: it is truncated, damaged or not a checkpoint"
+                         f" ({type(e).__name__}: {reason})") from e
+
+
+def aside(paths):
+    """A name for each path under which it is kept: path.aside, or with path.2.aside, path.3.aside ... names that are free."""
+    for n in itertools.count(1):
+        names = [f"{path}.aside" if n == 1 else f"{path}.{n}.aside" for path in paths]
+        if not any(os.path.lexists(name) for name in names):
+            return names
 
 
 # -----------------------------------------------------------------------------
@@ -81,21 +102,22 @@ def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends; ValueError if another running process holds it.
 
     It is a kernel lock on log.txt, released however the process ends. Temporary files that a killed process left are
-    removed; so are, at exit, a log.txt created here that is still empty and the folders created for it.
+    removed; so are, at exit, a log.txt created here that is still empty and the folders created for it. ValueError if a
+    run would overwrite a log.txt or config.json that is not of a run.
     """
     folder = os.path.abspath(run_dir)  # the process may change its directory
     path = os.path.join(folder, "log.txt")
-    created = [place for place in (path, folder, os.path.dirname(folder)) if not os.path.exists(place)]
-    os.makedirs(folder, exist_ok=True)
-    f = open(path, "ab")
+    check_files(run_dir)
+    created = []
+    make_folders(folder, created)
+    is_new = not os.path.exists(path)
     try:
-        import fcntl  # not on Windows
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        f = lock(path)
     except BlockingIOError as e:
         raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it, or choose another"
                          " --exp-name") from e
-    except (ImportError, OSError) as e:  # some network file systems have no locks
-        print0(f"{run_dir} cannot be locked ({e}): do not start a second run in it")
+    if f is None:
+        print0(f"{run_dir} cannot be locked on this file system: do not start a second run in it")
     else:
         for name in os.listdir(folder):  # what a killed process was writing: the lock excludes a running one
             if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
@@ -103,12 +125,25 @@ def lock_run(run_dir):
 
     def unlock():
         with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
-            if path in created and os.path.getsize(path) == 0:
+            if is_new and os.path.getsize(path) == 0:
                 os.remove(path)
-                for place in created[1:]:
+                for place in created:
                     os.rmdir(place)
-        f.close()
+        if f is not None:
+            f.close()
     atexit.register(unlock)
+
+
+def check_files(run_dir):
+    """Raises ValueError if a run would overwrite a log.txt or config.json in run_dir that is not of a run."""
+    path = os.path.join(run_dir, "log.txt")
+    try:
+        read_config(run_dir)
+        check_regular(path)
+        if os.path.exists(path) and not steps_of(run_dir, "model"):  # a resumed run keeps what is in its log
+            read_log(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; {run_dir} is not the folder of a run: choose another --exp-name") from e
 
 
 def write_config(run_dir, config, dtype, ranks):
@@ -116,7 +151,7 @@ def write_config(run_dir, config, dtype, ranks):
     if not ranks.master_process:
         return
     description = {"config": config, "command": sys.argv, "world_size": ranks.world_size, "dtype": dtype,
-                   **describe_machine(ranks.device)}
+                   "torchrun_id": os.environ.get("TORCHELASTIC_RUN_ID"), **describe_machine(ranks.device)}
     with atomic_write(os.path.join(run_dir, "config.json"), "w") as f:
         json.dump(description, f, indent=2)
 
@@ -124,12 +159,13 @@ def write_config(run_dir, config, dtype, ranks):
 def read_config(run_dir):
     """The settings in a run folder's config.json, a dict; {} without the file, ValueError if it is not a run's."""
     path = os.path.join(run_dir, "config.json")
+    check_regular(path)
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f)["config"])
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is not the config.json of a run ({e!r}); move it away to continue without it") from e
 
 
@@ -141,15 +177,25 @@ TRACKERS = ("none", "tensorboard", "wandb")  # the last two are names of package
 
 
 def read_log(path):
-    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names an invalid line."""
+    """{stream: [(step, value), ...] in the file's order} of a log.txt; ValueError names an invalid line.
+
+    A truncated last line, which a kill or a power failure leaves, is ignored.
+    """
+    check_regular(path)
     streams = {}
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    with open(path, "rb") as f:
+        # of a file that is no log a line may be as long as the file
+        for number, line in enumerate(iter(lambda: f.readline(1000), b""), 1):
+            if re.fullmatch(rb"\d+( \w*( \S*)?)?", line):  # no newline
+                break
             try:
-                step, stream, value = line.split()
+                step, stream, value = line.decode().split()
+                if not 0 <= int(step) < 2**53:  # a float64 of the plots has no more digits
+                    raise ValueError(step)
                 streams.setdefault(stream, []).append((int(step), float(value)))
             except ValueError as e:
-                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {line.strip()!r}") from e
+                got = line.decode(errors="replace").strip()[:60]
+                raise ValueError(f"{path}, line {number}: expected `step stream value`, got {got!r}") from e
     return streams
 
 
@@ -192,16 +238,26 @@ class Log:
         log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
         log(250, val=None)                          # does nothing: the evaluation was interrupted
 
-    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is truncated to it.
+    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is truncated to it. The log of an
+    earlier run without checkpoints is copied to log.txt.aside first.
     """
 
     def __init__(self, run_dir, settings, keep_bytes, first_step, ranks):
         self.file = self.tracker = None
         if ranks.master_process:
+            path = os.path.join(run_dir, "log.txt")
+            if keep_bytes == 0 and os.path.exists(path) and os.path.getsize(path) > 0:
+                # a copy: the file itself is locked
+                shutil.copyfile(path, aside([path])[0])
+                print0(f"copied {path} to *.aside: it is of an earlier run, which has no checkpoint")
             # line-buffered: what was logged survives a kill
-            self.file = open(os.path.join(run_dir, "log.txt"), "a", encoding="utf-8", buffering=1)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)
             self.file.truncate(keep_bytes)
-            self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
+            try:
+                self.tracker = self.open_tracker(settings["tracker"], run_dir, settings, first_step)
+            except Exception as e:  # no login, no network, no disk space
+                raise ValueError(f"--tracker {settings['tracker']} cannot be started ({first_line(e)}); --tracker none trains"
+                                 " without it") from e
 
     def __call__(self, step, quiet=False, **values):
         values = {stream: value for stream, value in values.items() if value is not None}
@@ -211,7 +267,11 @@ class Log:
             if self.file:
                 self.file.write(f"{step} {stream} {value}\n")
         if self.tracker and values:
-            self.tracker(step, values)
+            try:
+                self.tracker(step, values)
+            except Exception as e:  # whatever the package raises: the values are in log.txt, the run continues
+                self.tracker = None
+                print0(f"the tracker failed at step {step}, it receives no more values: {first_line(e)}")
 
     def flush(self):
         """Flushes log.txt to the disk."""
@@ -230,7 +290,11 @@ class Log:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(run_dir, purge_step=first_step)
-            atexit.register(writer.close)  # flushes its queue
+
+            def close():
+                with contextlib.suppress(Exception):  # the run is over, and its values are in log.txt
+                    writer.close()  # flushes its queue
+            atexit.register(close)
 
             def track(step, values):
                 for stream, value in values.items():
@@ -309,7 +373,10 @@ def save_and_prune(run_dir, step, model, state):
     save(run_dir, step, model, state)
     best, config = None, state["train_config"]
     if config["keep_best"]:
-        losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        try:
+            losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+        except (OSError, ValueError) as e:  # the file was edited or removed: which one is the best is not known
+            return print0(f"saved {paths(run_dir, step)[0]}; no checkpoint is removed, because --keep-best needs the log: {e}")
         best = min((s for s in saved_steps(run_dir) if s in losses), key=losses.get, default=None)
     prune(run_dir, config["keep_last"], best)
     print0(f"saved {paths(run_dir, step)[0]}")
@@ -328,20 +395,51 @@ def prune(run_dir, keep_last, best=None):
 def rename_newer(run_dir, step):
     """Renames the checkpoints after step to *.aside: they do not belong to the run resumed at step.
 
-    Returns their old names. A state file without its model file, which a kill during a save leaves behind, is kept: the run
-    overwrites or prunes it.
+    Returns their old names. log.txt is copied: the run truncates it. A state file without its model file, which a kill
+    during a save leaves behind, is kept: the run overwrites or prunes it.
     """
     newer = [path for s in sorted(steps_of(run_dir, "model")) if s > step
              for path in paths(run_dir, s) if os.path.exists(path)]
-    for path in newer:
-        os.replace(path, f"{path}.aside")
+    log = [path for path in [os.path.join(run_dir, "log.txt")] if newer and os.path.exists(path)]
+    names = aside(newer + log)  # one number for all: they belong together
+    for path, name in zip(newer, names):
+        os.replace(path, name)
+    for path in log:
+        shutil.copyfile(path, names[-1])
     return newer
 
 
-def check_weights(model, weights, source):
-    """Raises ValueError, naming up to three tensors, if weights do not have the names and shapes of model's state dict."""
-    ours = model.state_dict()
-    wrong = sorted(ours.keys() ^ weights.keys())
+# types of the contents of the two files
+MODEL_TYPES = {"step": int, "model": dict, "config": dict}
+STATE_TYPES = {"step": int, "optimizers": list, "scaler": dict, "loader": dict, "rng": list, "train_config": dict}
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of float16; else empty
+
+
+def check_tensors(weights, source):
+    """Raises ValueError unless weights, read from a file, are dense floating-point tensors that are wholly in that file."""
+    for name, t in weights.items():
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name} of {source} is {t!r:.40}, expected a tensor")
+        if (t.layout, t.device.type) != (torch.strided, "cpu") or t.dtype not in (torch.float64, *DTYPES.values()):
+            raise ValueError(f"{name} of {source} is {t.dtype}, {t.layout} on {t.device}, expected a dense tensor of floats")
+    sizes = [t.numel() * t.element_size() for name, t in weights.items() if name != "lm_head.weight"]  # tied to wte
+    if sum(sizes) > num_bytes(weights):
+        raise ValueError(f"the tensors of {source} have {sum(sizes):,} bytes, more than are stored: it is damaged")
+
+
+def check_weights(config, weights, source):
+    """Raises ValueError, naming up to three tensors, unless weights are the state dict of a GPT of this GPTConfig.
+
+    What passes can be allocated: a damaged file may describe a model of any size.
+    """
+    check_tensors(weights, source)
+    count = sum(t.numel() for t in weights.values())
+    if config.n_layer > len(weights) or config.num_params() > count:
+        raise ValueError(f"the weights of {source} do not fit this model: its config says n_layer={config.n_layer} and"
+                         f" {config.num_params():,} parameters, they are {len(weights)} tensors with {count:,}")
+    with torch.device("meta"):
+        ours = GPT(config).state_dict()
+    wrong = sorted(map(str, ours.keys() ^ weights.keys()))
     wrong += [f"{name} {tuple(weights[name].shape)} for {tuple(ours[name].shape)}"
               for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
     if wrong:
@@ -349,9 +447,19 @@ def check_weights(model, weights, source):
                          f" ({len(wrong)} tensors in all)")
 
 
+def check_finite(model, source):
+    """Raises ValueError, naming up to three tensors, if a weight is NaN or infinite."""
+    # aminmax propagates NaN and makes no copy: 0.1 s for 124M parameters
+    wrong = [name for name, p in model.named_parameters()
+             if not all(bound.isfinite() for bound in p.detach().aminmax())]
+    if wrong:
+        raise ValueError(f"{source} has NaN or infinite weights: {', '.join(wrong[:3])} ({len(wrong)} tensors in all);"
+                         " use an earlier checkpoint, or download it again")
+
+
 def load_weights(model, weights, source):
     """load_state_dict with the error messages of check_weights."""
-    check_weights(model, weights, source)
+    check_weights(model.config, weights, source)
     model.load_state_dict(weights)
 
 
@@ -360,13 +468,19 @@ def load_pair(run_dir, step):
     # memory-mapped: the ranks of a machine share the files' pages, and each reads only its part of the optimizer's state
     model, state = (load_file(path, mmap=True) for path in paths(run_dir, step))
     model_path, state_path = paths(run_dir, step)
-    state_keys = {"optimizers", "scaler", "loader", "rng", "train_config"}
-    for path, contents, keys in ((model_path, model, {"model", "config"}), (state_path, state, state_keys)):
-        if not isinstance(contents, dict) or not keys <= contents.keys() or contents.get("step") != step:
+    for path, contents, types in ((model_path, model, MODEL_TYPES), (state_path, state, STATE_TYPES)):
+        if not isinstance(contents, dict) or not types.keys() <= contents.keys() or contents.get("step") != step:
             raise ValueError(f"{path} is not the {os.path.basename(path)[:5]} file of step {step}")
-    with torch.device("meta"):
-        empty = GPT(GPTConfig(**model["config"]))
-    check_weights(empty, model["model"], model_path)
+        if wrong := [name for name, kind in types.items() if not isinstance(contents[name], kind)]:
+            raise ValueError(f"{path} is damaged: {wrong[0]} is {reprlib.repr(contents[wrong[0]])}")
+    if state["scaler"].keys() not in (set(), SCALER) or not all(
+            type(value) in (int, float) and 0 <= value < math.inf for value in state["scaler"].values()):
+        raise ValueError(f"{state_path} is damaged: scaler is {reprlib.repr(state['scaler'])}")
+    try:
+        config = GPTConfig(**model["config"])
+    except (ValueError, TypeError) as e:  # unknown or wrong fields
+        raise ValueError(f"{model_path} is damaged: its config does not describe a model ({e})") from e
+    check_weights(config, model["model"], model_path)
     return model, state
 
 
@@ -381,8 +495,8 @@ def load_latest(run_dir):
     for step in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state"), reverse=True):
         try:
             return Checkpoint(*load_pair(run_dir, step), messages)
-        except (ValueError, OSError, TypeError) as e:
-            messages.append(f"skipping step {step}: {e}")
+        except (ValueError, OSError) as e:
+            messages.append(printable(f"skipping step {step}: {e}"))
     if steps_of(run_dir, "model"):
         raise ValueError(f"no checkpoint in {run_dir} can be loaded ({'; '.join(messages)});"
                          " move the folder away to start over")

@@ -4,19 +4,23 @@ The settings of a training run: each once, with its default, meaning and flag; t
 TrainConfig's fields are the flags of train_gpt2.py. A value comes from the first source that sets it: the command line,
 the checkpoint that the run resumes from, the weights of --init-from, the preset, the field's default.
 
+When a run resumes, FIXED settings cannot change and FORCED ones only with --force; all others take effect.
+
 Sources: the GPT-2 paper (Radford et al. 2019) for the sizes, the GPT-3 paper (Brown et al. 2020, table 2.1 and appendix
 B) for learning rates, batch size and schedule, and the lecture "Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
 """
+import contextlib
+import json
 import math
 import os
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 
 import checkpoint
 import convert
 import data
 from model import GPTConfig, SIZES
-from runtime import ArgumentParser, number, print0
+from runtime import ArgumentParser, is_rank0, number, print0, printable
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
@@ -30,33 +34,53 @@ def flag(default, meaning, low=0, high=math.inf, above=-math.inf, **kwargs):
     return field(default=default, metadata={"help": meaning, **kwargs})
 
 
+def nonempty(value):
+    """The type of a flag that takes a text: an empty one, as an unset shell variable gives, is refused."""
+    if not value.strip():
+        raise ArgumentTypeError(f"{value!r}: must not be empty; omit the flag to use its default")
+    return value
+
+
+def run_name(value):
+    """The type of --exp-name: the name of a folder, without a slash at its end, which shells add."""
+    name = str(value).rstrip("/")
+    if (name in ("", ".", "..") or "/" in name or name[0] == "-" or name != name.strip() or not name.isprintable()
+            or len(name.encode()) > 200):
+        raise ArgumentTypeError(f"{value!r:.100}: must be the name of a folder, not empty, without slashes (--log-dir chooses"
+                                " the folder of all runs), a leading dash, outer blanks or control characters, of at most 200"
+                                " bytes")
+    return name
+
+
 @dataclass
 class TrainConfig:
     preset: str = flag("gpt2-124M", "model and recipe (default: chosen by the data)")
     data: str = flag("", f"folder of shards, text file, or folder of .txt; default {FINEWEB_DIR}/ if it exists, else input.txt")
-    exp_name: str = flag("", "name of the run, whose folder is log/<exp-name>; default the preset's name")
+    exp_name: str = flag("", "name of the run, whose folder is log/<exp-name>; default the name of --data's text if no --preset"
+                         " is given, else the preset's", type=run_name)
     log_dir: str = flag("log", "folder of all runs")
     init_from: str = flag("", "initial weights: gpt2 ... gpt2-xl, a checkpoint file, a run folder or a Hugging Face folder"
                           " (default random)")
     # the model
-    n_layer: int = flag(12, "number of blocks", low=1)
-    n_head: int = flag(12, "attention heads per block", low=1)
-    n_embd: int = flag(768, "channels of the residual stream", low=1)
-    block_size: int = flag(1024, "maximum context length, tokens", low=1)
-    vocab_size: int = flag(50304, "GPT-2's 50257 padded to a multiple of 128, for faster matmuls", low=1)
+    n_layer: int = flag(12, "number of blocks", low=1, high=1000)
+    n_head: int = flag(12, "attention heads per block", low=1, high=100_000)
+    n_embd: int = flag(768, "channels of the residual stream", low=1, high=100_000)
+    block_size: int = flag(1024, "maximum context length, tokens", low=1, high=1_000_000)
+    vocab_size: int = flag(50304, "GPT-2's 50257 padded to a multiple of 128, for faster matmuls", low=1, high=1_000_000)
     dropout: float = flag(0.0, "dropout probability", high=1)
+    bias: bool = True  # no flag: GPT-2 has biases, a nanoGPT checkpoint given to --init-from may not
     # the data
     sequence_length: int = flag(0, "T, tokens; default block_size")
     batch_size: int = flag(0, "micro-batch size B, sequences; default the largest that fits and divides the total batch")
     total_batch_size: int = flag(524288, "tokens per optimizer step, over all ranks and micro-steps; 2**19 is about 0.5M",
-                                 low=1)
-    epochs: float = flag(1.0, "passes over the training data, if max_steps is not given", above=0)
+                                 low=1, high=10**9)
+    epochs: float = flag(1.0, "passes over the training data; a preset's max_steps is then ignored", above=0, high=1e6)
     max_steps: int = flag(0, "optimizer steps; default as many as the epochs have")
     shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the order in the files",
                         choices=("on", "off"))
     # the optimizer; defaults from the GPT-3 paper, appendix B
     optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = flag(6e-4, "peak learning rate")
+    lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak", high=1)
     embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
     schedule: str = flag("cosine", "after the warmup: cosine decay, or wsd: constant, then linear decay",
@@ -77,14 +101,14 @@ class TrainConfig:
     parallel: str = flag("ddp", "sharding mode under torchrun; ddp: nothing is sharded, zero: the optimizer state,"
                          " fsdp: weights and gradients too", choices=("ddp", "zero", "fsdp"))
     activation_checkpointing: bool = flag(False, "store only the blocks' inputs and recompute activations in the backward")
-    # intervals; each is also due after the last step; 0: never
+    # intervals; each is also due after the last step; 0: never, but the last step is always saved
     val_every: int = flag(250, "steps between validations")
     val_tokens: int = flag(10485760, "tokens per validation, from the start of the val split")
     hella_every: int = flag(250, "steps between HellaSwag evaluations")
     hellaswag: str = flag("auto", "HellaSwag's validation .jsonl; auto: if it was downloaded; off")
     sample_every: int = flag(250, "steps between samples")
-    prompt: str = flag("Hello, I'm a language model,", "prompt of the samples")
-    save_every: int = flag(250, "steps between checkpoints")
+    prompt: str = flag("Hello, I'm a language model,", "prompt of the samples", type=str)
+    save_every: int = flag(250, "steps between checkpoints; the last step is always saved")
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed", low=1)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest validation loss too")
     tracker: str = flag("none", "also send the values of log.txt to TensorBoard or Weights & Biases",
@@ -92,20 +116,27 @@ class TrainConfig:
     # starting and resuming
     resume: str = flag("auto", "auto: resume the run if it has checkpoints; never: raise if it has any; or a run folder,"
                        " or a model_*.pt in one, to resume from")
-    force: bool = flag(False, "resume even if the data, their order, the total batch size, seed, dropout or dtype have changed")
+    force: bool = flag(False, "resume even if the data, their order, the total batch size, seed, dropout or dtype have changed;"
+                       " start even if the run needs more memory than is available")
     timeout: float = flag(10.0, "minutes that a rank waits for the others", low=0.01, high=1e6)
     deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
+    eval_only: bool = flag(False, "print the validation loss and HellaSwag score of the run's checkpoint, or of --init-from,"
+                           " and exit; nothing is written")
 
     def __post_init__(self):
+        if type(self.exp_name) is str:  # as all fields, it may be anything if it comes from a damaged file
+            self.exp_name = self.exp_name or self.preset
         for f in fields(self):
             if "type" in f.metadata:  # values from a checkpoint have not passed the parser
                 try:
                     setattr(self, f.name, f.metadata["type"](getattr(self, f.name)))
                 except ArgumentTypeError as e:
                     raise ValueError(f"--{f.name.replace('_', '-')} {e}") from e
+            elif type(value := getattr(self, f.name)) is not f.type or value not in f.metadata.get("choices", (value,)):
+                allowed = f.metadata.get("choices", f"a {f.type.__name__}")
+                raise ValueError(f"--{f.name.replace('_', '-')} is {value!r:.100}, must be {allowed}")
         self.sequence_length = self.sequence_length or self.block_size
-        self.exp_name = self.exp_name or self.preset
         self.gpt_config()  # checks the model's fields
         if self.sequence_length > self.block_size:
             raise ValueError(f"--sequence-length {self.sequence_length} is over --block-size {self.block_size}")
@@ -156,12 +187,30 @@ PRESETS = {
 # titles of --help's groups, by the first flag in each
 GROUPS = {"preset": "the run", "n_layer": "the model", "sequence_length": "the data", "optimizer": "the optimizer",
           "device": "the machine", "val_every": "every so many steps, and after the last one (0: never)", "resume": "resuming"}
+EXAMPLES = """examples:
+  python train_gpt2.py                                                  # on edu_fineweb10B/ if it exists, else on Shakespeare
+  python train_gpt2.py --data my_book.txt                               # the same command again resumes the run log/my_book
+  torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2-350M --exp-name medium
+"""
+
+
+def presets_table():
+    """The values of the presets, for --help."""
+    columns = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "warmup_steps", "lr"]
+    rows = [["preset", *columns], *([preset, *(str(changes.get(name, getattr(TrainConfig, name))) for name in columns)]
+                                    for preset, changes in PRESETS.items())]
+    lines = ["  ".join(value.ljust(max(len(row[i]) for row in rows)) for i, value in enumerate(row)).rstrip() for row in rows]
+    for preset, changes in PRESETS.items():
+        if more := [f"{name} {value}" for name, value in changes.items() if name not in columns]:
+            lines.append(f"{preset} also has {', '.join(more[:6])},\n  {', '.join(more[6:])}")
+    return "presets:\n" + "\n".join("  " + line.replace("\n", "\n  ") for line in lines)
 
 
 def parse_args(argv=None):
     """The flags that were given, a dict; flags, help texts and types are made from TrainConfig's fields."""
-    parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]")
-    for f in fields(TrainConfig):
+    parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]",
+                            epilog=f"{presets_table()}\n\n{EXAMPLES}", formatter_class=RawDescriptionHelpFormatter)
+    for f in (f for f in fields(TrainConfig) if "help" in f.metadata):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
         kwargs = {**f.metadata, "default": SUPPRESS}
@@ -175,7 +224,7 @@ def parse_args(argv=None):
             group.add_argument(name, choices=list(PRESETS), **kwargs)
         else:
             metavar = None if "choices" in kwargs else f.type.__name__.upper()
-            group.add_argument(name, **{"type": f.type, "metavar": metavar, **kwargs})
+            group.add_argument(name, **{"type": nonempty, "metavar": metavar, **kwargs})
     return vars(parser.parse_args(argv))
 
 
@@ -220,51 +269,85 @@ def run_folder(given):
         if not os.path.exists(resume):
             raise FileNotFoundError(f"--resume {resume} does not exist; allowed are auto, never, a run folder, or a model_*.pt"
                                     " in one")
-        return os.path.normpath(resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
-    return os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", choose_preset(given)[0]))
+        if os.path.isdir(resume) and not checkpoint.steps_of(resume, "model"):
+            raise FileNotFoundError(f"--resume {resume}: there is no checkpoint")
+        folder = os.path.normpath(resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
+        return folder if os.path.basename(folder) not in (".", "..") else os.path.abspath(folder)
+    return os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", default_name(given)))
+
+
+def default_name(given):
+    """The run's name without --exp-name: of the text that --data names, so that each text has its own run, or the preset."""
+    preset, source, _ = choose_preset(given)
+    if "preset" not in given and preset == "shakespeare" and os.path.realpath(source) != os.path.realpath(INPUT_TXT):
+        name = os.path.basename(os.path.abspath(source))
+        with contextlib.suppress(ArgumentTypeError):  # no name for a folder: "-.txt"
+            return run_name(name if os.path.isdir(source) else os.path.splitext(name)[0])
+    return preset
 
 
 def load_run(given):
     """The Checkpoint to resume from, or None for a new run. Rank 0 locks the run folder before it is read."""
+    if given.get("eval_only") and "init_from" in given:
+        return None
     run_dir, resume = run_folder(given), given.get("resume", "auto")
-    if int(os.environ.get("RANK", 0)) == 0 and not given.get("dry_run"):
+    is_file = resume not in ("auto", "never") and not os.path.isdir(resume)
+    step = checkpoint.step_of(resume) if is_file else None
+    if is_rank0() and not (given.get("dry_run") or given.get("eval_only")):
         checkpoint.lock_run(run_dir)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = "auto"  # torchrun restarted the ranks: resume from what the run has saved since
-    if resume == "never" and checkpoint.steps_of(run_dir, "model"):
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
+    if resume == "never" and checkpoint.steps_of(run_dir, "model") and not restarted:
         raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
-    if resume in ("auto", "never") or os.path.isdir(resume):
-        saved = checkpoint.load_latest(run_dir)
-        if not saved and resume not in ("auto", "never"):
-            raise FileNotFoundError(f"--resume {resume}: there is no checkpoint")
-        return saved
-    return checkpoint.Checkpoint(*checkpoint.load_pair(run_dir, checkpoint.step_of(resume)), [])
+    # restarted ranks resume from what the run has saved since; newer checkpoints are the run's own only once those of
+    # before have been renamed to *.aside
+    if is_file and not (restarted and has_started(run_dir, resume)):
+        return checkpoint.Checkpoint(*checkpoint.load_pair(run_dir, step), [])
+    return checkpoint.load_latest(run_dir)
+
+
+def has_started(run_dir, resume):
+    """Whether this torchrun's earlier ranks have loaded the checkpoint of --resume: then config.json is theirs."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(run_dir, "config.json")) as f:
+        started = json.load(f)
+        return (started["config"]["resume"], started["torchrun_id"]) == (resume, os.environ.get("TORCHELASTIC_RUN_ID"))
+    return False
 
 
 # What cannot change when a run resumes, and what changes its result, which --force allows.
-FIXED = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "optimizer"]
+FIXED = ["preset", "init_from", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length", "optimizer"]
 FORCED = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
 
 
 def config_from_flags(argv=None):
     """(TrainConfig, the Checkpoint to resume from or None) of the command line; the run folder is locked."""
     given = parse_args(argv)
+    if "epochs" in given:  # replaces the max_steps of the preset or of the run
+        if given.get("max_steps"):
+            raise ValueError("--epochs and --max-steps both set the length of the run: give one of them")
+        given["max_steps"] = 0
     preset, source, reason = choose_preset(given)
     saved = load_run(given)
+    log_dir, exp_name = os.path.split(run_folder(given))
     # a resumed run may give up a tracker that is not installed on this machine
     checkpoint.check_tracker(given.get("tracker", saved.state["train_config"].get("tracker", "none") if saved else "none"))
     if not saved:
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
-        return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source}), None
+        return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source,
+                              "log_dir": log_dir, "exp_name": exp_name}), None
     # the run's settings, with defaults for flags that are newer than the run; how it was started is not a setting
-    known = {name: value for name, value in saved.state["train_config"].items() if name in TrainConfig.__dataclass_fields__}
-    base = TrainConfig(**{**known, "dry_run": False, "force": False, "resume": "auto"})
-    log_dir, exp_name = os.path.split(run_folder(given))  # the folder may have been moved
+    settings = {**saved.state["train_config"], **saved.model["config"]}
+    known = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
+    if unknown := saved.state["train_config"].keys() - known.keys():  # of another version of this file
+        print0(printable(f"  ignored: the run's settings {', '.join(sorted(map(str, unknown)))}, which no longer exist"))
+    base = TrainConfig(**{**known, "dry_run": False, "eval_only": False, "force": False, "resume": "auto"})
+    if os.path.basename(base.data) == "input.txt" and not os.path.exists(base.data):
+        base.data = INPUT_TXT  # this clone has been moved; the data's fingerprint is compared later
+    # the run's folder may have been moved, too
     config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})
     print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
     changed = [name for name in given if getattr(base, name) != getattr(config, name)]
     for name in changed:
-        if name not in ("dry_run", "force", "resume", "exp_name", "log_dir"):
+        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir"):
             print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
     if wrong := [name for name in changed if name in FIXED]:
         raise ValueError(f"{', '.join(wrong)} cannot change when a run resumes; choose another --exp-name")
@@ -280,8 +363,8 @@ def config_from_flags(argv=None):
 def estimate_memory(config, num_params, B, dtype, world_size, compiled):
     """{part: bytes} that each training process needs at micro-batch size B; the sum is within 15% of measured CPU runs.
 
-    "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments, divided by
-    world_size as far as they are sharded. "micro-batch" is added by a forward and backward, at its peak:
+    "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments (4 of Muon's one),
+    divided by world_size as far as they are sharded. "micro-batch" is added by a forward and backward, at its peak:
 
     - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are the block's input, which
       LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v, attention's output, the second residual, and the MLP
@@ -311,6 +394,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
                           4 * num_params + min(tokens, max(T, 16384)) * V * (2 * wide + 8))        # unsharded, to evaluate
     else:
         state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
+        state -= 4 * L * 12 * C * C * (config.optimizer == "muon")
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 
 
@@ -324,9 +408,9 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     if sequences % world_size != 0:
         raise ValueError(f"{sequences} sequences per step cannot be split over {world_size} processes; numbers that would fit:"
                          f" {[w for w in range(1, min(sequences, 1024) + 1) if sequences % w == 0]}")
-    divisors = [B for B in range(1, sequences // world_size + 1) if (sequences // world_size) % B == 0]
+    divisors = [B for B in range(1, min(sequences // world_size, 65536) + 1) if (sequences // world_size) % B == 0]
     if config.batch_size:
-        if config.batch_size not in divisors:
+        if (sequences // world_size) % config.batch_size != 0:
             raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
                              f"{T}*{world_size}; --batch-size that would fit: {divisors}")
         return config.batch_size

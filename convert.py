@@ -25,20 +25,28 @@ Sources: https://github.com/karpathy/build-nanogpt (train_gpt2.py), https://gith
 https://github.com/karpathy/llm.c (train_gpt2.py: write_model; train_gpt2.cuh), https://github.com/openai/gpt-2
 (src/encoder.py) for the tokenizer, https://huggingface.co/openai-community/gpt2 for Hugging Face's files.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import os
 import re
 import shutil
+import tempfile
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields, replace
 
 import numpy as np
 import torch
 
-from checkpoint import (check_weights, load_file, load_weights, model_contents, paths, read_config, read_log, save_file,
-                        steps_of)
-from data import EOT, NUM_TOKENS, get_tokenizer
-from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf
-from runtime import ArgumentParser, run_main
+from checkpoint import (check_finite, check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log,
+                        save_file, steps_of)
+from data import EOT, NUM_TOKENS, check_output, check_regular, get_tokenizer
+from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
+from runtime import ArgumentParser, printable, run_main
 
 # -----------------------------------------------------------------------------
 # torch.save's files: ours, build-nanogpt's, nanoGPT's
@@ -54,16 +62,13 @@ def allow_pickled_config():
 
 def config_of(values, path):
     """The GPTConfig of a dict from a file; ValueError for a field that is missing, unknown, or of another type."""
-    allowed = {f.name: (int, float) if f.type is float else f.type for f in fields(GPTConfig)}
-    if not isinstance(values, dict) or not values.keys() <= allowed.keys():
-        unknown = f"; it has {', '.join(sorted(map(str, values.keys() - allowed.keys())))}" if isinstance(values, dict) else ""
+    allowed = {f.name for f in fields(GPTConfig)}
+    if not isinstance(values, dict) or not values.keys() <= allowed:
+        unknown = f"; it has {', '.join(sorted(map(str, values.keys() - allowed)))[:80]}" if isinstance(values, dict) else ""
         raise ValueError(f"the config in {path} is not a GPTConfig, whose fields are {', '.join(sorted(allowed))}{unknown}")
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         if name not in values:
             raise ValueError(f"the config in {path} lacks {name}")
-    for name, value in values.items():
-        if not isinstance(value, allowed[name]):
-            raise ValueError(f"the config in {path} has {name}={value!r}, expected {allowed[name]}")
     try:
         return GPTConfig(**values)
     except ValueError as e:
@@ -83,17 +88,23 @@ def read_pt(contents, path):
     if isinstance(config, PickledConfig):
         kind, config = "build-nanogpt", vars(config)
     weights = contents["model"]
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not isinstance(weights, dict):
         raise ValueError(f'"model" in {path} is not a state dict')
     # torch.compile and DDP prefix the names; the lecture's attention has its causal mask as a buffer
-    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in weights.items()
-               if not name.endswith(".attn.bias")}
-    wte = weights.get("transformer.wte.weight")
-    if wte is not None and not torch.equal(weights.setdefault("lm_head.weight", wte), wte):
-        raise ValueError(f"{path}: lm_head.weight and wte.weight differ (an untied lm_head), so it is not a GPT-2")
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in weights.items()
+               if not str(name).endswith(".attn.bias")}
+    check_tensors(weights, path)
+    try:
+        tie_lm_head(weights)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
     info = {"kind": kind, "path": path}
-    for name, value in (("step", contents.get(step)), ("val_loss", contents.get(val_loss))):
-        info[name] = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    for name, key, types in (("step", step, (int, type(None))), ("val_loss", val_loss, (int, float, type(None)))):
+        value = contents.get(key)
+        value = value.item() if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() == 1 else value
+        if type(value) not in types:
+            raise ValueError(f'"{key}" in {path} is {value!r:.40}, expected a number')
+        info[name] = value
     return config_of(config, path), weights, info
 
 
@@ -226,6 +237,11 @@ def tokenizer_files(block_size):
 # -----------------------------------------------------------------------------
 # Hugging Face: the model's files
 
+WEIGHTS = "model.safetensors"
+HF_FILES = ("README.md", "config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+            "vocab.json")  # that write_hf writes beside the weights
+
+
 def config_files(config, dtype):
     """{file name: text} of config.json and generation_config.json."""
     tokens = {"bos_token_id": EOT, "eos_token_id": EOT}
@@ -242,7 +258,7 @@ def run_settings(run_dir):
     path, settings = os.path.join(run_dir, "config.json"), {}
     config = read_config(run_dir)
     if "data" in config:
-        settings["training data"] = os.path.basename(os.path.normpath(config["data"]))
+        settings["training data"] = os.path.basename(os.path.normpath(str(config["data"])))
     for name in ("optimizer", "lr", "weight_decay", "total_batch_size", "sequence_length", "seed"):
         if name in config:
             settings[name.replace("_", " ") + (", tokens" if name.endswith(("size", "length")) else "")] = config[name]
@@ -284,8 +300,8 @@ def model_card(model, name, dtype, info):
              'print(generate("Hello, I\'m a language model,", max_new_tokens=30)[0]["generated_text"])', "```", ""]
     for title, table in (("Scores", scores), ("Training", settings)):
         if table:
-            lines += [f"## {title}", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in table.items()),
-                      ""]
+            lines += [f"## {title}", "", "| | |", "| --- | --- |"]
+            lines += [f"| {name} | {printable(' '.join(str(value).split()))} |" for name, value in table.items()] + [""]
     return "\n".join(lines)
 
 
@@ -298,32 +314,34 @@ def write_hf(model, folder, dtype="float32", info=None):
     if model.config.vocab_size < NUM_TOKENS:
         raise ValueError(f"this model has a vocabulary of {model.config.vocab_size}, GPT-2's is {NUM_TOKENS}:"
                          " GPT-2's tokenizer does not fit it")
-    folder = os.path.normpath(folder)
-    temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary)
-    try:
+    folder = os.path.realpath(folder)
+    name, where = os.path.basename(folder), folder if os.path.isdir(folder) else os.path.dirname(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=where) as private:
+        temporary = os.path.join(private, name)
+        os.mkdir(temporary)  # with the usual permissions, unlike private
         texts = {**config_files(model.config, dtype), **tokenizer_files(model.config.block_size),
-                 "README.md": model_card(model, os.path.basename(folder), dtype, info or {})}
-        for name, text in texts.items():
-            with open(os.path.join(temporary, name), "w", encoding="utf-8", newline="\n") as f:
+                 "README.md": model_card(model, name, dtype, info or {})}
+        for file, text in texts.items():
+            with open(os.path.join(temporary, file), "w", encoding="utf-8", newline="\n") as f:
                 f.write(text)
-        save_safetensors(model.hf_state_dict(NUM_TOKENS, getattr(torch, dtype)),
-                         os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
-        for name in os.listdir(temporary):
-            with open(os.path.join(temporary, name), "rb+") as f:
+        weights = os.path.join(temporary, WEIGHTS)
+        save_safetensors(model.hf_state_dict(NUM_TOKENS, getattr(torch, dtype)), weights, metadata={"format": "pt"})
+        shutil.copymode(os.path.join(temporary, "config.json"), weights)  # safetensors creates it unreadable for others
+        for file in os.listdir(temporary):
+            with open(os.path.join(temporary, file), "rb+") as f:
                 os.fsync(f.fileno())
         if not os.path.exists(folder):
             os.rename(temporary, folder)
         else:
-            for name in sorted(os.listdir(temporary)):
-                os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            for file in sorted(os.listdir(temporary)):
+                os.replace(os.path.join(temporary, file), os.path.join(folder, file))
 
 
-def check_token():
-    """Raises ValueError without a Hugging Face token to push with."""
+def check_push(repo):
+    """Raises ValueError without a Hugging Face token to push with, or for an invalid name of a repository."""
     from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+    validate_repo_id(repo)
     if get_token() is None:
         raise ValueError("--push needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN")
 
@@ -343,9 +361,10 @@ def push(folder, repo):
 # a model from any source
 
 def is_hf(source):
-    """Whether a source is one of OpenAI's model names, or a Hugging Face folder."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return source in PRETRAINED or any(os.path.isfile(os.path.join(source, name)) for name in names)
+    """Whether a source is one of OpenAI's models, by name or by its repository on the Hub, or a Hugging Face folder."""
+    names = (WEIGHTS, f"{WEIGHTS}.index.json")
+    named = source.removeprefix("openai-community/") in PRETRAINED
+    return named or any(os.path.isfile(os.path.join(source, name)) for name in names)
 
 
 def model_file(source):
@@ -358,7 +377,9 @@ def model_file(source):
         return paths(source, max(steps))[0]
     if not os.path.exists(source):
         raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file, nanoGPT's"
-                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)}")
+                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)};"
+                                " download other models: hf download USER/NAME --local-dir FOLDER")
+    check_regular(source)
     if source.endswith(".safetensors"):
         raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
     return source
@@ -367,28 +388,38 @@ def model_file(source):
 def read_model(source):
     """(GPTConfig, state dict under our names, {"kind", "path", "step", "val_loss"}) of what load_model takes.
 
-    The weights are as stored, mostly memory-mapped. "step" and "val_loss" are None if unknown.
+    The weights are as stored, mostly memory-mapped, and fit the config. "step" and "val_loss" are None if unknown.
     """
+    if not source:
+        raise ValueError("the name of the checkpoint is empty")
+    path = source
     if is_hf(source):
         config, hf_state_dict = read_hf(source)
-        return config, from_hf_names(hf_state_dict), {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
-    path = model_file(source)
-    if is_llmc(path):
-        return read_llmc(path)
-    with allow_pickled_config():
-        contents = load_file(path, mmap=True)
-    return read_pt(contents, path)
+        try:
+            weights = from_hf_names(hf_state_dict)
+        except ValueError as e:
+            raise ValueError(f"{source}: {e}") from e
+        info = {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
+    elif is_llmc(path := model_file(source)):
+        config, weights, info = read_llmc(path)
+    else:
+        with allow_pickled_config():
+            contents = load_file(path, mmap=True)
+        config, weights, info = read_pt(contents, path)
+    check_weights(config, weights, path)
+    return config, weights, info
 
 
 def load_model(source, device="cpu", block_size=None, dropout=None):
     """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} if unknown) of a run folder, a file of any format
     at the top of this module, a Hugging Face folder, or one of OpenAI's names, such as "gpt2-xl".
 
-    block_size: keep the first positions only. dropout: replaces the checkpoint's.
+    block_size: keep the first positions only. dropout: replaces the checkpoint's. ValueError for NaN or infinite weights.
     """
     config, weights, info = read_model(source)
     model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
-    load_weights(model, weights, source)
+    model.load_state_dict(weights)
+    check_finite(model, info["path"])
     if block_size is not None:
         model.crop_block_size(block_size)
     known = info["step"] is not None or info["val_loss"] is not None
@@ -401,8 +432,6 @@ def load_model(source, device="cpu", block_size=None, dropout=None):
 def describe(source):
     """The lines that `info` prints."""
     config, weights, info = read_model(source)
-    with torch.device("meta"):
-        check_weights(GPT(config), weights, source)
     tensors = [tensor for name, tensor in weights.items() if name != "lm_head.weight"]  # tied to wte
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
     count, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
@@ -416,29 +445,57 @@ def describe(source):
     return "\n".join([info["path"], *(f"  {name:<11} {value}" for name, value in lines.items() if value is not None)])
 
 
-def convert(source, out, dtype, overwrite, folder):
-    """Writes source's model to out atomically: a Hugging Face folder if folder is true or out is neither a .pt nor a .bin."""
-    suffix = "" if folder else os.path.splitext(out)[1]
+def check_out(source, out, dtype, overwrite, folder):
+    """The format to write: ".pt", ".bin", or "" for a folder; ValueError if it may not be written to out.
+
+    Without overwrite nothing is replaced; with it, a file of that format, or the files of export in a folder that export wrote.
+    """
+    suffix = "" if out.endswith("/") or os.path.isdir(out) else os.path.splitext(out)[1]
     if suffix == ".safetensors":
         raise ValueError(f"{out}: give a folder, which also gets config.json and the tokenizer; or a .pt or .bin file")
-    if os.path.isdir(out) and steps_of(out, "model"):
+    if re.match(r"\.[A-Za-z]", suffix) and (folder or suffix not in (".pt", ".bin")):
+        raise ValueError(f"{out}: {suffix} is not a format to write; give {'' if folder else 'X.pt, X.bin, or '}a folder, with"
+                         " / at its end if its name has a dot")
+    suffix = suffix if suffix in (".pt", ".bin") else ""
+    if suffix == ".pt" and dtype != "float32":
+        raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
+    path = os.path.realpath(out) if out else out  # what a symbolic link names is replaced, not the link
+    present = os.listdir(path) if os.path.isdir(path) else []
+    check_output(os.path.join(path, WEIGHTS) if os.path.isdir(path) else path)
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
+        raise ValueError(f"{out} is the source itself; choose another name")
+    if steps_of(path, "model"):
         raise ValueError(f"{out} is a run folder, whose config.json would be lost; choose another folder")
-    if (os.path.isfile(out) or os.path.isdir(out) and os.listdir(out)) and not overwrite:
+    if re.fullmatch(r"(model|state)_\d+\.pt", os.path.basename(path)) and steps_of(os.path.dirname(path), "model"):
+        raise ValueError(f"{out} would be a checkpoint of that run; choose another folder")
+    if (present or os.path.isfile(path)) and not overwrite:
         raise ValueError(f"{out} exists already; --overwrite replaces it")
+    if not suffix and os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"{out} is not a folder, which a Hugging Face model is; choose another name")
+    if WEIGHTS not in present and (others := sorted({*present} & {*HF_FILES})):
+        raise ValueError(f"{out} has a {others[0]} and no {WEIGHTS}: export did not write it; choose another folder")
+    return suffix
+
+
+def convert(source, out, dtype, overwrite, folder):
+    """Writes source's model to out atomically: a Hugging Face folder if folder is true or out is neither a .pt nor a .bin."""
+    suffix = check_out(source, out, dtype, overwrite, folder)
     model, info = load_model(source)
+    vocab_size, bias = min(model.config.vocab_size, NUM_TOKENS), True
     if suffix == ".pt":
-        if dtype != "float32":
-            raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
         save_file({**model_contents(model, info.get("val_loss")), "step": info.get("step")}, out)
+        vocab_size, bias = model.config.vocab_size, model.config.bias
     elif suffix == ".bin":
         save_file(model, out, lambda model, f: write_llmc(model, f, dtype))
     else:
         write_hf(model, out, dtype, info)
-    print(f"wrote {out}: {model.num_params():,} parameters, {dtype}")
+    written = replace(model.config, vocab_size=vocab_size, bias=bias)  # other projects' formats have all biases
+    print(f"wrote {out}: {written.num_params():,} parameters, {dtype}")
 
 
 def main():
-    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.")
+    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.",
+                            formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
     takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
     info = commands.add_parser("info", help="print what a checkpoint is")
@@ -452,14 +509,15 @@ def main():
                              help="dtype of the weights (default float32)")
         command.add_argument("--overwrite", action="store_true", help="replace an existing out")
     export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    parser.epilog = "\n".join(command.format_help() for command in (info, export, converter))
     args = parser.parse_args()
     if args.command == "info":
         print(describe(args.source))
         return
-    if args.command == "export" and args.push:
-        check_token()
+    if args.command == "export" and args.push is not None:
+        check_push(args.push)
     convert(args.source, args.out, args.dtype, args.overwrite, args.command == "export")
-    if args.command == "export" and args.push:
+    if args.command == "export" and args.push is not None:
         print(f"pushed to {push(args.out, args.push)}")
 
 

@@ -20,14 +20,17 @@ Sources of the formats: https://github.com/karpathy/build-nanogpt (fineweb.py), 
 """
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import queue
 import re
+import reprlib
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +48,7 @@ def check_regular(path):
 
 def check_output(path):
     """Raises ValueError unless a file can be written at path: call it before the work whose result goes there."""
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or "."
     if not path or os.path.isdir(path):
         raise ValueError(f"{path or 'the empty name'!r} is not the name of a file to write")
     if not os.path.isdir(folder):
@@ -55,8 +58,14 @@ def check_output(path):
 
 
 def is_special(path):
-    """Whether path is a device, a FIFO or a socket, such as /dev/stdout."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    """Whether path is a device, a FIFO or a socket, or the name of an open file, such as /dev/stdout."""
+    return open_file(path) is not None or os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def open_file(path):
+    """The descriptor that a name such as /dev/stdout or /dev/fd/63 (process substitution) stands for; None for others."""
+    match = re.fullmatch(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)", path)
+    return match and (int(match[2]) if match[2] else ("stdin", "stdout", "stderr").index(match[1]))
 
 
 @contextlib.contextmanager
@@ -64,11 +73,13 @@ def atomic_write(path, mode="wb"):
     """Context with an open file that becomes path when it is complete: flushed to disk under another name, then renamed.
 
     An exception, or the end of the process, leaves no half-written path, and an older file at path untouched. The target
-    of a symbolic link is replaced, not the link. A device or FIFO, such as /dev/stdout, is written to as it is.
+    of a symbolic link is replaced, not the link. A device, a FIFO or an open file is written to as it is: /dev/stdout may be
+    a file that the shell has redirected it to, which must keep what was printed before.
     """
     encoding = dict(encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n")
     if is_special(path):
-        with open(path, mode, **encoding) as f:
+        descriptor = open_file(path)
+        with open(path if descriptor is None else descriptor, mode, closefd=descriptor is None, **encoding) as f:
             yield f
         return
     path = os.path.realpath(path)
@@ -83,6 +94,43 @@ def atomic_write(path, mode="wb"):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def make_folders(path, created):
+    """Creates a folder and its parents; inserts those that did not exist into the list created, the innermost first."""
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        return
+    make_folders(os.path.dirname(path), created)
+    try:
+        os.mkdir(path)
+        created.insert(0, path)
+    except FileExistsError as e:
+        if not os.path.isdir(path):  # else another process has just created it
+            raise ValueError(f"{path} is not a folder; choose another name") from e
+
+
+def lock(path):
+    """The file at path, created if necessary, open and locked until it is closed; None if the file system has no locks.
+
+    It is a kernel lock, released however the process ends. Raises BlockingIOError if another process holds it. Who holds
+    it may remove the file.
+    """
+    while True:
+        f = open(path, "ab")
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):  # removed by the last holder after we had opened it
+                if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                    return f
+        except BlockingIOError:
+            f.close()
+            raise
+        except (ImportError, OSError):  # some network file systems
+            f.close()
+            return None
+        f.close()
 
 
 # -----------------------------------------------------------------------------
@@ -112,19 +160,23 @@ def get_tokenizer():
                              special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
 
 
-def encode(text):
-    """Token ids of a text, 1-D uint16; "<|endoftext|>" in it is ordinary text.
+def encode(text, special=frozenset()):
+    """Token ids of a text, 1-D uint16; "<|endoftext|>" in it is ordinary text, or EOT if special contains it.
 
     Raises ValueError for a text that tiktoken cannot encode: about a million consecutive blanks overflow the stack of its
     regular expressions (encode_ordinary then aborts with a Rust panic, which encode_to_numpy turns into an exception), and
-    lone surrogates are not text.
+    lone surrogates are not text (UnicodeError, a ValueError too).
     """
     try:
-        return get_tokenizer().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        tokens = get_tokenizer().encode_to_numpy(text, allowed_special=special, disallowed_special=())
+        assert tokens.max(initial=0) < NUM_TOKENS, f"id {tokens.max()} is not one of GPT-2's: a shard has 16 bits per token"
+        return tokens.astype(np.uint16)
     except UnicodeEncodeError as e:
-        raise ValueError(f"the text is not valid Unicode at character {e.start + 1}; convert it to UTF-8 first") from e
+        raise UnicodeError(f"the text is not valid Unicode at character {e.start + 1}; convert it to UTF-8 first") from e
     except ValueError as e:
-        longest = max(re.finditer(r"\s+", text), key=lambda m: m.end() - m.start())
+        longest = max(re.finditer(r"\s+", text), key=lambda m: m.end() - m.start(), default=None)
+        if longest is None:
+            raise
         raise ValueError(f"the text has {longest.end() - longest.start():,} consecutive blanks from character"
                          f" {longest.start() + 1:,} on, more than the tokenizer can take; shorten them") from e
 
@@ -145,18 +197,26 @@ class Shard:
 def write_shard(path, tokens):
     """Writes tokens (1-D uint16 array) to path atomically; the suffix, .npy or .bin, selects the format."""
     assert tokens.dtype == np.uint16 and tokens.ndim == 1, (tokens.dtype, tokens.ndim)
-    with atomic_write(path) as f:
-        if path.endswith(".npy"):
-            np.save(f, tokens)
-        else:
-            header = np.zeros(BIN_HEADER, dtype="<i4")
-            header[:3] = BIN_MAGIC, BIN_VERSION, len(tokens)
-            f.write(header.tobytes())
-            f.write(tokens.astype("<u2", copy=False).tobytes())
+    try:
+        with atomic_write(path) as f:
+            if path.endswith(".npy"):  # as np.save, whose error for a full disk has neither errno nor path
+                np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
+            else:
+                header = np.zeros(BIN_HEADER, dtype="<i4")
+                header[:3] = BIN_MAGIC, BIN_VERSION, len(tokens)
+                f.write(header.tobytes())
+            f.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(os.path.dirname(path) or ".").free
+            raise OSError(f"the disk is full: {path} needs {2 * len(tokens):,} bytes, {free:,} are free; free some, then run"
+                          " the same command again") from e
+        raise
 
 
 def open_shard(path):
     """The Shard in a file; raises ValueError if its header is invalid or does not agree with the file's size."""
+    check_regular(path)
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         if path.endswith(".npy"):
@@ -164,8 +224,10 @@ def open_shard(path):
                 version = np.lib.format.read_magic(f)
                 read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read_header(f)
-            except ValueError as e:
-                raise ValueError(f"{path} is not a valid .npy file ({e}); create it again with fineweb.py") from e
+            except OSError:
+                raise
+            except Exception as e:  # ValueError, or what Python's parser raises: TokenError, MemoryError, IndexError, ...
+                raise ValueError(f"{path} is not a valid .npy file ({str(e)[:80]!r}); create it again with fineweb.py") from e
             if dtype != np.uint16 or len(shape) != 1:
                 raise ValueError(f"{path} holds {dtype} of shape {shape}; a shard is 1-D uint16")
             shard = Shard(path, f.tell(), shape[0])
@@ -189,6 +251,63 @@ def find_shards(folder, split):
     pattern = re.compile(rf"(.*_)?{split}_\d+\.(npy|bin)|{split}\.bin")
     names = sorted(name for name in os.listdir(folder) if pattern.fullmatch(name))
     return [os.path.join(folder, name) for name in names]
+
+
+MANIFEST = "manifest.json"  # fineweb.py writes it beside its shards and describes its fields
+MANIFEST_VERSION = 1
+
+
+def has_fields(value, **kinds):
+    """Whether value, from JSON, is a dict with these keys and types of values; integers must not be negative."""
+    return isinstance(value, dict) and all(type(value.get(key)) is kind and (kind is not int or value[key] >= 0)
+                                           for key, kind in kinds.items())
+
+
+def load_manifest(folder):
+    """The manifest of a folder, None if it has none; ValueError if it is damaged or of another version."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.lexists(path):
+        return None
+    check_regular(path)
+    try:
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+        if has_fields(manifest, version=int) and manifest["version"] != MANIFEST_VERSION:
+            raise ValueError(f"its format version is {manifest['version']}, supported is {MANIFEST_VERSION}")
+        if not has_fields(manifest, version=int, source=dict, shards=list, bad_files=list, next=dict,
+                          complete=bool) or not has_fields(manifest["next"], skipped=int):
+            raise ValueError("a field is missing or of another type")
+        names = set()
+        for shard in manifest["shards"]:
+            if (not has_fields(shard, file=str, split=str, tokens=int, documents=int, sha256=str) or shard["file"] in names
+                    or shard["split"] not in ("train", "val")
+                    or not re.fullmatch(rf"([^/]*_)?{shard['split']}_\d+\.(npy|bin)", shard["file"])):
+                raise ValueError(f"the shard {reprlib.repr(shard)} is invalid or listed twice")
+            names.add(shard["file"])
+        if manifest["complete"] and not names:
+            raise ValueError("it lists no shards")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged or not of fineweb.py ({e}); restore it, or move it away: shards without it can be"
+                         " trained on") from e
+    return manifest
+
+
+def check_unlisted(folder, manifest, also=()):
+    """Raises ValueError if a folder holds a shard that neither its manifest nor also, names of files, contains."""
+    found = {os.path.basename(path) for split in ("train", "val") for path in find_shards(folder, split)}
+    if unlisted := sorted(found - {shard["file"] for shard in manifest["shards"]} - set(also)):
+        raise ValueError(f"{folder} holds {len(unlisted)} shards that no {MANIFEST} lists ({unlisted[0]}, ...): they are not"
+                         " fineweb.py's, or of another run; move them to another folder")
+
+
+def check_listed(folder, manifest):
+    """Raises ValueError if a shard of a folder's manifest is missing or has another number of tokens."""
+    for shard in manifest["shards"]:
+        path = os.path.join(folder, shard["file"])
+        tokens = open_shard(path).tokens if os.path.lexists(path) else "no"
+        if tokens != shard["tokens"]:
+            raise ValueError(f"{path} has {tokens} tokens, but {shard['tokens']} in {MANIFEST}: it was removed or replaced;"
+                             " restore it, or create the folder again")
 
 
 class TokenStream:
@@ -401,6 +520,8 @@ class DataLoaderLite:
     def load_state_dict(self, state, force=False):
         """Restores the position of a state_dict, at any B and number of ranks; ValueError for other data unless force."""
         mine = self.state_dict()
+        if state.keys() != mine.keys() or type(state["position"]) is not int or state["position"] < 0:
+            raise ValueError(f"the checkpoint's position in the data is damaged: {state!r:.200}; resume from an older one")
         different = [f"{name} was {state[name]}, is {mine[name]}" for name in state
                      if name != "position" and state[name] != mine[name]]
         if different and not force:
@@ -429,29 +550,49 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
 # -----------------------------------------------------------------------------
 # shards for --data
 
+OTHER_FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".gz", ".zst")  # not text to train on as it is
+
 def prepare_data(path):
     """(train shard paths, val shard paths) of a folder of shards, a text file, or a folder of *.txt files.
 
     Text is tokenized once, into .tokens beside it; the key is the name, size and modification time of the files.
-    Raises FileNotFoundError or ValueError for a path with nothing to train on.
+    Raises FileNotFoundError or ValueError for a path with nothing to train on, and for shards that are not all there.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards (python fineweb.py creates one),"
                                 " a text file, or a folder of .txt files")
     if os.path.isdir(path):
         shards = find_shards(path, "train"), find_shards(path, "val")
-        if all(shards):
-            return shards
         if any(shards):
-            missing = "val" if shards[0] else "train"
-            raise ValueError(f"{path} has no shard named *_{missing}_NNNNNN.npy or .bin; training needs train and val")
+            check_folder(path, shards)
+            return shards
         texts = sorted(os.path.join(path, name) for name in os.listdir(path) if name.endswith(".txt"))
         if not texts:
-            raise FileNotFoundError(f"{path} holds neither shards (*_train_000001.npy, *_val_000000.npy) nor .txt files")
+            raise FileNotFoundError(f"{path} holds neither shards (*_train_000001.npy, *_val_000000.npy) nor .txt files;"
+                                    " python fineweb.py --input creates shards of parquet and jsonl files")
     else:
         texts = [path]
     folder = tokenize_texts(texts)
     return find_shards(folder, "train"), find_shards(folder, "val")
+
+
+def check_folder(path, shards):
+    """Raises ValueError unless the train and val shards of a folder can be trained on: none missing, none of another source.
+
+    Without fineweb.py's manifest.json, as in folders of build-nanogpt and llm.c, what is there is all there should be.
+    """
+    if manifest := load_manifest(path):
+        if not manifest["complete"]:
+            raise ValueError(f"{path} is incomplete: fineweb.py is still running or was interrupted; wait for it, or run its"
+                             " command again to resume it")
+        check_unlisted(path, manifest)
+        check_listed(path, manifest)
+    if not all(shards):
+        missing = "val" if shards[0] else "train"
+        raise ValueError(f"{path} has no shard named *_{missing}_NNNNNN.npy or .bin; training needs train and val")
+    if os.path.basename(shards[0][0]) == "train.bin" and os.path.exists(os.path.join(path, "meta.pkl")):
+        raise ValueError(f"{path} holds nanoGPT's character-level data (meta.pkl): its ids are characters, not GPT-2's"
+                         " tokens. Use --data with the text file itself")
 
 
 def split_texts(texts):
@@ -476,8 +617,15 @@ def split_texts(texts):
 def tokenize_texts(paths):
     """Folder with one train and one val shard of the given UTF-8 text files; created once, then reused.
 
-    All of the text is held in memory; fineweb.py tokenizes larger corpora.
+    All of the text is held in memory; fineweb.py tokenizes larger corpora. A byte order mark is not part of the text.
     """
+    for path in paths:
+        check_regular(path)
+        if path.endswith((".npy", ".bin")):
+            raise ValueError(f"{path} is a single shard; --data takes the folder of the train and val shards")
+        if path.lower().endswith(OTHER_FORMATS):
+            raise ValueError(f"{path} is not plain text; create shards with python fineweb.py --input, which reads .parquet,"
+                             " .jsonl, .json and .txt files, also .gz and .zst, and use --data with their folder")
     stats = [(os.path.basename(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
     key = hashlib.sha256(json.dumps(["split_texts 2, one document a file", stats]).encode()).hexdigest()[:12]
     parent = os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".tokens")
@@ -485,21 +633,26 @@ def tokenize_texts(paths):
     folder = os.path.join(parent, f"{name}-{key}")
     if os.path.isdir(folder):
         return folder
+    size = sum(size for _, size, _ in stats)
+    if hasattr(os, "sysconf") and 4 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise ValueError(f"{paths[0]}: {size / 1e9:.1f} GB of text do not fit into memory with their tokens; create shards with"
+                         " python fineweb.py --input, which reads in parts")
     texts = []
     for path in paths:
         try:
-            with open(path, encoding="utf-8", newline="") as f:
+            with open(path, encoding="utf-8-sig", newline="") as f:
                 texts.append(f.read())
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it first") from e
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
-    temporary = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(temporary, exist_ok=True)  # exists if a killed process had the same id, as in containers
+    splits = [np.concatenate([tokens for text in documents for tokens in ([EOT], encode(text))]).astype(np.uint16)
+              for documents in split_texts(texts)]
+    temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"  # in containers, a killed process may have had the same id
+    os.makedirs(temporary)
     try:
-        for split, index, documents in zip(("train", "val"), (1, 0), split_texts(texts)):
-            tokens = [np.concatenate(([EOT], encode(document))).astype(np.uint16) for document in documents]
-            write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), np.concatenate(tokens))
+        for split, index, tokens in zip(("train", "val"), (1, 0), splits):
+            write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), tokens)
         if not os.path.isdir(folder):  # another process may have created it meanwhile
             os.replace(temporary, folder)
     finally:

@@ -24,7 +24,16 @@ Writes edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... and manifest.
 Run an interrupted command again to resume it after the last finished shard. The shards are bitwise identical to those
 of an uninterrupted run, for any number of workers. Documents keep the order of the source: training shuffles. The
 workers are threads: tiktoken and pyarrow release Python's global interpreter lock, so one process uses all cores.
+
+The folder is locked meanwhile. Shards that the manifest does not list are never overwritten, and not accepted among its own.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
 import functools
 import hashlib
 import json
@@ -32,6 +41,8 @@ import os
 import re
 import reprlib
 import shutil
+import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,14 +50,15 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data import EOT, NUM_TOKENS, TOKENIZER_SHA256, TokenStream, atomic_write, find_shards, get_tokenizer, write_shard
-from runtime import ArgumentParser, exit_now, number, run_main
+import data
+from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, atomic_write, get_tokenizer, load_manifest, write_shard
+from runtime import ArgumentParser, exit_now, free_memory, number, run_main
 from sources import estimate_tokens, hub_source, is_damage, local_source, pieces, with_retries
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
-MANIFEST = "manifest.json"
-VERSION = 1               # of the manifest's format
+LOCK = ".fineweb.lock"    # in the output folder, while a process writes there
+REPORT_SECONDS = 15       # between two progress lines, where there is no terminal for a progress bar
 
 
 # -----------------------------------------------------------------------------
@@ -64,21 +76,16 @@ def encode(texts, begins=True):
 
     All texts are encoded in one call of tiktoken; the special token between them keeps their words separate.
     """
-    tokenizer = get_tokenizer()
     joined = (END_OF_TEXT if begins else "") + END_OF_TEXT.join(texts)
-    if joined.count(END_OF_TEXT) == len(texts) - (not begins):
-        try:
-            tokens = tokenizer.encode_to_numpy(joined, allowed_special={END_OF_TEXT})
-        except UnicodeEncodeError:  # an unpaired surrogate, from JSON: replaced, as tiktoken's encode_ordinary does
-            joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = tokenizer.encode_to_numpy(joined, allowed_special={END_OF_TEXT})
-    elif len(texts) == 1:  # the text itself contains "<|endoftext|>", which is ordinary text there
-        ordinary = tokenizer.encode_to_numpy(joined[len(END_OF_TEXT) if begins else 0:], disallowed_special=())
-        tokens = np.concatenate([[EOT] if begins else [], ordinary])
-    else:
-        return np.concatenate([encode([text], begins or i > 0) for i, text in enumerate(texts)])
-    assert tokens.max(initial=0) < NUM_TOKENS, f"id {tokens.max()} is not one of GPT-2's: a shard has 16 bits per token"
-    return tokens.astype(np.uint16)
+    if joined.count(END_OF_TEXT) != len(texts) - (not begins):  # a text contains "<|endoftext|>", which is ordinary text there
+        if len(texts) > 1:
+            return np.concatenate([encode([text], begins or i > 0) for i, text in enumerate(texts)])
+        return np.concatenate([np.full(int(begins), EOT, dtype=np.uint16), data.encode(texts[0])])
+    try:
+        return data.encode(joined, {END_OF_TEXT})
+    except UnicodeError:  # an unpaired surrogate, from JSON: replaced, as tiktoken's encode_ordinary does
+        joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return data.encode(joined, {END_OF_TEXT})
 
 
 def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
@@ -115,6 +122,8 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
                     yield split, shard[:end], next_split
                 shard, split, n = np.empty(shard_size, dtype=np.uint16), next_split, len(rest)
                 shard[:n] = rest
+    if split == "val" and val_total == 0:
+        raise ValueError("the source contains no text: all of its documents are empty or not text; check --text-column")
     if split == "val":
         raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val split, which ends at a"
                          f" document boundary. Delete the output folder and use a smaller --val-tokens (now {val_tokens:,})"
@@ -134,7 +143,10 @@ def map_in_order(function, items, workers, ahead):
     pool, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            try:
+                waiting.append(pool.submit(function, item))
+            except RuntimeError as e:  # "can't start new thread"
+                raise ValueError(f"{workers} threads cannot be started ({e}); use a smaller --workers") from e
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -178,6 +190,7 @@ class TokenizedSource:
         self.source, self.manifest, self.workers, self.bar = source, manifest, workers, bar
         self.position = -manifest["next"]["token"]  # of the next piece; negative if an earlier run has written a part of it
         self.skipped = manifest["next"]["skipped"]  # documents skipped before the next piece
+        self.tokens, self.began, self.reported = 0, time.monotonic(), time.monotonic()
         self.starts = deque()  # (position, piece, documents skipped before it) of the pieces from the current shard on
 
     def chunks(self, limit):
@@ -194,12 +207,24 @@ class TokenizedSource:
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position, self.skipped = self.position + len(tokens), self.skipped + skipped
-            self.bar.set_postfix_str(f"shard {len(self.manifest['shards'])}", refresh=False)
-            self.bar.update(len(chunk))
+            self.report(len(chunk))
             limit -= len(chunk)
             yield chunk
             if limit == 0:
                 return
+
+    def report(self, n):
+        """Advances the progress bar by n tokens; without a terminal, prints a line once in a while."""
+        self.bar.set_postfix_str(f"shard {len(self.manifest['shards'])}", refresh=False)
+        self.bar.update(n)
+        self.tokens += n
+        now, done, total = time.monotonic(), self.bar.n + self.tokens, self.bar.total
+        if now - self.reported > REPORT_SECONDS:
+            self.reported = now
+            known = done < total  # the total is a low estimate
+            form = "{n_fmt}" + " of about {total_fmt}" * known + " tokens, {rate_fmt}" + ", {remaining} left" * known
+            print_progress(tqdm.format_meter(done, total, now - self.began, unit="tok", unit_scale=True, initial=self.bar.n,
+                                             bar_format=form))
 
     def skip_file(self, i, error):
         """Records in the manifest that file i is damaged; without --skip-bad-files raises ValueError."""
@@ -220,45 +245,57 @@ class TokenizedSource:
 # -----------------------------------------------------------------------------
 # the output folder
 
+@contextlib.contextmanager
+def output_folder(out):
+    """Context in which folder out exists and no other fineweb.py writes to it; its value is whether the folder is locked.
+
+    Raises ValueError if out is in use, or if files cannot be created there. Folders created here are removed at the end if
+    they are still empty.
+    """
+    created, lock = [], None
+    try:
+        data.make_folders(out, created)
+        lock = data.lock(os.path.join(out, LOCK))
+        if lock is None:
+            print(f"{out} cannot be locked on this file system: do not run another fineweb.py in it")
+    except BlockingIOError as e:
+        raise ValueError(f"{out} is in use by another fineweb.py; wait for it or stop it, or choose another --out") from e
+    except OSError as e:
+        raise ValueError(f"files cannot be created in {out} ({e.strerror}); choose another --out") from e
+    else:
+        yield lock is not None
+    finally:
+        with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty
+            if lock is not None:
+                os.remove(os.path.join(out, LOCK))
+                lock.close()
+            for folder in created:
+                os.rmdir(folder)
+
+
 def save_manifest(out, manifest):
     """Writes manifest.json atomically."""
     with atomic_write(os.path.join(out, MANIFEST), "w") as f:
         json.dump(manifest, f, indent=1)
 
 
-def load_manifest(out):
-    """The manifest of a folder, None if it has none; ValueError if it is damaged or of another version."""
-    path = os.path.join(out, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}); delete that folder to start over") from e
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {manifest.get('version')}; supported is {VERSION}")
-    return manifest
-
-
 def open_manifest(out, settings):
     """The manifest of folder out, or a new one; ValueError if the folder was created with other settings."""
     manifest = load_manifest(out)
-    if manifest is None:
-        others = [path for split in ("train", "val") if os.path.isdir(out) for path in find_shards(out, split)]
-        if others:
-            raise ValueError(f"{out} holds shards without a {MANIFEST} ({os.path.basename(others[0])}, ...), which would be"
-                             " overwritten; choose another --out")
-        return {"version": VERSION, **settings, "shards": [], "bad_files": [], "complete": False,
+    if manifest is None or not manifest["shards"]:
+        return {"version": data.MANIFEST_VERSION, **settings, "shards": [], "bad_files": [], "complete": False,
                 "next": {"split": "val", "file": 0, "number": 0, "token": 0, "skipped": 0}}
-    if not manifest["shards"]:
-        return {**manifest, **settings}
     was, now = ({**{key: m.get(key) for key in settings}, **m["source"]} for m in (manifest, settings))
     different = [f"{key} was {reprlib.repr(was.get(key))}, is {reprlib.repr(now.get(key))}" for key in {**was, **now}
                  if key != "source" and was.get(key) != now.get(key)]
     if different:
         raise ValueError(f"{out} was created with other flags or from another source: {'; '.join(different)}. Use the same"
                          " ones to resume, or another --out")
+    if (not data.has_fields(manifest["next"], split=str, file=int, number=int, token=int, skipped=int)
+            or manifest["next"]["split"] not in ("train", "val")
+            or not all(data.has_fields(bad, file=int) for bad in manifest["bad_files"])):
+        raise ValueError(f"{os.path.join(out, MANIFEST)} is damaged (next or bad_files): it cannot be resumed; choose another"
+                         " --out")
     # damaged files from the current one on will be found again
     manifest["bad_files"] = [bad for bad in manifest["bad_files"] if bad["file"] < manifest["next"]["file"]]
     return manifest
@@ -267,7 +304,7 @@ def open_manifest(out, settings):
 def read_shard(path):
     """All tokens of a shard, 1-D uint16; ValueError if it is damaged or holds ids that are not GPT-2's."""
     stream = TokenStream([path])
-    return stream.read(0, len(stream))
+    return stream.read(0, len(stream)) if len(stream) else np.empty(0, dtype=np.uint16)
 
 
 def shard_entry(out, name, split, tokens):
@@ -279,42 +316,66 @@ def shard_entry(out, name, split, tokens):
 
 
 def add_shard(out, manifest, name, split, tokens, next_start):
-    """Writes a shard, then the manifest: every shard that the manifest lists is complete."""
-    write_shard(os.path.join(out, name), tokens)
+    """Writes a shard, then the manifest: every shard that the manifest lists is complete.
+
+    A process that was killed between the two has left this shard, with the same tokens; ValueError if the file differs.
+    """
+    path = os.path.join(out, name)
+    if not os.path.lexists(path):
+        write_shard(path, tokens)
+    elif not np.array_equal(read_shard(path), tokens):
+        raise ValueError(f"{path} exists already and is not the shard to be written there; move it to another folder")
     manifest["shards"].append(shard_entry(out, name, split, tokens))
     manifest["next"] = next_start
     save_manifest(out, manifest)
+    print_progress(f"{name}: {len(tokens):,} tokens")
 
 
-def make_shards(source, settings, out, workers):
+def print_progress(text):
+    """Prints a line where there is no terminal, and hence no progress bar."""
+    if not sys.stderr.isatty():
+        print(text, flush=True)
+
+
+def make_shards(source, settings, out, workers, locked=False):
     """Tokenizes a source into folder out, which may already have some of the shards; returns the manifest.
 
     settings: source, shard_size, ... as in the manifest; val_tokens may be None for the default. A thread writes each shard
-    while the next one is tokenized.
+    while the next one is tokenized. locked: no other process writes to out.
     """
+    memory = free_memory("cpu")
+    if memory and 4 * settings["shard_size"] > memory:  # one shard is filled while another one is written
+        raise ValueError(f"--shard-size {settings['shard_size']:,}: two shards of 2 bytes per token do not fit into the"
+                         f" {memory / 1e9:.1f} GB of memory available; use a smaller one")
     # Arrow's own allocators keep memory that a thread has freed, 0.4 GB with 64 threads (measured), and are no faster
     pa.set_memory_pool(pa.system_memory_pool())
     limit = settings["max_tokens"] or 1 << 62  # all of the source
     total = min(limit, estimate_tokens(source, settings["text_column"]))
     val_tokens = settings["val_tokens"] or max(1, min(settings["shard_size"], total // 10))
     manifest = open_manifest(out, {**settings, "val_tokens": val_tokens})
+    os.makedirs(out, exist_ok=True)
+    # a folder that was renamed keeps the names of its shards
+    prefix = "edufineweb" if settings["source"].get("dataset") == DATASET else os.path.basename(os.path.abspath(out))
+    prefix = manifest["shards"][0]["file"].rsplit("_", 2)[0] if manifest["shards"] else prefix
+    index, position = len(manifest["shards"]), 0
+    # a killed process may have left the next shard, which add_shard compares, and temporary files
+    following = [f"{prefix}_{split}_{index:06d}.{manifest['format']}" for split in ("train", "val")]
+    data.check_unlisted(out, manifest, following if not manifest["complete"] else ())
+    data.check_listed(out, manifest)
     if manifest["complete"]:
         return manifest
-    os.makedirs(out, exist_ok=True)
-    for name in set(os.listdir(out)) - {MANIFEST, *(shard["file"] for shard in manifest["shards"])}:
-        if re.fullmatch(r"(.*_(train|val)_\d+\.(npy|bin)|manifest\.json)(\.(\d+\.)?tmp)?", name):  # of an interrupted run
+    for name in os.listdir(out) if locked else ():
+        if re.fullmatch(r"(.+)\.\d+\.tmp", name) and name.rsplit(".", 2)[0] in (MANIFEST, *following):
             os.remove(os.path.join(out, name))
     done = sum(shard["tokens"] for shard in manifest["shards"])
     free = shutil.disk_usage(out).free
     if 2 * (total - done) > free:
         raise ValueError(f"{out} has {free / 1e9:.2f} GB of free disk space; about {total - done:,} tokens of 2 bytes need"
                          f" {2 * (total - done) / 1e9:.2f} GB: free some, choose another --out, or use --max-tokens")
-    prefix = "edufineweb" if settings["source"].get("dataset") == DATASET else os.path.basename(os.path.abspath(out))
-    index, position = len(manifest["shards"]), 0
     bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, smoothing=0.05, disable=None)
     stream = TokenizedSource(source, manifest, workers, bar)
     with ThreadPoolExecutor(1) as writer, bar:
-        written = writer.submit(save_manifest, out, manifest)
+        written = writer.submit(int)  # nothing yet
         for split, tokens, next_split in pack(stream.chunks(limit - done), manifest["shard_size"], val_tokens,
                                               manifest["next"]["split"], done):
             position += len(tokens)
@@ -335,15 +396,17 @@ def verify(out):
     manifest = load_manifest(out)
     if manifest is None:
         raise FileNotFoundError(f"no {MANIFEST} in {out}; fineweb.py writes one beside its shards")
+    data.check_unlisted(out, manifest)
+    data.check_listed(out, manifest)
     counts = {"train": np.zeros(3, dtype=int), "val": np.zeros(3, dtype=int)}  # documents, tokens, bytes of text
     boundaries, position = [], 0  # where documents begin, in the stream of all shards
     for entry in tqdm(manifest["shards"], unit="shard", disable=None):
         tokens = read_shard(os.path.join(out, entry["file"]))
         actual = shard_entry(out, entry["file"], entry["split"], tokens)
-        different = [f"{key} was {entry[key]}, is {actual[key]}" for key in entry if entry[key] != actual[key]]
+        different = [f"{key} was {entry[key]}, is {actual[key]}" for key in actual if entry[key] != actual[key]]
         if different:
-            raise ValueError(f"{os.path.join(out, entry['file'])} has changed: {'; '.join(different)}. Delete {out} and create"
-                             " it again")
+            raise ValueError(f"{os.path.join(out, entry['file'])} has changed: {'; '.join(different)}. Restore it, or create"
+                             " the folder again")
         blocks = np.array_split(tokens, len(tokens) // 2**22 + 1)  # less memory: an index takes 8 bytes per token
         counts[entry["split"]] += actual["documents"], len(tokens), sum(token_bytes()[block].sum() for block in blocks)
         boundaries.append(position + np.flatnonzero(tokens == EOT))
@@ -354,8 +417,9 @@ def verify(out):
     for split, (documents, tokens, size) in counts.items():
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {size / max(1, tokens - documents):.3f} bytes per token")
     lengths = np.diff(np.concatenate([*boundaries, [position]]))
-    print(f"tokens per document: min {lengths.min():,}, median {int(np.median(lengths)):,}, mean {lengths.mean():,.0f},"
-          f" max {lengths.max():,}")
+    if len(lengths):
+        print(f"tokens per document: min {lengths.min():,}, median {int(np.median(lengths)):,}, mean {lengths.mean():,.0f},"
+              f" max {lengths.max():,}")
     print(f"{out}: {len(manifest['shards'])} shards, all counts and hashes match; {manifest['next']['skipped']:,} documents"
           f" were skipped (empty or not text), {len(manifest['bad_files'])} damaged files were skipped in whole or in part")
 
@@ -363,28 +427,44 @@ def verify(out):
 def download_prepared(repo, out, revision, max_tokens):
     """Downloads the .bin and .npy shards of a dataset on the Hub into folder out, and writes a manifest of them.
 
-    Files of the right size are not downloaded again; a partial download is resumed. If max_tokens is not 0, stops once
-    the shards hold that many tokens.
+    Shards in the manifest of an earlier run are downloaded again only if their size has changed. If max_tokens is not 0,
+    stops once the shards hold that many tokens.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    info = with_retries(lambda: HfApi().dataset_info(repo, revision=revision, files_metadata=True))
-    sizes = {f.rfilename: f.size for f in info.siblings if re.search(r"_(train|val)_\d+\.(npy|bin)$", f.rfilename)}
-    if not sizes:
+    manifest = load_manifest(out) or {"version": data.MANIFEST_VERSION, "source": {"prepared": repo}, "shards": [],
+                                      "bad_files": [], "next": {"skipped": 0}, "complete": False}
+    source, listed = manifest["source"], {shard["file"]: shard for shard in manifest["shards"]}
+    if source.get("prepared") != repo or source.setdefault("revision", revision) != revision:
+        raise ValueError(f"{out} was created from {reprlib.repr(source)}, not {repo} at {revision}; choose another --out")
+    info = with_retries(lambda: HfApi().dataset_info(repo, revision=source.get("commit", revision), files_metadata=True), True)
+    source.setdefault("commit", info.sha)
+    found = {f.rfilename: f for f in info.siblings if re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename)}
+    if not found:
         raise ValueError(f"{repo} has no shards (*_train_000001.bin, *_val_000000.bin or .npy); use --dataset for text")
-    shards, total = [], 0
-    for name in tqdm(sorted(sizes, key=lambda name: ("_val_" not in name, name)), unit="shard", disable=None):
-        if max_tokens and total >= max_tokens:
-            break
+    data.check_unlisted(out, manifest, found)
+    total = 0
+    for name in tqdm(sorted(found, key=lambda name: (name.rsplit("_", 2)[1] != "val", name)), unit="shard", disable=None):
         path = os.path.join(out, name)
-        if os.path.exists(path) and os.path.getsize(path) != sizes[name]:
+        size = os.path.getsize(path) if os.path.exists(path) else None
+        if name in listed and size == found[name].size:
+            total += listed[name]["tokens"]
+            continue
+        if name not in listed and max_tokens and total >= max_tokens:
+            continue
+        if size is not None and size != found[name].size:
+            if name not in listed:
+                raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
             os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
         if not os.path.exists(path):
-            with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=info.sha, local_dir=out))
-        tokens = read_shard(path)
-        shards.append(shard_entry(out, name, "val" if "_val_" in name else "train", tokens))
-        total += len(tokens)
-    save_manifest(out, {"version": VERSION, "source": {"prepared": repo, "commit": info.sha}, "shards": shards,
-                        "bad_files": [], "next": {"skipped": 0}, "complete": True})
+            with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=source["commit"],
+                                                           local_dir=out))
+        listed[name] = shard_entry(out, name, name.rsplit("_", 2)[1], read_shard(path))
+        if found[name].lfs and found[name].lfs.sha256 != listed[name]["sha256"]:
+            raise ValueError(f"{path} has another sha256 than the shard of {repo}; delete it, then run the same command again")
+        total += listed[name]["tokens"]
+        save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": False})
+        print_progress(f"{name}: {listed[name]['tokens']:,} tokens")
+    save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": True})
 
 
 # -----------------------------------------------------------------------------
@@ -406,12 +486,17 @@ def parse_args(argv=None):
     add("--val-tokens", type=number(int, 1), metavar="N",
         help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
         " of the estimated total if that is less)")
-    add("--workers", type=number(int, 0), default=0, metavar="N", help="tokenizer threads (default: one per core)")
+    add("--workers", type=number(int, 0, 1024), default=0, metavar="N", help="tokenizer threads (default: one per core)")
     add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
     add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
     add("--verify", metavar="DIR", help="check the shards of a folder against its manifest.json, and do nothing else")
     add("--prepared", metavar="REPO", help="download shards that are already tokenized, e.g. kjj0/finewebedu10B-gpt2")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and (not value or not value.isprintable()):
+            raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
+    if args.input and args.prepared:
+        raise ValueError("--input and --prepared exclude each other; use one of them")
     if args.dataset == DATASET:
         args.name = args.name or NAME
         if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):
@@ -428,18 +513,19 @@ def main():
     args = parse_args()
     if args.verify:
         return verify(args.verify)
-    if args.prepared:
-        return download_prepared(args.prepared, args.out, args.revision, args.max_tokens)
-    if args.input:
-        source = local_source(args.input)
-    else:
-        was = (load_manifest(args.out) or {"source": {}})["source"]
-        same = all(was.get(key) == getattr(args, key) for key in ("dataset", "name", "split", "revision"))
-        source = hub_source(args.dataset, args.name, args.split, args.revision, was["commit"] if same else None)
-    settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256}, "source": source.description,
-                "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
-                "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
-    manifest = make_shards(source, settings, args.out, args.workers)
+    with output_folder(args.out) as locked:
+        if args.prepared:
+            return download_prepared(args.prepared, args.out, args.revision, args.max_tokens)
+        if args.input:
+            source = local_source(args.input)
+        else:
+            was = (load_manifest(args.out) or {"source": {}})["source"]
+            same = all(was.get(key) == getattr(args, key) for key in ("dataset", "name", "split", "revision"))
+            source = hub_source(args.dataset, args.name, args.split, args.revision, was.get("commit") if same else None)
+        settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256}, "source": source.description,
+                    "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
+                    "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
+        manifest = make_shards(source, settings, args.out, args.workers, locked)
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; python train_gpt2.py --data {args.out}")
 

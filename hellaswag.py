@@ -36,6 +36,12 @@ Reference, acc / acc_norm of OpenAI's weights on the 10,042 examples (build-nano
     GPT-2 124M    .2859 / .2955     .2892 / .3114
     GPT-2 1558M   .3842 / .4893     .4004 / .5089
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import gzip
 import hashlib
@@ -46,6 +52,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +60,10 @@ import torch
 from torch.nn import functional as F
 
 from convert import load_model
-from data import EOT, NUM_TOKENS, atomic_write, get_tokenizer
+from data import EOT, NUM_TOKENS, atomic_write, check_output, check_regular, encode
 from parallel import all_gather, rank0_first, setup, teardown
-from runtime import ArgumentParser, choose_dtype, keep_freed_memory, number, print0, run_main
+from runtime import (ArgumentParser, choose_dtype, keep_freed_memory, number, print0, printable, report_progress,
+                     run_main)
 from scoring import BATCH_TOKENS, score
 
 STYLES = ("completion", "lm-eval")
@@ -65,6 +73,7 @@ STYLES = ("completion", "lm-eval")
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 NUM_EXAMPLES = 10042  # in val, the split whose scores are published
+MAX_LINE = 2**18     # bytes; the longest line of the dataset has a few thousand
 VAL_BYTES, VAL_SHA256 = 12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
@@ -76,21 +85,25 @@ def path_of(split):
 def download(split="val"):
     """Path of the official file of "train", "val" or "test"; downloads it unless it exists.
 
-    Checks the HTTP status and the size, and the sha256 of val. Raises OSError naming the URL, and leaves no partial file.
+    Checks the HTTP status and the size, and the sha256 of val. Raises OSError naming the URL, and leaves no partial file and
+    no new folder.
     """
     import requests
     from tqdm import tqdm
     path = path_of(split)
     if os.path.exists(path):
         return path
-    url, sha256 = URL + os.path.basename(path), hashlib.sha256()
+    url, folder, sha256 = URL + os.path.basename(path), os.path.dirname(path), hashlib.sha256()
+    is_new = not os.path.exists(folder)
+    every = 0.1 if sys.stderr.isatty() else 10  # seconds between two updates of the progress bar
     try:
         # identity: Content-Length is the size of the file, not of a compressed body
         with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=30) as response:
             response.raise_for_status()
             total = int(response.headers.get("Content-Length", 0)) or None
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with atomic_write(path) as f, tqdm(total=total, unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
+            os.makedirs(folder, exist_ok=True)
+            with atomic_write(path) as f, tqdm(total=total, unit="B", unit_scale=True, desc=os.path.basename(path),
+                                               mininterval=every) as bar:
                 for chunk in response.iter_content(2**16):  # raises if fewer than Content-Length bytes arrive
                     f.write(chunk)
                     sha256.update(chunk)
@@ -102,39 +115,57 @@ def download(split="val"):
         while cause.__context__:  # requests wraps urllib3's exceptions, and urllib3 those of the system
             cause = cause.__context__
         raise OSError(f"cannot download {url}: {cause}. Try again, or give a local copy with --data FILE") from e
+    finally:
+        if is_new and not os.path.exists(path):
+            with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
+                os.rmdir(folder)
     return path
 
 
 def check_example(example):
-    """The example with its label as an int; ValueError, KeyError or TypeError if it is invalid."""
-    for name in ("ctx", "activity_label"):
-        if not isinstance(example[name], str):
-            raise ValueError(f"{name} is {example[name]!r}, it must be a string")
-    endings = example["endings"]
-    if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        raise ValueError("endings must be four non-empty strings")
+    """The example with its label as an int; ValueError if it is invalid."""
+    if not isinstance(example, dict):
+        raise ValueError("it must be a JSON object")
+    if missing := {"ctx", "activity_label", "endings", "label"} - example.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    texts = {name: example[name] for name in ("ctx", "activity_label", "ctx_a", "ctx_b") if name in example}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r:.40}, it must be a string")
+    endings, label = example["endings"], example["label"]
+    if (not isinstance(endings, list) or len(endings) != 4
+            or not all(isinstance(ending, str) and ending.strip() for ending in endings)):
+        raise ValueError(f"endings is {endings!r:.40}, it must be four non-empty strings in a list")
     if ("ctx_a" in example) != ("ctx_b" in example):
         raise ValueError("it must have both ctx_a and ctx_b, or neither")
-    if (label := int(example["label"])) not in range(4):
-        raise ValueError(f"label is {label}, it must be 0, 1, 2 or 3")
-    return {**example, "label": label}
+    if label == "":
+        raise ValueError("it has no label, as in the test split, whose labels are not public; use the split val")
+    if str(label) not in ("0", "1", "2", "3"):  # a string in the Hub's files; str(2.0) and str(True) are refused
+        raise ValueError(f"label is {label!r:.40}, it must be 0, 1, 2 or 3")
+    "".join([*texts.values(), *endings]).encode()  # "\ud800" is valid JSON, but not text
+    return {**example, "label": int(label)}
 
 
 def iterate_examples(path):
-    """Yields the examples of a .jsonl or .jsonl.gz file; ValueError names the first invalid line and the reason."""
+    """Yields the examples of a .jsonl file, compressed with gzip or not; ValueError names the first invalid line and why."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"no HellaSwag examples at {path}; python hellaswag.py downloads them to {path_of('val')}")
+    check_regular(path)
+    with open(path, "rb") as f:
+        is_gzip = f.read(2) == b"\x1f\x8b"  # whatever its name is
     number = 0
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+    with (gzip.open if is_gzip else open)(path, "rb") as f:
         try:
-            for line in f:
+            while line := f.readline(MAX_LINE + 1):
                 number += 1
-                yield check_example(json.loads(line))
-        except (EOFError, gzip.BadGzipFile) as e:
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"it is longer than {MAX_LINE:,} bytes")
+                if line := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():  # some editors write a byte order mark
+                    yield check_example(json.loads(line))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise ValueError(f"{path} is damaged after line {number}: {e}") from e
-        except (KeyError, ValueError, TypeError) as e:
-            reason = f"it has no {e}" if isinstance(e, KeyError) else e
-            raise ValueError(f"{path}, line {number} is not a HellaSwag example: {reason}") from e
+        except (ValueError, RecursionError) as e:  # RecursionError: thousands of nested brackets
+            raise ValueError(f"{path}, line {number} is not a HellaSwag example: {e}") from e
 
 
 # -----------------------------------------------------------------------------
@@ -168,11 +199,10 @@ def tokenize(examples, style):
 
     An empty context becomes <|endoftext|>: the first token of an ending is predicted from the token before it.
     """
-    tokenizer, encoded = get_tokenizer(), []
+    encoded = []
     for example in examples:
-        # encode_ordinary_batch takes twice as long: starting its threads costs more than encoding short texts
         context, endings = context_and_endings(example, style)
-        context, *endings = [np.array(tokenizer.encode_ordinary(text), dtype=np.uint16) for text in (context, *endings)]
+        context, *endings = [encode(text) for text in (context, *endings)]
         encoded.append((context if len(context) else np.array([EOT], dtype=np.uint16), endings))
     return encoded
 
@@ -238,10 +268,13 @@ def predictions(sums, lengths):
 
 
 def metrics(sums, lengths, labels):
-    """{"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} of (n, 4) log-probabilities; standard errors as in the harness."""
+    """{"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} of (n, 4) log-probabilities; standard errors as in the harness.
+
+    They are NaN if a log-probability is NaN or infinite.
+    """
     result = {}
     for name, predicted in zip(("acc", "acc_norm"), predictions(sums, lengths)):
-        p = float((predicted == labels).mean())
+        p = float((predicted == labels).mean()) if np.isfinite(sums).all() else math.nan
         result[name], result[f"{name}_stderr"] = p, math.sqrt(p * (1 - p) / max(1, len(labels) - 1))
     return result
 
@@ -253,7 +286,7 @@ def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None, show_
     """
     results, sums, num_truncated = {}, {}, {}
     for style in STYLES:
-        with progress_bar(dataset, style) if show_progress else contextlib.nullcontext() as progress:
+        with progress_bar(dataset, style) if show_progress else progress_lines(style) as progress:
             scored = score(model, dataset.encoded[style], dtype, ranks, batch_tokens, hidden, progress)
         if scored is None:
             return None
@@ -262,18 +295,31 @@ def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None, show_
     return results, sums, num_truncated
 
 
+def progress_lines(style):
+    """A line now and then, as score's progress argument."""
+    report = report_progress(f"HellaSwag, {style} style")
+    return contextlib.nullcontext(lambda sums, fraction: report(fraction))
+
+
 @contextlib.contextmanager
 def progress_bar(dataset, style):
     """A progress bar with the running acc_norm of this rank's examples, as score's progress argument."""
     from tqdm import tqdm
-    with tqdm(total=100, desc=style, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        def progress(sums, fraction):
-            done = (sums < 0).all(axis=1)
-            if done.any():
-                acc_norm = metrics(sums[done], dataset.lengths[style][done], dataset.labels[done])["acc_norm"]
-                bar.set_postfix_str(f"acc_norm {acc_norm:.4f}", refresh=False)
-            bar.update(100 * fraction - bar.n)
+    bar = None
+
+    def progress(sums, fraction):
+        nonlocal bar
+        bar = bar or tqdm(total=100, desc=style, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        done = (sums < 0).all(axis=1)
+        if done.any():
+            acc_norm = metrics(sums[done], dataset.lengths[style][done], dataset.labels[done])["acc_norm"]
+            bar.set_postfix_str(f"acc_norm {acc_norm:.4f}", refresh=False)
+        bar.update(100 * fraction - bar.n)
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def for_training(source, ranks):
@@ -291,11 +337,22 @@ def for_training(source, ranks):
     return prepare(source)
 
 
+def count_nonfinite(sums):
+    """Number of examples with a log-probability that is NaN or infinite in a style; sums as evaluate returns them."""
+    return int((~np.isfinite(np.concatenate(list(sums.values()), axis=1))).any(axis=1).sum())
+
+
 def score_in_training(model, dataset, dtype, ranks):
-    """{"hella": acc_norm in completion style, "hella_lm_eval": acc_norm in lm-eval style}; {} if a stop is requested."""
+    """{"hella": acc_norm in completion style, "hella_lm_eval": acc_norm in lm-eval style}; {} if a stop is requested.
+
+    NaN and a message if a log-probability is not finite: train_step has checked the weights' gradients, so it is an overflow
+    of the activations, in 16 bits. That is no reason to end the training.
+    """
     scored = evaluate(model, dataset, dtype, ranks)
     if scored is None:
         return {}
+    if count := count_nonfinite(scored[1]):
+        print0(f"HellaSwag: the log-probabilities of {count} examples are NaN or infinite: no score (overflow in {dtype}?)")
     return {"hella": scored[0]["completion"]["acc_norm"], "hella_lm_eval": scored[0]["lm-eval"]["acc_norm"]}
 
 
@@ -328,9 +385,9 @@ def write_examples(path, dataset, sums):
 def print_example(dataset, sums, i):
     """Prints example i with the mean loss per token of each ending, in completion style."""
     example, losses = dataset.examples[i], -sums["completion"][i] / dataset.lengths["completion"][i]
-    print(f"---\nexample {example.get('ind', i)}: {example['ctx']}")
+    print(printable(f"---\nexample {example.get('ind', i)}: {example['ctx']}"))
     for k, ending in enumerate(example["endings"]):
-        print(f"{k} (loss: {losses[k]:.4f}) {ending}")
+        print(printable(f"{k} (loss: {losses[k]:.4f}) {ending}"))
     print(f"predicted: {losses.argmin()}, actual: {example['label']}")
 
 
@@ -349,7 +406,15 @@ def parse_args():
     parser.add_argument("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
     parser.add_argument("--show", type=number(int, 0), default=0, metavar="K",
                         help="print the first K examples with their losses")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.source is None and (args.data is not None or args.out is not None or args.json or args.show):
+        raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
+    if args.out is not None and os.environ.get("RANK", "0") == "0":  # the rank that writes
+        check_output(args.out)
+        for read in filter(os.path.exists, (args.source, args.data or path_of("val"))):
+            if os.path.exists(args.out) and os.path.samefile(args.out, read):
+                raise ValueError(f"--out {args.out} would replace a file that is read; choose another name")
+    return args
 
 
 def score_source(args, path, ranks):
@@ -361,12 +426,13 @@ def score_source(args, path, ranks):
     start = time.perf_counter()
     results, sums, num_truncated = evaluate(model, dataset, dtype, ranks, args.batch_tokens, hidden, ranks.master_process)
     seconds, n = time.perf_counter() - start, len(dataset.examples)
+    if count := count_nonfinite(sums):
+        raise ValueError(f"the log-probabilities that {args.source} gives to {count} of {n} examples are NaN or infinite: its"
+                         f" activations overflow in {dtype}; try --dtype float32")
     if not ranks.master_process:
         return
     for i in range(min(args.show, n)):
         print_example(dataset, sums, i)
-    if args.out:
-        write_examples(args.out, dataset, sums)
     for style, count in num_truncated.items():
         if count:
             print(f"note: {count} examples exceed the block_size; their contexts were truncated ({style})", file=sys.stderr)
@@ -374,9 +440,16 @@ def score_source(args, path, ranks):
         print(f"note: {count} examples have only ctx, which was split into ctx_a and ctx_b (lm-eval)", file=sys.stderr)
     if args.json:
         print(json.dumps({"source": args.source, **info, "data": path, "n": n, "full": n == NUM_EXAMPLES, "dtype": dtype,
-                          "seconds": round(seconds, 3), "truncated": num_truncated, **results}))
+                          "seconds": round(seconds, 3), "truncated": num_truncated, **results}), flush=True)
     else:
-        print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}")
+        print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
+    if args.out:  # last: whatever happens to the file, the score is printed
+        try:
+            write_examples(args.out, dataset, sums)
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise OSError(f"cannot write {args.out}: {e.strerror}; the score above is complete") from e
 
 
 def main():
@@ -384,7 +457,7 @@ def main():
     keep_freed_memory()
     ranks = setup(args.device)
     with rank0_first(ranks):  # rank 0 downloads, then the others find the file
-        path = args.data or download()
+        path = download() if args.data is None else args.data
     if args.source is None:
         print0(f"HellaSwag examples: {path}")
     else:

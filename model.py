@@ -8,8 +8,7 @@ GPT-2: the network, its sizes, OpenAI's weights, and its optimizers.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its
 code https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners"
-(GPT-3, Brown et al. 2020) for its sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs per
-token.
+(GPT-3, Brown et al. 2020) for its sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs.
 
 Shapes in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
 hs head size (C / nh), V vocabulary (vocab_size).
@@ -38,21 +37,29 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+            value = getattr(self, name)  # of any type, if it comes from a file
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r:.40}: must be an integer, 1 or more")
         if self.n_embd % self.n_head != 0:
-            fits = [nh for nh in range(1, self.n_embd + 1) if self.n_embd % nh == 0]
+            fits = [nh for nh in range(1, min(self.n_embd, 100) + 1) if self.n_embd % nh == 0]
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
                              f" n_head that fit: {fits}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and less than 1")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias={self.bias!r:.40}: must be true or false")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
+
+    def num_params(self):
+        """Number of parameters, by arithmetic: a GPT of these sizes need not fit into memory."""
+        V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
+        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
+        return (V + T) * C + L * (12 * C * C + biases + 2 * norm) + norm  # wte, wpe, blocks, ln_f
 
     @classmethod
     def from_hf(cls, hf_config):
         """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
 
-        Raises ValueError for a variant of GPT-2 that this network does not implement (another
-        activation, attention scaled by layer, an inner width other than 4C, an untied lm_head).
+        Raises ValueError for a variant of GPT-2 that this network does not implement.
         """
         hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
         gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
@@ -87,8 +94,7 @@ def config_for(size, **changes):
     """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
     if size not in SIZES:
         raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
-    n_layer, n_head, n_embd, block_size = SIZES[size]
-    fields = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+    fields = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
     return GPTConfig(**{**fields, **changes})
 
 
@@ -288,13 +294,9 @@ class GPT(nn.Module):
         # detached: otherwise the compiled backward allocates a gradient of zeros for the logits
         return logits.detach(), loss
 
-    # -------------------------------------------------------------------------
-    # counts
-
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""
-        n = sum(p.numel() for p in self.parameters())  # yields a shared tensor once
-        return n if with_wpe else n - self.transformer.wpe.weight.numel()
+        return self.config.num_params() - (0 if with_wpe else self.transformer.wpe.weight.numel())
 
     def flops_per_token(self, T):
         """FLOPs of training on one token, forward and backward, at sequence length T.
@@ -311,11 +313,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """OpenAI's weights: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl".
+        """OpenAI's weights, "gpt2" to "gpt2-xl", or those of a Hub repository or a local folder.
 
-        A Hub repository or a local folder with config.json and model.safetensors works too. Raises
-        FileNotFoundError if neither the folder nor the Hub has the files, ValueError if one is
-        damaged.
+        Raises FileNotFoundError if config.json or model.safetensors is not there, ValueError if
+        one is damaged.
         """
         config, hf_state_dict = read_hf(name_or_folder)
         model = cls.empty(config)
@@ -334,11 +335,10 @@ class GPT(nn.Module):
             theirs = {name: t for name, t in theirs.items()
                       if not name.endswith(".bias") or t.count_nonzero() > 0}
         if wrong := sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"weights do not fit this GPT: {', '.join(wrong[:5])} on one side"
-                             f" only ({len(wrong)} tensors in all); is n_layer"
-                             f" {self.config.n_layer}?")
+            raise ValueError(f"weights do not fit: {', '.join(wrong[:3])} on one side only"
+                             f" ({len(wrong)} in all); is n_layer {self.config.n_layer}?")
         for name, tensor in theirs.items():
-            is_vocab = name in ("transformer.wte.weight", "lm_head.weight")
+            is_vocab = name in ("transformer.wte.weight", "lm_head.weight") and tensor.dim() == 2
             rows = tensor.shape[0] if is_vocab else ours[name].shape[0]
             if tensor.shape != ours[name][:rows].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has"
@@ -357,17 +357,11 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             tensor = p.detach().to(dtype or p.dtype)
             state_dict[name] = tensor.t().contiguous() if is_transposed(name) else tensor
-            is_embedding = name.startswith(("transformer.wte", "transformer.wpe"))
-            if not self.config.bias and not is_embedding:
+            if not self.config.bias and name.split(".")[1] not in ("wte", "wpe"):
                 # Hugging Face's GPT-2 always has biases
-                bias = name.removesuffix("weight") + "bias"
-                state_dict[bias] = tensor.new_zeros(tensor.shape[0])
-        wte = "transformer.wte.weight"
-        state_dict[wte] = state_dict[wte][:vocab_size]
+                state_dict[name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
+        state_dict["transformer.wte.weight"] = state_dict["transformer.wte.weight"][:vocab_size]
         return state_dict
-
-    # -------------------------------------------------------------------------
-    # optimizers
 
     def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95),
                              optimizer="adamw", embd_lr_ratio=1.0):
@@ -414,6 +408,17 @@ def is_transposed(name):
     return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
 
 
+def tie_lm_head(weights):
+    """Adds the lm_head, which files may omit, to a state dict; ValueError if it is not wte."""
+    if (wte := weights.get("transformer.wte.weight")) is None:
+        return
+    lm_head = weights.setdefault("lm_head.weight", wte)
+    # bitwise, since NaN is not equal to itself
+    bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (wte, lm_head)]
+    if wte.shape != lm_head.shape or not torch.equal(*bits):
+        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head): not a GPT-2")
+
+
 def from_hf_names(hf_state_dict):
     """The state dict of a GPT2LMHeadModel or GPT2Model in our names and layouts, as views.
 
@@ -425,41 +430,37 @@ def from_hf_names(hf_state_dict):
             continue  # causal masks, which old files hold as buffers
         # OpenAI's files and GPT2Model's lack the prefix
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        weights[name] = tensor.t() if is_transposed(name) else tensor
-    wte, lm_head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
-    if wte is not None and lm_head is not None and not torch.equal(wte, lm_head):
-        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head): not a GPT-2")
-    if wte is not None:
-        weights["lm_head.weight"] = wte  # files omit it, since it is tied
+        weights[name] = tensor.t() if is_transposed(name) and tensor.dim() == 2 else tensor
+    tie_lm_head(weights)
     return weights
+
+
+def read_json(path, parse):
+    """parse(contents) of a JSON file; ValueError names the file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return parse(json.load(f))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        reason = f"it lacks {e}" if isinstance(e, KeyError) else e
+        raise ValueError(f"{path} is not the {os.path.basename(path)} of a GPT-2: {reason}") from e
 
 
 def read_hf(name_or_folder):
     """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import safetensors.torch
     config_path, names = hub_file(name_or_folder, "config.json"), ["model.safetensors"]
-    index = os.path.join(name_or_folder, "model.safetensors.index.json")
-    try:
-        with open(config_path, encoding="utf-8") as f:
-            config = GPTConfig.from_hf(json.load(f))
-        if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
-            # transformers splits large weights into several files
-            with open(index, encoding="utf-8") as f:
-                files = json.load(f)["weight_map"].values()
-            names = sorted({os.path.basename(name) for name in files})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        if str(e).startswith("not a GPT-2"):
-            raise
-        raise ValueError(f"{config_path} is not the config.json of a GPT-2 ({e!r});"
-                         " download it again") from e
-    weights = {}
+    config, weights = read_json(config_path, GPTConfig.from_hf), {}
+    index = os.path.join(name_or_folder, "model.safetensors.index.json")  # of several files
+    if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
+        names = read_json(index, lambda c: {os.path.basename(f) for f in c["weight_map"].values()})
     for name in names:
         path = hub_file(name_or_folder, name)
         try:
-            weights |= load_file(path)
-        except SafetensorError as e:
+            weights |= safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, KeyError) as e:  # KeyError: an unknown dtype
             raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
+    if config.num_params() > (n := sum(tensor.numel() for tensor in weights.values())):
+        raise ValueError(f"{config_path} says {config.num_params():,} parameters, the file {n:,}")
     return config, weights
 
 
@@ -472,7 +473,7 @@ def hub_file(name_or_folder, filename):
                                     " has config.json and model.safetensors")
         return path
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    repo = f"openai-community/{name_or_folder}" if name_or_folder in PRETRAINED else name_or_folder
+    repo = name_or_folder if "/" in name_or_folder else f"openai-community/{name_or_folder}"
     unreachable = None
     try:
         # a single request: hf_hub_download retries for 24 seconds before it reports no connection
@@ -486,5 +487,4 @@ def hub_file(name_or_folder, filename):
     except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
         why = str(unreachable or e).strip().splitlines()[0]
         raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}:"
-                                f" {why}. Without internet, name a local folder that has"
-                                " config.json and model.safetensors") from e
+                                f" {why}. Without internet, name a local folder of it") from e

@@ -7,7 +7,8 @@ Training on more than one device: the process group, its collectives, and what e
             while it computes
 
 With activation checkpointing a block keeps only its input and recomputes its activations in the backward (Chen et al.
-2016). None of these changes what is computed: losses agree up to rounding, and checkpoints are interchangeable.
+2016). None of these changes what is computed: losses agree up to rounding, which training amplifies (docs/reliability.md), and
+checkpoints are interchangeable.
 config.estimate_memory estimates the memory of each.
 
 torch.distributed.fsdp is imported only in the functions that use it: it would double the time of `--help`.
@@ -63,10 +64,15 @@ def setup(device="auto", timeout_minutes=10):
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     device = choose_device(device)
-    ddp = "RANK" in os.environ  # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+    ddp = "RANK" in os.environ
     if not ddp:
         return Ranks(0, 0, 1, device, False)
-    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # what torchrun sets
+    values = [os.environ.get(name, "") for name in names]
+    if not (all(value.isdecimal() for value in values[:4]) and values[4] and int(values[0]) < int(values[2])):
+        raise ValueError("the environment is not torchrun's: " + ", ".join(f"{n}={v!r}" for n, v in zip(names, values))
+                         + "; start several processes with torchrun, or one with RANK unset")
+    rank, local_rank, world_size = map(int, values[:3])
     timeout = timedelta(minutes=timeout_minutes)
     if device.startswith("cuda"):
         if local_rank >= torch.cuda.device_count():
@@ -298,8 +304,8 @@ def make_optimizers(raw_model, config, ranks):
 
 
 def clip_grad_norm(raw_model, max_norm):
-    """Clips the norm of the gradient to max_norm, in place; returns the norm before, an unsharded scalar tensor."""
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
+    """Clips the norm of the gradient to max_norm (0: not), in place; returns the norm before, an unsharded scalar tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm or float("inf"))
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
@@ -348,7 +354,8 @@ def gather_zero(optimizer, ranks):
                 tensor = states[p][name].to(device) if owner == ranks.rank else torch.empty(shape, device=device)
                 dist.broadcast(tensor, src=owner)
                 if ranks.master_process:
-                    gathered.setdefault(i, {})[name] = tensor.cpu()
+                    # a copy of this rank's own tensor, which the next update changes; what was received is already one
+                    gathered.setdefault(i, {})[name] = tensor.to("cpu", copy=owner == ranks.rank)
     return gathered
 
 
@@ -377,21 +384,45 @@ def full_state(raw_model, optimizers, ranks):
     return weights, states
 
 
+# names of the state of each parameter, by the optimizer's class
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "ZeroRedundancyOptimizer": ("step", "exp_avg", "exp_avg_sq"),
+           "Muon": ("momentum_buffer",)}
+
+
+def check_optimizer_state(optimizer, saved):
+    """Raises ValueError unless saved, a state dict, has all states of all parameters, or none at all: no step was made."""
+    def kind(tensor):  # the fused AdamW writes out of bounds if one differs
+        return tensor.shape, tensor.dtype, tensor.layout, tensor.device.type
+
+    expected = [{name: (() if name == "step" else p.shape, torch.float32, torch.strided, "cpu")
+                 for name in MOMENTS[type(optimizer).__name__]} for p in params_of(optimizer)]
+    try:
+        found = [{name: kind(v) for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]
+    except (KeyError, TypeError, AttributeError):
+        found = None
+    if found not in ([], expected):
+        raise ValueError(f"the state of {type(optimizer).__name__} in the checkpoint does not fit the model; --resume an older"
+                         " checkpoint, or start over with another --exp-name")
+
+
 def load_full_optimizer_state(optimizers, saved):
-    """Loads the optimizers' state dicts of full_state; each rank keeps its part."""
-    for optimizer, full_state_dict in zip(optimizers, saved, strict=True):
+    """Loads the optimizers' state dicts of full_state; each rank keeps its part.
+
+    Learning rates, betas and weight decay stay those that the optimizers were created with. ValueError if a state does not fit.
+    """
+    if len(saved) != len(optimizers):
+        raise ValueError(f"the checkpoint has the state of {len(saved)} optimizers, this run has {len(optimizers)}")
+    for optimizer, full_state_dict in zip(optimizers, saved):
+        check_optimizer_state(optimizer, full_state_dict)
         mine = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's AdamW of this rank's parameters
         numbers = {p: i for i, p in enumerate(params_of(optimizer))}
         state, groups, n = {}, [], 0
-        for group, saved_group in zip(mine.param_groups, full_state_dict["param_groups"], strict=True):
-            groups.append({**saved_group, "params": list(range(n, n + len(group["params"])))})
+        for group in mine.param_groups:
+            groups.append({**group, "params": list(range(n, n + len(group["params"])))})
             for p in group["params"]:
                 state[n] = {name: shard_like(v, p) for name, v in full_state_dict["state"].get(numbers[p], {}).items()}
                 n += 1
         mine.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
-        if mine is not optimizer:
-            for group, saved_group in zip(optimizer.param_groups, full_state_dict["param_groups"]):
-                group.update({name: v for name, v in saved_group.items() if name != "params"})
 
 
 def shard_like(tensor, p):

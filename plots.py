@@ -10,18 +10,27 @@ Curves of runs, and pictures of a model's weights and attention.
 Curves are read from log.txt, one `step stream value` per line. The streams are train, val, hella (acc_norm, completion
 style), hella_lm_eval, lr, norm, tok_per_sec and epoch; step is the number of updates made before the measurement.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import io
 import itertools
 import math
 import os
+import sys
+import warnings
 
 import numpy as np
 import torch
 
 from checkpoint import read_config, read_log, saved_steps
 from convert import load_model
-from data import EOT, NUM_TOKENS, TokenStream, atomic_write, get_tokenizer, prepare_data
-from runtime import ArgumentParser, run_main
+from data import (EOT, NUM_TOKENS, TokenStream, atomic_write, check_output, encode, get_tokenizer, is_special,
+                  prepare_data)
+from runtime import ArgumentParser, first_line, printable, run_main
 
 # Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".
 # Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).
@@ -38,6 +47,7 @@ STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s
 MIN_SMOOTHED = 200    # points: a shorter curve is drawn without a running mean (choice)
 MIN_CUT = 2000        # points: a shorter loss curve is shown from its first value on (choice)
 MAX_LABELS = 24       # token labels that are legible along an axis (choice)
+MAX_DRAWN = 1e30      # larger values, infinity and NaN are counted instead of drawn: sums of them overflow (choice)
 
 
 def new_figure(width, height, dpi=80):
@@ -50,11 +60,18 @@ def write_figure(figure, path):
     """Writes a figure to path, a .png of 256 colors (a third of the size of full color), atomically, and returns path."""
     from PIL import Image  # Pillow, which matplotlib requires
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+        figure.savefig(png, format="png")
     image = Image.open(png).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with atomic_write(path) as f:
         image.save(f, "PNG", optimize=True)
     return path
+
+
+def as_label(name):
+    """name for a title or legend: without mathematics between dollar signs, and not hidden for a leading underscore."""
+    return " " * name.startswith("_") + printable(name.replace("\n", " ")).replace("$", r"\$")
 
 
 # -----------------------------------------------------------------------------
@@ -91,24 +108,34 @@ def clock(steps, speeds, total_batch_size):
 class Curves(dict):
     """A run's name, settings and {stream: (x, values)} as arrays, x in the unit of by, a key of AXES.
 
-    Non-finite values are skipped: a float16 run logs infinite gradient norms.
+    Non-finite values are skipped, and counted in skipped, {stream: number}: a float16 run logs infinite gradient norms.
     """
 
     def __init__(self, run_dir, by="step", color="tab:blue"):
         self.run_dir, self.color, self.config = run_dir, color, read_config(run_dir)
-        self.name, path = os.path.basename(os.path.abspath(run_dir)), os.path.join(run_dir, "log.txt")
-        if not os.path.isfile(path):
+        self.name, path = as_label(os.path.basename(os.path.abspath(run_dir))), os.path.join(run_dir, "log.txt")
+        self.skipped = {}
+        if not os.path.exists(path):
             raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
-        for stream, points in read_log(path).items():
-            points = np.array([point for point in points if math.isfinite(point[1])])
-            if len(points):
-                self[stream] = points[:, 0], points[:, 1]
-        if not self:
+        for name in ("n_layer", "n_embd", "total_batch_size"):
+            if not (isinstance(value := self.config.get(name, 1), int) and 0 < value < 2**53):
+                raise ValueError(f"{name} in {run_dir}/config.json is {value!r:.100}, must be a positive integer")
+        log = read_log(path)
+        for stream, points in log.items():
+            drawn = np.array([point for point in points if abs(point[1]) < MAX_DRAWN])
+            self.skipped[stream] = len(points) - len(drawn)
+            if len(drawn):
+                self[stream] = drawn[:, 0], drawn[:, 1]
+        if not log:
             raise ValueError(f"{path} has no values yet; draw the run after its first step")
+        if not ("train" in self or "val" in self):
+            raise ValueError(f"{path} has no finite loss, train or val, to draw; its streams are {', '.join(log)}")
         needed = {"step": [], "tokens": ["total_batch_size"], "hours": ["total_batch_size", "tok_per_sec"]}[by]
         if missing := [name for name in needed if name not in {**self.config, **self}]:
             raise ValueError(f"--by {by} needs {' and '.join(missing)}, missing from config.json and log.txt in {run_dir};"
                              " use --by step")
+        if by == "hours" and self["tok_per_sec"][1].min() <= 0:
+            raise ValueError(f"{path} has a tok_per_sec of 0 or less; use --by step")
         hours = clock(*self["tok_per_sec"], self.config["total_batch_size"]) if by == "hours" else None
         for stream, (steps, values) in self.items():
             x = np.interp(steps, *hours) if hours else steps * self.config["total_batch_size"] if by == "tokens" else steps
@@ -188,13 +215,15 @@ def draw_hellaswag(panel, runs):
 
 
 def draw_stream(panel, runs, stream):
-    """One of STREAMS of each run; a single run's peak learning rate or median in the title."""
+    """One of STREAMS of each run; in the title a single run's peak learning rate or median, and the values not drawn."""
     for run in runs:
         draw_curve(panel, *run[stream], run.color, noisy=stream != "lr")
     values = np.concatenate([run[stream][1] for run in runs])
     panel.set_ylim(0, 1.15 * np.quantile(values, 0.99) or 1)  # clips rare spikes
     summary = f" (peak {values.max():.2e})" if stream == "lr" else f" (median {short_count(np.median(values))})"
-    panel.set_title(STREAMS[stream] + (summary if len(runs) == 1 else ""), fontsize=10)
+    skipped = sum(run.skipped[stream] for run in runs)
+    panel.set_title(STREAMS[stream] + (summary if len(runs) == 1 else "") + f", {skipped} non-finite" * (skipped > 0),
+                    fontsize=10)
 
 
 def curves_figure(run_dirs, by="step", baselines=None):
@@ -206,7 +235,7 @@ def curves_figure(run_dirs, by="step", baselines=None):
     runs = [Curves(run_dir, by, color) for run_dir, color in zip(run_dirs, itertools.cycle(colors))]
     if len({run.name for run in runs}) < len(runs):  # a/gpt2-124M and b/gpt2-124M
         for run in runs:
-            run.name = run.run_dir
+            run.name = as_label(run.run_dir)
     small = {stream: with_it for stream in STREAMS if (with_it := [run for run in runs if stream in run])}
     has_hella = any("hella" in run or "hella_lm_eval" in run for run in runs)
     figure = new_figure(13 if has_hella else 8.5, 4.2 + 1.9 * bool(small), dpi=110)
@@ -231,8 +260,15 @@ def curves_figure(run_dirs, by="step", baselines=None):
 
 
 def plot_run(run_dir, baselines=False):
-    """Draws a run's curves into loss.png in its folder, with GPT-2's loss on FineWeb-Edu if baselines; returns the path."""
-    return write_figure(curves_figure([run_dir], baselines="edu" if baselines else None), os.path.join(run_dir, "loss.png"))
+    """Draws a run's curves into loss.png in its folder, with GPT-2's loss on FineWeb-Edu if baselines; returns the path.
+
+    If that fails it returns the reason instead, because the run it is called from is complete.
+    """
+    try:
+        figure = curves_figure([run_dir], baselines="edu" if baselines else None)
+        return write_figure(figure, os.path.join(run_dir, "loss.png"))
+    except Exception as e:  # a full disk, a log.txt that was edited, whatever matplotlib raises
+        return f"not drawn, {first_line(e)}"
 
 
 # -----------------------------------------------------------------------------
@@ -321,10 +357,10 @@ def attention_figure(model, prompt, layer=0):
     """
     from matplotlib.colors import PowerNorm
     tokenizer = get_tokenizer()
-    tokens = (tokenizer.encode_ordinary(prompt) or [EOT])[:model.config.block_size]
+    tokens = (encode(prompt).tolist() or [EOT])[:model.config.block_size]
     weights = attention_weights(model, torch.tensor(tokens, device=model.lm_head.weight.device), layer).cpu().numpy()
     ticks = range(0, len(tokens), -(-len(tokens) // MAX_LABELS))
-    labels = [tokenizer.decode([tokens[i]]).replace("\n", "\\n") for i in ticks]
+    labels = [tokenizer.decode([tokens[i]]).replace("\n", "\\n").replace("$", r"\$") for i in ticks]
     columns = max(n for n in range(1, 6) if len(weights) % n == 0)
     rows = len(weights) // columns
     figure = new_figure(3 * columns + 1.2, 3.3 * rows + 0.4)
@@ -340,6 +376,26 @@ def attention_figure(model, prompt, layer=0):
     return figure
 
 
+def draw_weights(source, folder, prompt):
+    """Writes the pictures of a model's weights and attention into a folder, by default the source itself."""
+    if folder is None and not os.path.isdir(source):
+        raise ValueError(f"{source} is not a folder; name a folder for the pictures with --out")
+    folder = source if folder is None else folder
+    existing = folder
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing) or "."
+    check_output(os.path.join(existing, "wpe.png") if folder else folder)
+    if prompt:
+        encode(prompt)  # an invalid prompt raises before the model is loaded
+    model, _ = load_model(source)
+    prompt, blocks = prompt or default_prompt(source), len(model.transformer.h)
+    figures = [("wpe", wpe_figure(model)), ("c_attn", c_attn_figure(model, min(1, blocks - 1))), ("norms", norms_figure(model))]
+    attention = ((f"attention_{layer}", attention_figure(model, prompt, layer)) for layer in range(blocks))
+    os.makedirs(folder, exist_ok=True)
+    for name, figure in itertools.chain(figures, attention):
+        print("wrote", write_figure(figure, os.path.join(folder, f"{name}.png")))
+
+
 def main():
     parser = ArgumentParser(description="Draw the curves of runs, or a model's weights and attention.")
     parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
@@ -352,23 +408,22 @@ def main():
     parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
     parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
     args = parser.parse_args()
-    source, folder = args.source[0], args.out or args.source[0]
-    if len(args.source) > 1 and (args.weights or not args.out):
+    source = args.source[0]
+    if len(args.source) > 1 and (args.weights or args.out is None):
         raise ValueError(f"got {len(args.source)} sources; " + ("--weights takes one" if args.weights else
                          "name their common picture with --out FILE.png"))
-    if not args.weights:
-        figure = curves_figure(args.source, args.by, args.baselines)
-        print("wrote", write_figure(figure, args.out or os.path.join(source, "loss.png")))
-        return
-    if not args.out and not os.path.isdir(source):
-        raise ValueError(f"{source} is not a folder; name a folder for the pictures with --out")
-    model, _ = load_model(source)
-    prompt, blocks = args.prompt or default_prompt(source), len(model.transformer.h)
-    figures = [("wpe", wpe_figure(model)), ("c_attn", c_attn_figure(model, min(1, blocks - 1))), ("norms", norms_figure(model))]
-    attention = ((f"attention_{layer}", attention_figure(model, prompt, layer)) for layer in range(blocks))
-    os.makedirs(folder, exist_ok=True)
-    for name, figure in itertools.chain(figures, attention):
-        print("wrote", write_figure(figure, os.path.join(folder, f"{name}.png")))
+    if args.weights:
+        return draw_weights(source, args.out, args.prompt)
+    if args.prompt is not None:
+        raise ValueError("--prompt is the text of the attention pictures: add --weights")
+    path = os.path.join(source, "loss.png") if args.out is None else args.out
+    if args.out is not None:
+        check_output(path)
+        if not os.path.realpath(path).endswith(".png") and not is_special(path):
+            raise ValueError(f"--out {path}: pictures are PNG files; choose a name that ends in .png")
+    figure = curves_figure(args.source, args.by, args.baselines)
+    # the picture itself may go to stdout
+    print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import difflib
+import json
 import math
 import os
 import platform
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import torch
 
@@ -39,10 +41,53 @@ PEAK_TFLOPS = {
 # -----------------------------------------------------------------------------
 # a script: printing, flags, exit statuses
 
+def is_rank0():
+    """Whether this process prints: rank 0 of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print0(*args, **kwargs):
-    """print on rank 0 only, flushed."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, **kwargs, flush=True)
+    """print on rank 0 only, flushed. While training, a stdout that is closed or full is a stop request instead of an error."""
+    if is_rank0():
+        try:
+            print(*args, **kwargs, flush=True)
+        except OSError as e:
+            discard_stdout()
+            if not StopSignals.active:
+                raise
+            if not StopSignals.received:
+                StopSignals.received = "SIGPIPE"
+                print_error(f"stdout cannot be written ({e.strerror}): stop requested; finishing the step, then saving")
+
+
+def print_error(*args):
+    """print on stderr, if there is one: it is gone after its terminal was closed."""
+    with contextlib.suppress(OSError):
+        print(*args, file=sys.stderr, flush=True)
+
+
+def discard_stdout():
+    """Discards what is printed from now on: stdout is closed, and each flush would fail again, the one at exit too."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def duration(seconds):
+    """A duration in its largest unit: 4000 -> "1.1 h"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def report_progress(label):
+    """A function of the fraction done that prints "label: 25%, 3.0 min left", rarely: after 5 s, then every 5 s or 10% more."""
+    start = last = time.monotonic()
+
+    def report(fraction):
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= max(5, (now - start) / 10) and 0 < fraction < 1:
+            last = now
+            print0(f"{label}: {fraction:.0%}, {duration((now - start) * (1 / fraction - 1))} left")
+    return report
 
 
 # flags of nanoGPT, build-nanogpt and transformers, and what they are called here
@@ -50,7 +95,10 @@ SYNONYMS = {"start": "prompt", "out-dir": "log-dir", "dataset": "data", "max-ite
             "learning-rate": "lr", "min-lr": "min-lr-ratio", "eval-interval": "val-every", "eval-iters": "val-tokens",
             "gradient-accumulation-steps": "total-batch-size", "warmup-iters": "warmup-steps", "wandb-log": "tracker",
             "run-name": "exp-name", "tokens": "max-new-tokens", "length": "max-new-tokens", "max-length": "max-new-tokens",
-            "nsamples": "num-samples"}
+            "nsamples": "num-samples", "wandb-run-name": "exp-name", "wandb-project": "tracker", "num-train-epochs": "epochs",
+            "per-device-train-batch-size": "batch-size", "output-dir": "log-dir", "model-name-or-path": "init-from",
+            "lr-scheduler-type": "schedule", "gradient-checkpointing": "activation-checkpointing", "save-steps": "save-every",
+            "eval-steps": "val-every", "max-grad-norm": "grad-clip", "eval": "eval-only", "eval-every": "val-every"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -107,23 +155,34 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error):
+    """An exception's type and the first line of its message."""
+    return printable(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}")
+
+
 def run_main(main):
     """Runs a script's main(): a user error is one line and status 2, Ctrl-C status 130; a bug keeps its traceback.
 
     Under torchrun the process exits without interpreter shutdown: gloo's threads may still need the interpreter then,
     which would abort the process.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set during the imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1  # for an exception that is not caught below: a bug
     if "RANK" in os.environ:
         atexit.register(lambda: exit_now(status))  # registered first, so it runs last
+    sigint = signal.getsignal(signal.SIGINT)
     try:
+        if sigint is signal.SIG_DFL:  # set by the script before its imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal cannot encode
         run_and_report(main)
         status = 0
     except SystemExit as e:
         status = e.code or 0
         raise
+    finally:
+        if sigint is signal.SIG_DFL:  # Ctrl-C during interpreter shutdown would print a traceback
+            signal.signal(signal.SIGINT, sigint)
 
 
 def exit_now(status):
@@ -139,24 +198,66 @@ def run_and_report(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if is_rank0():
+            print_error("\ninterrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has closed it: `python sample.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        discard_stdout()
         sys.exit(1)
-    except torch.OutOfMemoryError as e:
-        fail(f"out of GPU memory; use a smaller --batch-size ({str(e).splitlines()[0][:120]})")
-    except (ValueError, OSError) as e:  # FileNotFoundError and a full disk are OSErrors
-        fail(e)
-    except (MemoryError, RuntimeError) as e:  # torch's CPU allocator raises RuntimeError
-        if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e):
+    except Exception as e:
+        message = message_of(e)
+        wait_for_the_first_error(e)
+        report_to_torchrun(f"error: {message}" if message else traceback.format_exc())
+        if message is None:
             raise
-        fail(f"out of memory: {e}")
+        fail(message)
+
+
+def message_of(error):
+    """The one line of an expected error; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory; use a smaller --batch-size ({str(error).splitlines()[0][:120]})"
+    if is_lost_connection(error):
+        return f"rank {os.environ['RANK']} lost the connection to another rank: see what that one printed ({first_line(error)})"
+    if isinstance(error, (ValueError, OSError)):  # FileNotFoundError and a full disk are OSErrors
+        return str(error)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"out of memory: {error}"  # torch's CPU allocator raises RuntimeError
+    return None
+
+
+def is_lost_connection(error):
+    """Whether a collective failed because another rank has ended: NCCL raises DistError, gloo RuntimeError."""
+    lost = "Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|Timed out waiting"
+    return "RANK" in os.environ and (isinstance(error, torch.distributed.DistError)
+                                     or isinstance(error, RuntimeError) and bool(re.search(lost, str(error))))
+
+
+def wait_for_the_first_error(error):
+    """Under torchrun, gives the rank that has the cause of an error the time to print it first.
+
+    Most errors occur on every rank: rank 0 prints them. When it ends, torchrun ends the others, which are waiting here.
+    """
+    if "RANK" not in os.environ:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's
+    if is_lost_connection(error):
+        time.sleep(10)
+    elif not is_rank0():
+        time.sleep(3)
+
+
+def report_to_torchrun(text):
+    """Writes an error into the file from which torchrun takes it for its summary, if torchrun started this process."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as f:
+            extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": text, "extraInfo": extra}}, f)
 
 
 def fail(error):
     """Prints an error as one line on stderr and exits with status 2."""
-    print("error:", printable(" ".join(str(error).split("\n"))), file=sys.stderr)
+    print_error("error:", printable(" ".join(str(error).split("\n"))))
     sys.exit(2)
 
 
@@ -164,20 +265,24 @@ def fail(error):
 # signals
 
 class StopSignals:
-    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only note a stop request: training saves before it ends.
+    """Context in which signals, and a closed stdout, only note a stop request: training saves before it ends.
+
+    The signals are SIGTERM, SIGUSR1, Ctrl-C, and SIGHUP, which a closed terminal sends, unless it is ignored (nohup).
 
     `StopSignals.received` is the name of the first signal, or None; parallel.stop_requested agrees on it across ranks.
     A second Ctrl-C ends the process at once, even inside a collective that hangs.
     """
     # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, a temporary failure: a batch system can requeue on it.
-    STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130}
-    received = None  # a class attribute: signal handlers are per process, too
+    # SIGPIPE stands for a closed stdout, which print0 notices; Python ignores the signal.
+    STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130, "SIGHUP": 129, "SIGPIPE": 141}
+    received, active = None, False  # class attributes: signal handlers are per process, too
 
     def __enter__(self):
         # Python runs signal handlers between two bytecodes of the main thread, which may be inside a long operation.
         # The wakeup file descriptor is written at once, and a thread reads it.
-        StopSignals.received = None
-        numbers = {getattr(signal, name): name for name in self.STATUS if hasattr(signal, name)}  # Windows has no SIGUSR1
+        StopSignals.received, StopSignals.active = None, True
+        numbers = {getattr(signal, name): name for name in self.STATUS if hasattr(signal, name)  # Windows has no SIGUSR1
+                   and name != "SIGPIPE" and (name != "SIGHUP" or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)}
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
@@ -190,7 +295,7 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.old_fd)
         self.writer.close()  # ends the thread
-        StopSignals.received = None
+        StopSignals.received, StopSignals.active = None, False
 
     def _listen(self, numbers):
         first = 0.0
@@ -329,10 +434,13 @@ def get_rng_state(device):
 
 
 def set_rng_state(state, device):
-    """Restores what get_rng_state returned."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["cuda"], device)
+    """Restores what get_rng_state returned; ValueError for something else."""
+    try:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"not the state of torch {torch.__version__}'s random number generators: {first_line(e)}") from e
 
 
 def use_deterministic_algorithms():
@@ -378,6 +486,10 @@ def free_memory(device):
     """Bytes available on the device, or None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES leaves out what the page cache would give back
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            if available := re.search(r"MemAvailable: *(\d+) kB", f.read()):
+                return 1024 * int(available[1])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -10,21 +10,31 @@ Prints each sample under a header line; messages go to stderr. The same seed giv
 A text ends at <|endoftext|>, which is not printed.
 
 A prompt longer than the model's block_size is cut to its last block_size tokens. When the context is full, its older
-half is dropped, and the newer half is processed again from position 0: see context_start.
+half is dropped, and the newer half is processed again from position 0.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
+import contextlib
 import platform
+import shlex
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from convert import load_model
-from data import EOT, NUM_TOKENS, get_tokenizer
-from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, keep_freed_memory, number, run_main,
-                     without_cudnn_attention)
+from data import EOT, NUM_TOKENS, check_regular, encode, get_tokenizer, open_file
+from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, free_memory, keep_freed_memory, number, printable,
+                     run_main, without_cudnn_attention)
+
+MAX_PROMPT = 2**22                      # bytes that are read of a prompt
+TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; its reciprocal is finite
 
 # -----------------------------------------------------------------------------
 # one token
@@ -35,33 +45,30 @@ def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1
     temperature 0 is greedy (argmax). top_k keeps the k most likely tokens; 0, or more than V, keeps all. top_p below 1
     (nucleus sampling, Holtzman et al. 2020) then keeps the fewest most likely tokens whose probabilities sum to at least
     top_p. The ids of a padded vocabulary, from 50257 on, are never sampled: they decode to no text.
+
+    The token is -1 if the logits of a row contain NaN or have no finite maximum.
     """
     logits = logits[:, :NUM_TOKENS].float()
+    highest = logits.amax(dim=-1, keepdim=True)                         # (B, 1); amax propagates NaN
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    probs = F.softmax(logits / temperature, dim=-1)
-    k = min(top_k, probs.size(-1)) or probs.size(-1)
-    topk_probs, topk_indices = torch.topk(probs, k, dim=-1)             # (B, k), in descending order
-    if top_p < 1:
-        topk_probs = topk_probs / topk_probs.sum(dim=-1, keepdim=True)
-        cumulative = topk_probs.cumsum(dim=-1) - topk_probs             # (B, k), of the more likely tokens: 0 for the first
-        topk_probs = topk_probs.masked_fill(cumulative >= top_p, 0.0)
-    ix = torch.multinomial(topk_probs, 1, generator=generator)          # (B, 1), an index into the k
-    return torch.gather(topk_indices, -1, ix)
+        tokens = logits.argmax(dim=-1, keepdim=True)
+    else:
+        # logits minus their maximum: divided by a tiny temperature they are 0 or -inf, where inf - inf would be NaN
+        probs = F.softmax((logits - highest) / max(temperature, TINY), dim=-1)
+        k = min(top_k, probs.size(-1)) or probs.size(-1)
+        topk_probs, topk_indices = torch.topk(probs, k, dim=-1)         # (B, k), in descending order
+        topk_probs = topk_probs.masked_fill(~highest.isfinite(), 1.0)   # multinomial on NaN would abort a CUDA process
+        if top_p < 1:
+            topk_probs = topk_probs / topk_probs.sum(dim=-1, keepdim=True)
+            cumulative = topk_probs.cumsum(dim=-1) - topk_probs         # (B, k), of the more likely tokens: 0 for the first
+            topk_probs = topk_probs.masked_fill(cumulative >= max(top_p, TINY), 0.0)
+        ix = torch.multinomial(topk_probs, 1, generator=generator)      # (B, 1), an index into the k
+        tokens = torch.gather(topk_indices, -1, ix)
+    return tokens.masked_fill(~highest.isfinite(), -1)
 
 
 # -----------------------------------------------------------------------------
 # many tokens
-
-def context_start(T, block_size):
-    """Where the context of a text of T tokens starts. For block_size 1024: 0 up to T = 1024, 512 up to 1536, 1024 up to 2048.
-
-    Moving the context by one token invalidates the KV cache, since the learned position of every token changes. Moving it
-    by half a block recomputes the cache only every block_size / 2 tokens.
-    """
-    half = (block_size + 1) // 2
-    return -(-max(0, T - block_size) // half) * half
-
 
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_k=50, top_p=1.0, hidden=None):
@@ -69,39 +76,48 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
 
     prompts: B non-empty lists of token ids, of any lengths. The logits of a row do not depend on the other rows. After
     <|endoftext|> a row yields only <|endoftext|>. The model should be in eval mode, the generator on its device.
-    hidden: model.hidden (the default), or a compiled version of it.
+    hidden: model.hidden (the default), or a compiled version of it. Raises ValueError if the logits are not finite.
     """
     if not all(prompts):
         raise ValueError(f"a prompt is empty; to start a document use [{EOT}], <|endoftext|>")
     hidden, block_size, device = hidden or model.hidden, model.config.block_size, model.transformer.wte.weight.device
-    rows = [list(prompt[-block_size:]) for prompt in prompts]
+    rows = [list(prompt[-block_size:]) for prompt in prompts]  # the contexts
     B, longest = len(rows), max(len(row) for row in rows)
     cache = model.make_cache(B, min(block_size, longest + max_new_tokens - 1))
-    ended, starts, tokens = torch.zeros(B, dtype=torch.bool, device=device), None, None
+    ended, tokens = torch.zeros(B, dtype=torch.bool, device=device), None
     for _ in range(max_new_tokens):
-        before, starts = starts, [context_start(len(row), block_size) for row in rows]
-        contexts = [len(row) - start for row, start in zip(rows, starts)]
+        # Dropping one token would invalidate the KV cache, since the learned position of every other token changes; half of
+        # the context is dropped, so the cache is recomputed only every block_size / 2 tokens.
+        full = [row for row in rows if len(row) > block_size]
+        for row in full:
+            del row[:(block_size + 1) // 2]
+        contexts = [len(row) for row in rows]
         last = torch.tensor(contexts, device=device) - 1                # (B), position of each row's newest token
-        if starts != before:
+        if tokens is None or full:
             # whole contexts, padded on the right; later tokens overwrite the padding in the cache before they attend to it
             idx = torch.zeros((B, max(contexts)), dtype=torch.long)
-            for b, (row, start) in enumerate(zip(rows, starts)):
-                idx[b, :contexts[b]] = torch.tensor(row[start:])
+            for b, row in enumerate(rows):
+                idx[b, :len(row)] = torch.tensor(row)
             with without_cudnn_attention():
                 x = hidden(idx.to(device), torch.arange(max(contexts), device=device), None, cache)  # (B, T, C)
             x = x[torch.arange(B, device=device), last]                 # (B, C)
         else:
             # one new token per row
-            attn_mask = torch.arange(max(contexts), device=device) <= last[:, None]                 # (B, S)
+            # S grows in steps of 128: on a GPU kernels are chosen, and torch.compile specializes, per length
+            S = min(cache.size(-2), -(-max(contexts) // 128) * 128)
+            attn_mask = torch.arange(S, device=device) <= last[:, None]                             # (B, S)
             with without_cudnn_attention():
                 x = hidden(tokens, last[:, None], attn_mask[:, None, None, :], cache)[:, -1]        # (B, C)
         tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p)          # (B, 1)
         tokens = tokens.masked_fill(ended[:, None], EOT)
         ended = ended | (tokens[:, 0] == EOT)
+        new = tokens[:, 0].tolist()  # waits for the device, once per token
+        if -1 in new:
+            raise ValueError("the model's logits are NaN or infinite: its activations overflow; try --dtype float32")
         yield tokens[:, 0]
-        if ended.all():
+        if all(token == EOT for token in new):
             return
-        for row, token in zip(rows, tokens[:, 0].tolist()):
+        for row, token in zip(rows, new):
             row.append(token)
 
 
@@ -125,12 +141,8 @@ def stream_text(token_ids):
 
 
 def encode_prompt(prompt):
-    """Token ids of a text, [<|endoftext|>] for an empty one: it starts a document. ValueError for invalid UTF-8."""
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as e:  # Python decodes invalid bytes of the command line to lone surrogates
-        raise ValueError(f"the prompt is not valid UTF-8 at character {e.start + 1}; convert it first") from e
-    return get_tokenizer().encode_ordinary(prompt) or [EOT]
+    """Token ids of a text, [<|endoftext|>] for an empty one: it starts a document. ValueError if data.encode raises it."""
+    return encode(prompt).tolist() or [EOT]
 
 
 def generate_text(model, prompt, num_samples, max_new_tokens, seed, temperature=1.0, top_k=50, top_p=1.0, hidden=None):
@@ -189,19 +201,50 @@ def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
 # -----------------------------------------------------------------------------
 # the command
 
-def read_prompt(args):
-    """The prompt that the flags give, a str. ValueError for more than one, and for a file or stdin that is not UTF-8."""
-    if sum(given is not None for given in (args.stdin, args.prompt, args.prompt_file)) + args.interactive > 1:
-        raise ValueError("give only one of --prompt, --prompt-file, - (stdin) and --interactive")
-    if args.stdin is None and args.prompt_file is None:
-        return args.prompt or ""
-    prompt = sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()
+def read_file(name=None):
+    """The text of a prompt's file, or of stdin for None. ValueError if it is too long, not UTF-8, or may never end."""
+    if name is not None and open_file(name) is None:  # process substitution, /dev/fd/63, is a FIFO
+        check_regular(name)
+    with open(name, "rb") if name is not None else contextlib.nullcontext(sys.stdin.buffer) as f:
+        contents = f.read(MAX_PROMPT + 1)
+    if len(contents) > MAX_PROMPT:
+        raise ValueError(f"{name or 'stdin'} has over {MAX_PROMPT / 2**20:.0f} MiB, of which only the last tokens would be"
+                         " used; give only its end (tail -c 10000)")
     try:
-        # the final line break, which editors and echo add, is not part of the prompt
-        return prompt.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        # the final line break, which editors and echo add, is not part of the prompt; neither is a byte order mark
+        return contents.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{args.prompt_file or 'stdin'} is not valid UTF-8 at byte {e.start + 1}; convert it first"
+        raise ValueError(f"{name or 'stdin'} is not valid UTF-8 at byte {e.start + 1}; convert it first"
                          " (iconv -t UTF-8)") from e
+
+
+def read_prompt(args):
+    """The prompt that the flags give, a str. ValueError for more than one."""
+    words = " ".join(args.stdin)
+    if words not in ("", "-"):
+        raise ValueError(f"unexpected {words!r}: a prompt is given as --prompt {shlex.quote(words)}")
+    if bool(words) + (args.prompt is not None) + (args.prompt_file is not None) + args.interactive > 1:
+        raise ValueError("give only one of --prompt, --prompt-file, - (stdin) and --interactive")
+    if (words or args.interactive) and sys.stdin is None:
+        raise ValueError("stdin is closed; use --prompt or --prompt-file")
+    return read_file(args.prompt_file) if words or args.prompt_file is not None else args.prompt or ""
+
+
+def check_memory(config, device, dtype, prompt_tokens, args):
+    """Raises ValueError, naming what would fit, if generate_text needs more memory for args.num_samples than there is."""
+    T, prompt_tokens = min(config.block_size, prompt_tokens + args.max_new_tokens), min(config.block_size, prompt_tokens)
+    k = min(args.top_k or NUM_TOKENS, NUM_TOKENS)
+    # bytes per sample (measured): keys and values, the prompt's activations, logits and what sample_next_token makes of them
+    fixed = (2 * config.n_layer * config.n_embd * T * (4 if device == "cpu" else DTYPES[dtype].itemsize)
+             + 40 * config.n_embd * prompt_tokens + 12 * NUM_TOKENS + 20 * k)
+    per_sample = fixed + 500 * args.max_new_tokens  # each generated token is a tensor
+    needed, free = args.num_samples * per_sample, free_memory(device)
+    if free is None or needed <= free:
+        return
+    allowed = (f"--num-samples may be at most {free // per_sample:,}" if per_sample <= free else
+               f"--max-new-tokens may be at most {max(0, free - fixed) // 500:,} without --stream")
+    raise ValueError(f"{args.num_samples:,} sample(s) of {args.max_new_tokens:,} tokens need about {needed / 1e9:,.1f} GB of"
+                     f" memory, {free / 1e9:,.1f} GB are available: {allowed}")
 
 
 def warn_if_cut(prompt, block_size):
@@ -222,7 +265,7 @@ def print_continuation(model, prompt, generator, hidden, args):
 def print_samples(model, prompt, generator, hidden, args):
     """Prints --num-samples texts, each under a header line; with --stream one after another, token by token."""
     warn_if_cut(prompt, model.config.block_size)
-    headers = [f"--- sample {i} " + "-" * 60 for i in range(1, args.num_samples + 1)]
+    headers = (f"--- sample {i} " + "-" * 60 for i in range(1, args.num_samples + 1))
     if args.stream:
         for header in headers:
             print(header + "\n" + prompt, end="", flush=True)
@@ -255,7 +298,7 @@ def interact(model, generator, hidden, args):
 def main():
     parser = ArgumentParser(description="Generate text with a GPT-2.")
     parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
-    parser.add_argument("stdin", nargs="?", metavar="-", choices=["-"], help="read the prompt from stdin")
+    parser.add_argument("stdin", nargs="*", metavar="-", help="read the prompt from stdin")
     parser.add_argument("--prompt", help="text to continue (default: start a document)")
     parser.add_argument("--prompt-file", metavar="FILE", help="continue the text in this file, UTF-8")
     parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
@@ -276,15 +319,20 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the network, which takes minutes")
     args = parser.parse_intermixed_args()  # accepts - after flags, too
     prompt = read_prompt(args)
-    encode_prompt(prompt)  # an invalid prompt raises before the model is loaded
+    prompt_tokens = len(encode_prompt(prompt))  # an invalid prompt raises before the model is loaded
     keep_freed_memory()
     sys.stdout.reconfigure(errors="replace")  # "?" for characters that the terminal cannot encode
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, info = load_model(args.source, device)
+    if model.config.vocab_size < NUM_TOKENS:
+        raise ValueError(f"{args.source} has a vocabulary of {model.config.vocab_size} tokens, not GPT-2's {NUM_TOKENS} (is it"
+                         " a character-level model?): there is no tokenizer for it here")
+    if not (args.stream or args.interactive):
+        check_memory(model.config, device, dtype, prompt_tokens, args)
     if info:
         val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
-        print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
+        print(printable(f"{info['path']}: step {info['step']}{val_loss}"), file=sys.stderr)
     prepare_for_sampling(model, dtype, 1 if args.stream or args.interactive else args.num_samples, args.compile)
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from data import NUM_TOKENS
 from parallel import all_reduce_sum, stop_requested
-from runtime import autocast, full_float32, without_cudnn_attention
+from runtime import autocast, free_memory, full_float32, without_cudnn_attention
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 32768}  # positions per batch, padding included
 
@@ -59,6 +59,24 @@ def make_batches(rows, batch_tokens):
             batches.append((batch, T))
         batch.append(row)
     return batches
+
+
+def memory_of(batches, n_embd):
+    """Bytes that the largest of the batches needs, about (measured on a CPU)."""
+    # hidden states and mask of each token; two slices of logits wherever a token of an ending is predicted
+    return max(len(batch) * T * (32 * n_embd + 4 * T) + sum(row_length(row) - len(row[0]) + 1 for row in batch) * 80_000
+               for batch, T in batches)
+
+
+def check_memory(rows, batch_tokens, n_embd, device):
+    """Raises ValueError, naming a number that fits, if batches of batch_tokens need more memory than there is."""
+    needed, free = memory_of(make_batches(rows, batch_tokens), n_embd), free_memory(device)
+    if free is not None and needed > free:
+        fits = batch_tokens
+        while fits > 1 and memory_of(make_batches(rows, fits), n_embd) > free:
+            fits //= 2
+        raise ValueError(f"--batch-tokens {batch_tokens:,} needs about {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB"
+                         f" are available: use {fits:,} or fewer")
 
 
 def collate(rows, T):
@@ -122,14 +140,19 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress
     """(sums, num_truncated): log-probability of each ending in nats, (n, 4) float64, the same on every rank.
 
     encoded: [(context, [4 endings]), ...] from hellaswag.tokenize; its batches are split over the ranks. hidden: a compiled
-    model.hidden. progress(sums of this rank so far, fraction done) is called after each batch. If a stop is requested,
-    scoring ends before the next batch and returns None. Raises ValueError for a vocabulary smaller than GPT-2's.
+    model.hidden. progress(sums of this rank so far, fraction done) is called before the first and after each batch. If a stop
+    is requested, scoring ends before the next batch and returns None. Raises ValueError for a vocabulary smaller than GPT-2's
+    and for batches of batch_tokens that do not fit into memory.
     """
     if model.config.vocab_size < NUM_TOKENS:
         raise ValueError(f"this model's vocabulary has {model.config.vocab_size} tokens; HellaSwag needs GPT-2's {NUM_TOKENS}")
     rows, num_truncated = pack(encoded, model.config.block_size)
+    if batch_tokens:
+        check_memory(rows, batch_tokens, model.config.n_embd, ranks.device)
     batches = make_batches(rows, batch_tokens or BATCH_TOKENS[ranks.device_type])
     sums = np.zeros(4 * len(encoded))
+    if progress:
+        progress(sums.reshape(-1, 4), 0.0)
     was_training = model.training
     model.eval()
     try:

@@ -1,19 +1,47 @@
-# Sourced by train.sh and test.sh: `source setup_venv.sh REQUIREMENTS` creates .venv beside this file if it does not exist,
-# and installs the requirements if they have changed; otherwise it does not use the network.
+# Sourced by train.sh and test.sh: `source setup_venv.sh REQUIREMENTS` sets $python to the interpreter to run.
+#
+# That is .venv beside this file, created if it does not exist. The requirements are installed into it, in the versions of
+# constraints.txt, if one of the files has changed; otherwise the network is not used. PYTHON selects the interpreter for it.
+# ENV=active: the active environment's python3, or $PYTHON; nothing is created or installed, a missing package is an error.
 venv_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-if [ ! -x "$venv_root/.venv/bin/python" ]; then
+python="$venv_root/.venv/bin/python"
+if [ "${ENV:-}" = active ] || [ ! -x "$python" ]; then
   python="${PYTHON:-python3}"
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: $python is missing or older than Python 3.11; choose another: PYTHON=python3.12 $0" >&2
     exit 2
   fi
-  echo "setup: creating $venv_root/.venv with $("$python" --version)"
-  "$python" -m venv "$venv_root/.venv"
 fi
-venv_wanted="$(cd "$venv_root" && cat requirements.txt "$1")"
-venv_stamp="$venv_root/.venv/installed-$1"
-if [ "$(cat "$venv_stamp" 2>/dev/null)" != "$venv_wanted" ]; then
-  echo "setup: installing $1 into .venv (only when it has changed)"
-  (cd "$venv_root" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1")
-  printf '%s\n' "$venv_wanted" > "$venv_stamp"
+if [ "${ENV:-}" = active ]; then
+  "$python" - "$venv_root" requirements.txt "$1" <<'CHECK' || exit 2
+import os, re, sys
+from importlib.metadata import PackageNotFoundError, version
+root, *files = sys.argv[1:]
+lines = [line for name in dict.fromkeys(files) for line in open(os.path.join(root, name))]
+missing = []
+for name, bounds in re.findall(r"^(\w[\w-]*)(\S*)", "".join(lines), re.M):
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        missing.append(name + bounds)
+        continue
+    from packaging.specifiers import SpecifierSet  # matplotlib requires it
+    if not SpecifierSet(bounds).contains(installed, prereleases=True):
+        print(f"setup: {name} {installed} is installed, tested are {bounds}", file=sys.stderr)
+if missing:
+    sys.exit(f"error: the environment {sys.prefix} lacks {' '.join(missing)}; install them, or run without ENV=active")
+CHECK
+else
+  if [ ! -x "$venv_root/.venv/bin/python" ]; then
+    echo "setup: creating $venv_root/.venv with $("$python" --version)"
+    "$python" -m venv "$venv_root/.venv"
+    python="$venv_root/.venv/bin/python"
+  fi
+  venv_wanted="$(cd "$venv_root" && cat requirements.txt "$1" constraints.txt)"
+  venv_stamp="$venv_root/.venv/installed-$1"
+  if [ "$(cat "$venv_stamp" 2>/dev/null)" != "$venv_wanted" ]; then
+    echo "setup: installing $1 into .venv (only when it has changed)"
+    (cd "$venv_root" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c constraints.txt)
+    printf '%s\n' "$venv_wanted" > "$venv_stamp"
+  fi
 fi

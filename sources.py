@@ -2,7 +2,7 @@
 The text that fineweb.py tokenizes: local files and folders, or a dataset on the Hugging Face Hub.
 
 A Source is a list of files. pieces() splits them, in order, into Pieces; a worker reads and tokenizes each Piece
-independently of the others:
+independently of the others (a byte order mark at the start of a file is not part of its text):
 
     .parquet        one row group; FineWeb's have about 1,000 documents
     .jsonl, .json   about 1 MB of lines, each a JSON object with one document
@@ -19,6 +19,7 @@ import json
 import operator
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass
 
@@ -115,8 +116,8 @@ def json_texts(lines, name, first, column):
         try:
             row = json.loads(line) if line.strip() else {column: None}
             texts.append(row.get(column))
-        except (ValueError, AttributeError) as e:
-            raise BadFile(f"line {number} is not a JSON object ({e})") from e
+        except (ValueError, AttributeError, RecursionError) as e:
+            raise BadFile(f"line {number} is not a JSON object ({e}); each line must be one") from e
         if number == 1 and column not in row:
             raise ValueError(f"{name} has no field {column!r}; it has {', '.join(row)}: choose one with --text-column")
     return [texts]
@@ -136,7 +137,7 @@ def txt_pieces(f):
     The text is cut before a single space between two words. GPT-2's pattern splits there in any case, so the tokens are
     the same as without the cut.
     """
-    decoder, text, begins, block = codecs.getincrementaldecoder("utf-8")(), "", True, b"?"
+    decoder, text, begins, block = codecs.getincrementaldecoder("utf-8-sig")(), "", True, b"?"
     while block:
         block = f.read(BLOCK_BYTES)
         text += decoder.decode(block, final=not block)
@@ -190,32 +191,68 @@ def pieces(source, column, bad_files, file=0, number=0):
 # -----------------------------------------------------------------------------
 # sources
 
+def find_files(path):
+    """Paths of the files below a folder, sorted; symbolic links are followed. Raises OSError for an unreadable folder."""
+    def stop(error):
+        raise error
+    files, seen = [], set()
+    for folder, _, names in os.walk(path, onerror=stop, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            raise ValueError(f"--input {folder} is a link to {place}, which is read already; remove the link")
+        seen.add(place)
+        # not the manifest of an earlier run, if --out is below the folder
+        files += [os.path.join(folder, name) for name in names if name[0] != "." and name != "manifest.json"]
+    return sorted(name for name in files if name.endswith(SUFFIXES))
+
+
 def local_source(paths):
     """The Source of local files and folders; folders are searched recursively, in the order of the file names."""
     names, labels = [], []
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"no input at {path}; --input takes files ({', '.join(SUFFIXES)}) and folders of them")
-        files = [os.path.join(folder, name) for folder, _, inside in os.walk(path) for name in inside if name[0] != "."]
-        files = sorted(name for name in (files if os.path.isdir(path) else [path]) if name.endswith(SUFFIXES))
+        files = find_files(path) if os.path.isdir(path) else [path] * path.endswith(SUFFIXES)
         if not files:
             raise ValueError(f"--input {path}: no file of a supported format ({', '.join(SUFFIXES)})")
         root = path if os.path.isdir(path) else os.path.dirname(path) or "."
         names += files
         labels += [os.path.relpath(name, root).replace(os.sep, "/") for name in files]
+    places = set()
+    for name in names:
+        if not os.path.isfile(name):  # reading a FIFO or a device may never end
+            raise ValueError(f"--input {name} is not a regular file, or a broken link; remove it, or copy its contents to"
+                             " a file")
+        if not os.access(name, os.R_OK):
+            raise ValueError(f"--input {name} cannot be read: permission denied")
+        if (place := os.path.realpath(name)) in places:
+            raise ValueError(f"--input {name} is given twice (as {place}); each file is read once")
+        places.add(place)
     sizes = [os.path.getsize(name) for name in names]
     return Source({"files": [list(f) for f in zip(labels, sizes)]}, names, sizes, functools.partial(open, mode="rb"))
 
 
-def with_retries(function):
-    """function(), retried for about nine minutes while the Hub is unreachable or answers 408, 429 or 5xx."""
-    import httpx2
+def is_unresolved(error):
+    """Whether an exception was caused by a host name that DNS does not resolve: there is no network at all."""
+    while error and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def with_retries(function, first=False):
+    """function(), retried for about nine minutes while the Hub is unreachable or answers 408, 429 or 5xx.
+
+    first: nothing has been read yet; without a network, the last of three tries is then after 40 seconds.
+    """
+    from huggingface_hub import logging
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    logging.set_verbosity_error()  # it prints two lines for each of its own five retries
     for wait in (*HUB_WAITS, None):
         try:
             return function()
-        except (httpx2.HTTPError, ConnectionError) as e:
+        except (HTTPError, ConnectionError, LocalEntryNotFoundError) as e:
             response, what = getattr(e, "response", None), " ".join(str(e).split())[:200] or type(e).__name__
-            if wait is None or response is not None and response.status_code < 500 and response.status_code not in (408, 429):
+            if (wait is None or first and wait > 30 and is_unresolved(e) or isinstance(e, OfflineModeIsEnabled)
+                    or response is not None and response.status_code < 500 and response.status_code not in (408, 429)):
                 raise ValueError(f"the request to the Hub failed ({what}). Finished shards are kept: run the same command"
                                  " again later, or download the files and use --input") from e
             tqdm.write(f"the request to the Hub failed ({what}); retrying in {wait} s (Ctrl-C stops)")
@@ -228,15 +265,19 @@ def hub_source(dataset, name, split, revision, commit=None):
     commit: what revision referred to when the output folder was created, to resume it. Raises ValueError for a split that
     does not exist and for files of an unsupported format.
     """
-    import datasets
     from huggingface_hub import HfApi, HfFileSystem
+    info = with_retries(lambda: HfApi().dataset_info(dataset, revision=commit or revision), first=True)
+    commit = commit or info.sha
+    import datasets
     datasets.disable_progress_bars()
-    builder = with_retries(lambda: datasets.load_dataset_builder(dataset, name, revision=commit or revision))
+    builder = with_retries(lambda: datasets.load_dataset_builder(dataset, name, revision=commit))
     found = builder.config.data_files or {}
     if split not in found:
         raise ValueError(f"{dataset} {name} has no split {split!r}; it has {', '.join(map(str, found)) or 'none'}")
     urls = [re.fullmatch(r"hf://datasets/(?P<repo>.+)@(?P<commit>[^/]+)/(?P<path>.+)", url) for url in found[split]]
-    commit, paths = urls[0]["commit"], [url["path"] for url in urls]
+    if not all(urls):
+        raise ValueError(f"{dataset} has files outside of its repository; download them and use --input")
+    paths = [url["path"] for url in urls]
     if other := [path for path in paths if not path.endswith(SUFFIXES)]:
         raise ValueError(f"{dataset} has files of an unsupported format ({other[0]}); supported are {', '.join(SUFFIXES)}:"
                          " convert the files to one of these and use --input")
@@ -273,6 +314,8 @@ def estimate_parquet(open_file, name, column):
     sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
     if sizes and "token_count" in metadata.schema.to_arrow_schema().names:
         with open_file() as f:
-            counts = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])["token_count"]
-        tokens_per_byte = int(counts.to_numpy().sum()) / sizes[0] or tokens_per_byte
+            counts = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])["token_count"].to_pylist()
+        # null, another type or an absurd number (a token has at least one byte): not FineWeb's
+        total = sum(count for count in counts if isinstance(count, int))
+        tokens_per_byte = total / sizes[0] if 0 < total <= sizes[0] else tokens_per_byte
     return tokens_per_byte * sum(sizes)

@@ -4,6 +4,7 @@
 #   ./test.sh                   the fast tests
 #   ./test.sh --all             all tests
 #   ./test.sh tests/test_data.py -k permute     other arguments go to pytest
+#   ENV=active ./test.sh        in the active environment; nothing is installed
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements-dev.txt
@@ -13,6 +14,6 @@ arguments=()
 for argument in "$@"; do
   if [ "$argument" = --all ]; then marks=(); else arguments+=("$argument"); fi
 done
-.venv/bin/ruff check --quiet .
+"$python" -m ruff check --quiet .
 echo "test.sh: pytest ${marks[*]-} ${arguments[*]-}"
-exec .venv/bin/python -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec "$python" -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}

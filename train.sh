@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Creates .venv, installs requirements.txt, and trains a GPT-2 on every GPU of this machine, or on the CPU.
 #
-#   ./train.sh                               on edu_fineweb10B/ if it holds shards, else on input.txt
+#   ./train.sh                               on edu_fineweb10B/ if it holds shards, else on Shakespeare
 #   ./train.sh --preset gpt2-350M --dry-run  all arguments go to train_gpt2.py (--help lists them)
 #   PYTHON=python3.12 ./train.sh             the interpreter for .venv
+#   ENV=active ./train.sh                    in the active environment (conda, a container); nothing is installed
+#
+# edu_fineweb10B/, log/ and relative paths are those of the folder from which it is called; .venv is beside this file.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements.txt
 
-gpus=$("$here/.venv/bin/python" -c "import torch; print(torch.cuda.device_count())")
-cd "$here"
+gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
   echo "train.sh: training on $gpus GPUs"
-  exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+  exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$here/train_gpt2.py" "$@"
 fi
 echo "train.sh: training on one $([ "$gpus" -eq 1 ] && echo GPU || echo "process, no CUDA GPU found")"
-exec "$here/.venv/bin/python" train_gpt2.py "$@"
+exec "$python" "$here/train_gpt2.py" "$@"

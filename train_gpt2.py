@@ -5,6 +5,7 @@ Trains GPT-2 on one CPU, one GPU, or many with torchrun: the recipe of GPT-2 and
     python train_gpt2.py --preset gpt2-124M --data edu_fineweb10B
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # DDP on every GPU of this machine
     python train_gpt2.py --preset gpt2-1558M --dry-run      # the plan: memory, steps, FLOPs, hours
+    python train_gpt2.py --resume log/gpt2-124M --eval-only # its validation loss and HellaSwag
 
 Writes log/<exp-name>/: log.txt, config.json, checkpoints (see checkpoint.py) and loss.png. The
 same command resumes a run from its newest checkpoint. SIGTERM, SIGUSR1 and Ctrl-C finish the step,
@@ -13,9 +14,20 @@ save, and exit with status 0, 75 and 130; a second Ctrl-C exits at once.
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, table 2.1 and
 appendix B), and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
 """
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP's threads spin for milliseconds at the end of each operation before they sleep. With
+    # other processes on the cores, they keep the threads they wait for from running: steps took
+    # 3 to 4 times as long. This is about 10 us, which costs nothing; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import atexit
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -29,11 +41,12 @@ import parallel
 from config import (FINEWEB_DIR, FINEWEB_TOKENS, choose_batch_size, config_from_flags,
                     estimate_memory)
 from convert import load_model
-from model import GPT, GPTConfig
+from model import GPT
 from plots import plot_run
-from runtime import (StopSignals, autocast, choose_dtype, device_name, free_memory, full_float32,
-                     get_rng_state, keep_freed_memory, peak_flops, print0, run_main, seed_all,
-                     set_rng_state, use_deterministic_algorithms)
+from runtime import (StopSignals, autocast, choose_dtype, device_name, duration, free_memory,
+                     full_float32, get_rng_state, keep_freed_memory, peak_flops, print0,
+                     report_progress, run_main, seed_all, set_rng_state,
+                     use_deterministic_algorithms)
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -73,7 +86,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the weights if
     the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
     """
-    first_window = loader.position
+    first_window, progress = loader.position, report_progress(f"step {step:5d}")
     # None instead of zeros: the first backward then writes gradients instead of adding to them
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -96,6 +109,8 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         loss_accum += loss.detach()
         # the scaler is the identity unless dtype is float16, whose small gradients underflow
         scaler.scale(loss).backward()
+        # by the CPU's clock, without waiting for the device
+        progress((micro_step + 1) / grad_accum_steps)
     local_loss = loss_accum.clone()  # to name the rank if it is non-finite
     # the step's only small all-reduce: the losses, and how many ranks are to stop. full_like fills
     # on the GPU; copying a number there would make the CPU wait.
@@ -160,6 +175,7 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
     count = 0  # number of targets
     # the logits are an evaluation's largest tensor; larger batches are no faster
     B = max(1, min(B, (4096 if on_cpu else 16384) // T))
+    progress, num_windows = report_progress("validation"), min(val_tokens, len(stream) - 1) // T
     batches = data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
                                    ranks.device)
     for i, (x, y) in enumerate(batches):
@@ -175,6 +191,7 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
             # batches differ in size: weight each mean by its number of targets
             total += loss.to(total.dtype) * y.numel()
             count += y.numel()
+        progress((i + 1) * B * ranks.world_size / num_windows)
     model.train()
     sums = torch.stack([total, torch.full_like(total, count)])
     total, count = parallel.all_reduce_sum(sums, ranks).tolist()
@@ -189,8 +206,11 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
     texts = []
     for i in range(ranks.rank, num_samples, ranks.world_size):
         # generate_text has its own generator: sampling does not change training's random numbers
-        with autocast(ranks.device, dtype):
-            texts += generate_text(model, prompt, 1, max_new_tokens, seed=42 + i)
+        try:
+            with autocast(ranks.device, dtype):
+                texts += generate_text(model, prompt, 1, max_new_tokens, seed=42 + i)
+        except ValueError as e:  # float16 overflows: no reason to end the training
+            texts.append(f"none: {e}")
     model.train()
     # only rank 0 prints: lines of several processes would interleave
     gathered = parallel.all_gather(texts, ranks)
@@ -207,6 +227,11 @@ def open_data(config, ranks):
     with parallel.rank0_first(ranks):
         splits = data.prepare_data(config.data)
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
+    # machines may have different files at the same path: their gradients would not belong together
+    fingerprints = parallel.all_gather([stream.fingerprint() for stream in streams], ranks)
+    if wrong := [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]:
+        raise ValueError(f"{config.data} holds other data on rank {wrong} than on rank 0; copy the"
+                         " same files to every machine")
     # a sequence of T tokens needs T + 1: the last one is only a target
     for split, stream in zip(("train", "val"), streams):
         if len(stream) <= config.sequence_length:
@@ -226,7 +251,9 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
         model = GPT(config.gpt_config())
     T, W, on_cpu = config.sequence_length, ranks.world_size, ranks.device == "cpu"
     total_batch_size = config.total_batch_size
-    num_params, memory = model.num_params(), free_memory(ranks.device)
+    # the ranks may have different amounts of free memory: the smallest; infinite if unknown
+    memory = min(parallel.all_gather(free_memory(ranks.device) or math.inf, ranks))
+    num_params = model.num_params()
     # every token but the first is a target
     epoch_tokens = (num_tokens - 1) // T * T
     max_steps = config.max_steps or int(config.epochs * epoch_tokens / total_batch_size)
@@ -237,14 +264,15 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     # the compiled step needs less memory, so B depends on it
     compiled = parallel.should_compile(config, max_steps - first_step, ranks)
     B = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
-    # the ranks may have different amounts of free memory; the smallest B fits all of them
-    B = min(parallel.all_gather(B, ranks))
     # tokens per step are fixed; B and the number of ranks only arrange them
     grad_accum_steps = total_batch_size // (B * T * W)
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
     parts = estimate_memory(config, num_params, B, dtype, W, compiled)
     needed = sum(parts.values())
+    # the estimate may be 15% too high
+    fits = "" if needed < memory else ", IT MAY NOT FIT" if 0.85 * needed < memory else \
+        ", IT WILL NOT FIT"
     flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
     print0(f"model: {num_params:,} parameters, {model.config}\n"
@@ -254,14 +282,20 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
            f" {ranks.device_type}, {dtype}\n"
            f"memory: about {needed / 1e9:.1f} GB per process ("
            + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items()) + ")"
-           + (f", {memory / 1e9:.1f} GB available" if memory else "")
-           + (": IT WILL NOT FIT" if memory and needed > memory else "")
+           + (f", {memory / 1e9:.1f} GB available" if memory < math.inf else "") + fits
            + f"\nwork: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
     if peak := peak_flops(ranks.device, dtype):
         # a well-tuned run of this size reaches 40 to 60% of the peak
         hours = total_flops / (0.5 * peak * W) / 3600
         print0(f"time: about {hours:.1f} hours at half the peak of"
                f" {W} x {device_name(ranks.device)}")
+    else:
+        print0("time: unknown on this device; each step prints what is left, as measured so far")
+    if fits == ", IT WILL NOT FIT" and not (config.force or config.dry_run):
+        raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
+                         f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
+                         " (or model), --activation-checkpointing or --parallel fsdp, or give"
+                         " --force to try it anyway")
     return B, grad_accum_steps, max_steps, compiled
 
 
@@ -275,13 +309,27 @@ def dry_run(config, dtype, ranks):
     make_plan(config, num_tokens, dtype, ranks)
 
 
+def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
+    """--eval-only: prints the scores of the checkpoint, or of --init-from; writes nothing."""
+    if not saved and not config.init_from:
+        raise FileNotFoundError(f"--eval-only: there is no checkpoint in {config.run_dir}; name"
+                                " another run with --exp-name, or weights with --init-from")
+    model, step = build_model(config, saved, ranks).to(ranks.device), saved.step if saved else 0
+    scores = {"val": evaluate_loss(model, val_stream, 4096, config.sequence_length,
+                                   config.val_tokens, dtype, ranks)}
+    if examples:
+        scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
+    for stream, value in scores.items():
+        print0(f"step {step:5d} | {stream} {value:.4f}")
+
+
 def build_model(config, saved, ranks):
     """The GPT to train: the checkpoint's, --init-from's, or initialized from torch's generator."""
     # fsdp moves shards to the GPUs: the unsharded model need not fit on one GPU
     device = "cpu" if parallel.is_fsdp(config, ranks) else ranks.device
     if not saved and config.init_from:
         return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
-    raw_model = GPT(GPTConfig(**saved.model["config"]) if saved else config.gpt_config())
+    raw_model = GPT(config.gpt_config())
     if saved:
         checkpoint.load_weights(raw_model, saved.model["model"], "the checkpoint")
     return raw_model.to(device)
@@ -301,7 +349,10 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
 
 
 def restore(saved, optimizers, scaler, config, ranks):
-    """Restores what capture returned, as read from a checkpoint, except for the weights."""
+    """Restores what capture returned, as read from a checkpoint, except for the weights.
+
+    The optimizers' settings (weight decay, betas, lr_scale) stay the config's.
+    """
     state = saved.state
     # without AdamW's moments the first updates would be far too large
     parallel.load_full_optimizer_state(optimizers, state["optimizers"])
@@ -340,7 +391,7 @@ def report_finished(config, step, ranks):
 def main():
     # settings: from the flags, or from the checkpoint that the run resumes from
     config, saved = config_from_flags()
-    T, run_dir = config.sequence_length, config.run_dir
+    T, run_dir, first_step = config.sequence_length, config.run_dir, saved.step if saved else 0
 
     # device: cuda, mps or cpu, and this process's rank among those that torchrun started
     keep_freed_memory()  # on a CPU
@@ -355,16 +406,17 @@ def main():
     # data: two streams of tokens, HellaSwag's examples, how the tokens of a step are split up
     train_stream, val_stream = open_data(config, ranks)
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
+    if config.eval_only:
+        return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
     B, grad_accum_steps, max_steps, compiled = make_plan(config, len(train_stream), dtype, ranks,
-                                                         saved.step if saved else 0)
+                                                         first_step)
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
 
-    # resume: the first step, and its evaluations in the log; a stop may have interrupted others
-    first_step, log_bytes, evaluated = 0, 0, set()
+    # resume: the first step's evaluations in the log; a stop may have interrupted others
+    log_bytes, evaluated = 0, set()
     if saved:
-        first_step = saved.step
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
         log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step)
     evaluated = parallel.all_gather(evaluated, ranks)[0]  # rank 0's: all ranks must evaluate alike
@@ -389,14 +441,13 @@ def main():
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
     writer = checkpoint.Writer()
-    peak = peak_flops(device, dtype)  # of one device, FLOP/s; None if unknown
+    peak, seconds, stopping = peak_flops(device, dtype), 0.0, None  # seconds: of all steps so far
 
     def due(every, stream=None):
         # every `every` steps and after the last one, unless logged before the run was resumed
         return (every and (step % every == 0 or step == max_steps)
                 and not (step == first_step and stream in evaluated))
 
-    stopping = None  # name of the signal that requested a stop
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
             # once in a while: the validation loss; model would recompile for other shapes
@@ -415,14 +466,14 @@ def main():
             if due(config.sample_every):
                 print_samples(parallel.unsharded_model(raw_model), config.prompt, dtype, ranks)
 
-            # once in a while, and before stopping: a checkpoint
+            # once in a while, and at the end: a checkpoint
             writer.check()  # raises the error of the previous one, if any
             # train_step asks for stop requests; so do evaluations, which may take minutes
             if due(config.val_every) or due(config.hella_every) or due(config.sample_every):
                 stopping = parallel.stop_requested(ranks)
             # again at first_step if its validation was interrupted: the model file holds val_loss
             is_new = step > first_step or step > 0 and val_loss is not None
-            if is_new and (due(config.save_every) or stopping):
+            if is_new and (due(config.save_every) or stopping or step == max_steps):
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
@@ -430,7 +481,6 @@ def main():
                     writer.start(checkpoint.save_and_prune, run_dir, step, *contents)
             if stopping or step == max_steps:
                 break
-
             # one optimizer step; only this is timed
             epoch = int(loader.epoch)
             lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps,
@@ -438,18 +488,16 @@ def main():
             t0 = time.perf_counter()
             loss, norm, stopping = train_step(step, model, raw_model, optimizers, scaler, loader,
                                               lr, grad_accum_steps, config.grad_clip, dtype, ranks)
-            # seconds from one wait for the GPU, in train_step, to the next: evaluations, samples
-            # and checkpoints end with one, too
-            dt = time.perf_counter() - t0
-            tok_per_sec = config.total_batch_size / dt
+            dt = time.perf_counter() - t0  # seconds; train_step and evaluations wait for the GPU
+            seconds, tok_per_sec = seconds + dt, config.total_batch_size / dt
+            left = seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean speed
             # model FLOPs utilization: the fraction of the peak of all devices
             mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)
-            print0(f"step {step:5d}/{max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f}"
+            print0(f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
                    f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
-                   + (f" | MFU {mfu:.1%}" if mfu else ""))
+                   + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
-            if int(loader.epoch) > epoch:
-                log(step, epoch=int(loader.epoch))  # the next epoch has another order
+            log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
         writer.wait()  # until the last checkpoint is on disk
         if stopping:
             print0(f"stopped at step {step} by {stopping}; the same command resumes from there")

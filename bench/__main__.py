@@ -11,7 +11,14 @@ Benchmarks: each measures its reference in the same run and prints ratios.
 
 Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
+import os
 import sys
 
 import torch
@@ -25,8 +32,8 @@ from bench.ladder import bench_ladder
 from bench.measure import in_fresh_process, print_table
 from bench.sample import bench_sample
 from bench.train import bench_train
-from data import atomic_write
-from model import SIZES
+from data import atomic_write, check_output, check_regular
+from model import SIZES, config_for
 
 # functions of the flags that return rows: dicts with the same keys, the first of which names the row
 BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,
@@ -40,18 +47,20 @@ COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")  # 
 
 def read_result(path):
     """The result that --json wrote; ValueError for another file."""
-    with open(path, encoding="utf-8") as f:
-        try:
+    check_regular(path)
+    try:
+        with open(path, encoding="utf-8") as f:
             result = json.load(f)
-            return {name: result[name] for name in ("machine", "settings", "benchmarks")}
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is not a file that --json wrote ({e!r})") from e
+        measurements(result)
+        return {name: {**result[name]} for name in ("machine", "settings", "benchmarks")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is not a file that --json wrote ({e!r:.80})") from e
 
 
 def measurements(result):
     """{("train: eager", "tok/s"): 382.0, ...}: what --compare compares."""
-    return {(f"{benchmark}: {next(iter(row.values()))}", unit): row[unit] for benchmark, rows in result["benchmarks"].items()
-            for row in rows for unit in COMPARED if row.get(unit)}
+    return {(f"{benchmark}: {next(iter(row.values()))}", unit): float(row[unit])
+            for benchmark, rows in result["benchmarks"].items() for row in rows for unit in COMPARED if row.get(unit)}
 
 
 def print_comparison(old, new):
@@ -62,7 +71,7 @@ def print_comparison(old, new):
             print(f"different {name}: {was.get(name)!r} before, {value!r} now")
     before, rows = measurements(old), []
     for (name, unit), value in measurements(new).items():
-        if (name, unit) in before:
+        if before.get((name, unit)):
             ratio = value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value
             rows.append({"compared": name, "unit": unit, "before": before[name, unit], "now": value, "ratio": ratio})
     if not rows:
@@ -86,7 +95,8 @@ def parse_args(argv=None):
     add("--sequence-length", type=runtime.number(int, 0), default=0,
         help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
     add("--steps", type=runtime.number(int, 1), default=6, help="training steps to time (default 6)")
-    add("--ranks", type=runtime.number(int, 0), default=0, help="ladder: processes of DDP (default: one per GPU)")
+    add("--ranks", type=runtime.number(int, 0, os.cpu_count()), default=0,
+        help="ladder: processes of DDP (default: one per GPU)")
     add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
     add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
     add("--limit", type=runtime.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
@@ -97,14 +107,28 @@ def parse_args(argv=None):
     add("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
     add("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
     args = parser.parse_args(argv)
-    if args.benchmark == "all" and args.data:
-        raise ValueError("all takes no --data: hellaswag and tokenize need different files; run them one at a time")
+    check_args(args)
     vars(args).update(QUICK if args.quick else {})
     args.device = runtime.choose_device(args.device)
     args.dtype = runtime.choose_dtype(args.dtype, args.device)
     args.B = args.batch_size or (4 if args.device == "cpu" else 16)
     args.T = args.sequence_length or (512 if args.device == "cpu" else 1024)
     return args
+
+
+def check_args(args):
+    """Raises ValueError or FileNotFoundError for what would fail, or be ignored, after the benchmark has run."""
+    if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
+        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file, tokenize a folder of parquet files")
+    if args.data is not None and not os.path.exists(args.data):
+        raise FileNotFoundError(f"no data at {args.data!r}")
+    if args.sequence_length > (longest := config_for(args.size).block_size):
+        raise ValueError(f"--sequence-length {args.sequence_length} is over the {longest} positions of {args.size}")
+    if args.picture is not None and (args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png")):
+        raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file named *.png")
+    for path in (args.json, args.picture):
+        if path is not None:
+            check_output(path)
 
 
 def main():
@@ -119,11 +143,13 @@ def main():
     rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
     settings = {name: value for name, value in vars(args).items() if name not in ("benchmark", "json", "compare", "picture")}
     result = {"machine": runtime.describe_machine(args.device), "settings": settings, "benchmarks": rows}
-    if args.json:
-        with atomic_write(args.json, "w") as f:
-            json.dump(result, f, indent=1)
-    if old:
-        print_comparison(old, result)
+    try:
+        if args.json:
+            with atomic_write(args.json, "w") as f:
+                json.dump(result, f, indent=1)
+    finally:
+        if old:
+            print_comparison(old, result)
     if any(row.get("result") == "FAIL" for row in rows.get("gpu_check", [])):
         sys.exit(1)
 

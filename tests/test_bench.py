@@ -325,6 +325,17 @@ def test_main_writes_json_and_compares_with_it(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["result.json"]
 
 
+def test_a_result_that_cannot_be_written_is_compared_all_the_same(tmp_path, monkeypatch, capsys):
+    run_in_this_process(monkeypatch, command)
+    monkeypatch.setitem(command.BENCHMARKS, "train", lambda args: [{"train": "eager", "tok/s": 6.0}])
+    (tmp_path / "old.json").write_text(json.dumps(result(train=[{"train": "eager", "tok/s": 6.0}])))
+    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--json", "/dev/full",
+                                      "--compare", str(tmp_path / "old.json")])
+    with pytest.raises(OSError, match="No space left"):
+        command.main()
+    assert "0 of 1 are worse" in capsys.readouterr().out
+
+
 def test_all_runs_every_benchmark_and_quick_skips_the_ladder(monkeypatch, capsys):
     run_in_this_process(monkeypatch, command)
     ran = []
@@ -346,7 +357,9 @@ def test_invalid_flags_are_errors(flags, message):
         command.parse_args(flags)
 
 
-@pytest.mark.parametrize("contents", ["[1]", "{}", "not JSON"])
+@pytest.mark.parametrize("contents", ["[1]", "{}", "not JSON", "[" * 3000, *(json.dumps(result(train=rows)) for rows in (
+    5, [5], {"a": 1}, [{"train": "eager", "tok/s": "fast"}], [{"train": "eager", "tok/s": [1]}])),
+    json.dumps({**result(), "settings": 5})], ids=str.__len__)
 def test_comparing_with_another_file_is_an_error(contents, tmp_path):
     (tmp_path / "old.json").write_text(contents)
     with pytest.raises(ValueError, match="old.json is not a file that --json wrote"):

@@ -4,14 +4,15 @@ and log, and the trackers that receive the log's values.
 
     .venv/bin/python -m pytest tests/test_checkpoint.py
 
-Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls; W&B's is a
-module on the path of a real training process.
+Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls.
 """
 import atexit
+import importlib.machinery
 import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -20,6 +21,8 @@ import pytest
 import torch
 
 import checkpoint
+import runtime
+import train_gpt2
 from checkpoint import Log, check_tracker, kept_log, read_log
 from model import GPT, GPTConfig
 from parallel import Ranks
@@ -166,6 +169,30 @@ def test_newer_checkpoints_are_renamed_and_a_state_without_its_model_is_pruned(t
     save_step(tmp_path, 5)
     checkpoint.prune(str(tmp_path), 2)
     assert checkpoint.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
+
+
+def test_renamed_checkpoints_are_never_overwritten(tmp_path):
+    """Each rollback once replaced the *.aside files of the one before. The files of one rollback get the same number."""
+    for rollback in (1, 2, 3):
+        (tmp_path / "log.txt").write_text(f"{rollback} val 1.0\n")
+        save_step(tmp_path, 1)
+        save_step(tmp_path, 2, seed=rollback)
+        if rollback == 2:
+            os.remove(tmp_path / "state_00002.pt")
+        checkpoint.rename_newer(str(tmp_path), 1)
+    kept = [checkpoint.load_file(str(tmp_path / f"model_00002.pt{end}"))["model"] for end in (".aside", ".2.aside", ".3.aside")]
+    assert all(same_weights(weights, make_model(seed).state_dict()) for seed, weights in enumerate(kept, 1))
+    assert (tmp_path / "state_00002.pt.3.aside").exists() and not (tmp_path / "state_00002.pt.2.aside").exists()
+    assert [(tmp_path / f"log.txt{end}").read_text() for end in (".aside", ".3.aside", "")] == [
+        "1 val 1.0\n", "3 val 1.0\n", "3 val 1.0\n"]  # the run then truncates log.txt
+
+
+def test_a_log_that_was_edited_does_not_stop_a_run_that_keeps_the_best_checkpoint(tmp_path, capsys):
+    state = {**STATE, "train_config": {"keep_best": True, "keep_last": 1}}
+    for step, contents in ((1, "1 val 3.0\n"), (2, "a note of mine\n1 val 3.0\n")):
+        (tmp_path / "log.txt").write_text(contents)
+        checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and "--keep-best needs the log" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
@@ -377,47 +404,110 @@ def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
 # -----------------------------------------------------------------------------
 # the run folder: its lock and its config.json
 
-LOCK = """
-import os, checkpoint
-for run_dir in ("one/empty", "two/empty", "three/used", "four/existing"):
-    checkpoint.lock_run(run_dir)
-os.makedirs("two/other")
-for path in ("two/other/model_00001.pt", "three/used/log.txt"):
-    with open(path, "w") as f:
-        f.write("0 val 3.0")
-"""
+@pytest.fixture
+def lock(monkeypatch):
+    """Function that locks a run folder; with the argument at_exit=True it calls what lock_run registered for the exit."""
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+
+    def call(run_dir=None, at_exit=False):
+        if not at_exit:
+            checkpoint.lock_run(str(run_dir))
+        while at_exit and registered:
+            registered.pop()()
+    yield call
+    call(at_exit=True)
 
 
-def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path):
+def names_in(folder):
+    """Paths of everything below a folder."""
+    return sorted(os.path.relpath(os.path.join(parent, name), folder)
+                  for parent, folders, files in os.walk(folder) for name in folders + files)
+
+
+def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path, lock):
     """Their names hold the id of that process, so no later save would overwrite them."""
     left = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp", "state_00004.pt.tmp"]
     other = ["model_00004.pt", "state_00004.pt.aside", "notes.tmp", "loss.png.12.tmp"]
     for name in left + other:
         (tmp_path / name).write_text("x")
-    code = "import checkpoint; checkpoint.lock_run('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT})
-    assert sorted(os.listdir(tmp_path)) == sorted(other)
+    lock(tmp_path)
+    lock(at_exit=True)
+    assert names_in(tmp_path) == sorted(other)
 
 
-def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path):
+def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path, lock, monkeypatch, capsys):
     """Another process may be writing them."""
+    import fcntl
+
+    def flock(*_):
+        raise OSError("no locks")
     (tmp_path / "state_00008.pt.12.tmp").write_text("x")
-    code = ("import fcntl, checkpoint\ndef flock(*_): raise OSError('no locks')\n"
-            "fcntl.flock = flock\ncheckpoint.lock_run('.')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ROOT},
-                          capture_output=True, text=True)
-    assert "cannot be locked (no locks)" in done.stdout and os.listdir(tmp_path) == ["state_00008.pt.12.tmp"]
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock(tmp_path)
+    assert "cannot be locked on this file system" in capsys.readouterr().out
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["state_00008.pt.12.tmp"]
 
 
-def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path):
-    """The first run of a log folder once removed the folder with all that later runs had saved in it."""
+def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path, lock):
+    """The first run of a log folder once removed the folder with all that later runs had saved in it, and --resume e the user's
+    empty folder e."""
     os.makedirs(tmp_path / "four" / "existing")
-    done = run_python(LOCK, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    left = sorted(os.path.relpath(os.path.join(folder, name), tmp_path)
-                  for folder, folders, files in os.walk(tmp_path) for name in folders + files)
-    assert left == ["four", "four/existing", "three", "three/used", "three/used/log.txt",
-                    "two", "two/other", "two/other/model_00001.pt"]
+    for run_dir in ("one/empty", "two/empty", "three/used", "four/existing", "five/new/deep"):
+        lock(tmp_path / run_dir)
+    os.makedirs(tmp_path / "two" / "other")
+    for path in ("two/other/model_00001.pt", "three/used/log.txt"):
+        (tmp_path / path).write_text("0 val 3.0\n")
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["four", "four/existing", "three", "three/used", "three/used/log.txt", "two", "two/other",
+                                  "two/other/model_00001.pt"]
+
+
+def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(tmp_path, lock, monkeypatch):
+    mkdir = os.mkdir
+
+    def slower(path):
+        mkdir(path)  # by the other process
+        mkdir(path)
+    monkeypatch.setattr(os, "mkdir", slower)
+    lock(tmp_path / "log" / "a")
+    lock(at_exit=True)
+    assert names_in(tmp_path) == ["log", "log/a"]
+
+
+@pytest.mark.parametrize("name, contents, words", [
+    ("config.json", '{"model_type": "gpt2", "n_layer": 12}', "is not the config.json of a run"),  # of Hugging Face
+    ("config.json", "[" * 100_000, "is not the config.json of a run"),
+    ("log.txt", "Tuesday: called the plumber\n", "line 1: expected `step stream value`, got 'Tuesday: called the plumber'"),
+    ("log.txt", "my notes", "line 1: expected `step stream value`, got 'my notes'"),
+    ("log.txt", "0 val 3.5\n" + "x" * 100_000, "line 2: expected"), ("log.txt", "\0\xff\n", "line 1: expected"),
+    ("log.txt", "99999999999999999999 val 3.5\n", "line 1: expected"), ("log.txt", None, "log.txt is not a regular file"),
+    ("config.json", None, "config.json is not a regular file"),
+])
+def test_files_that_no_run_wrote_are_not_overwritten(name, contents, words, tmp_path, lock):
+    """`--log-dir . --exp-name hf` once overwrote the config.json of a Hugging Face folder, and truncated a log.txt of notes."""
+    path = tmp_path / "hf" / name
+    path.parent.mkdir()
+    if contents is None:
+        path.mkdir()
+    else:
+        path.write_text(contents)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        lock(tmp_path / "hf")
+    assert names_in(tmp_path) == ["hf", f"hf/{name}"] and (contents is None or path.read_text() == contents)
+
+
+def test_the_log_of_a_run_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lock, capsys):
+    for run in ("first", "second", "third"):
+        lock(tmp_path)
+        log = open_log(tmp_path)
+        log(0, quiet=True, **{run: 1.0})
+        log.file.close()
+        lock(at_exit=True)
+    assert [(tmp_path / name).read_text() for name in ("log.txt.aside", "log.txt.2.aside", "log.txt")] == [
+        "0 first 1.0\n", "0 second 1.0\n", "0 third 1.0\n"]
+    assert capsys.readouterr().out.count("log.txt to *.aside: it is of an earlier run") == 2
 
 
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
@@ -450,6 +540,12 @@ def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
     with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
         read_log(str(tmp_path / "log.txt"))
+
+
+@pytest.mark.parametrize("torn", ["", "1", "12 ", "1 tra", "1 train ", "1 train 2.", "1 train 2.5"])
+def test_a_log_that_was_cut_in_a_line_is_read_up_to_that_line(tmp_path, torn):
+    (tmp_path / "log.txt").write_text("0 train 3.0\n" + torn)
+    assert read_log(str(tmp_path / "log.txt")) == {"train": [(0, 3.0)]}
 
 
 # a run of 3 steps that evaluates at every second; step 2 has evaluations before and training values after its checkpoint
@@ -589,6 +685,27 @@ def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(tm
     assert calls == [(str(tmp_path), 500), "closed", ("train", 3.5, 501), ("lr", 0.1, 501)]
 
 
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    """An exception of W&B once stopped the training."""
+    def fail(*_, **__):
+        raise RuntimeError("server\nsays no")
+    log = open_log(tmp_path)
+    log.tracker = fail
+    log(1, quiet=True, train=3.5)
+    log(2, quiet=True, train=3.25)
+    assert read_log(str(tmp_path / "log.txt")) == {"train": [(1, 3.5), (2, 3.25)]}
+    assert capsys.readouterr().out == "the tracker failed at step 1, it receives no more values: RuntimeError: server\n"
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=fail))
+    with pytest.raises(ValueError, match=r"--tracker wandb cannot be started \(RuntimeError: server\); --tracker none trains"):
+        open_log(tmp_path, tracker="wandb")
+    closed = []
+    monkeypatch.setattr(atexit, "register", closed.append)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
+        SummaryWriter=lambda *_, **__: types.SimpleNamespace(close=fail)))
+    open_log(tmp_path, tracker="tensorboard")
+    closed[0]()  # at exit
+
+
 def test_every_tracker_is_checked_and_none_needs_no_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert check_tracker("none") is None and Log.open_tracker("none", "", {}, 0) is None
@@ -609,16 +726,13 @@ def text(tmp_path):
     return str(path)
 
 
-def train(folder, text, *flags, modules=None):
-    """(a finished training process in folder, the calls its fake modules recorded). modules: {file name: code}, on its path."""
-    (folder / "path").mkdir(exist_ok=True)
-    for name, code in (modules or {}).items():
-        (folder / "path" / name).write_text(code)
-    calls = folder / "calls"
-    process = subprocess.run([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *TINY, "--data", text, *flags], cwd=folder,
-                             capture_output=True, text=True, timeout=120,
-                             env={**os.environ, "PYTHONPATH": str(folder / "path"), "CALLS": str(calls)})
-    return process, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+def train_here(monkeypatch, folder, text, *flags):
+    """Exit status of a training run in folder, in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "--data", text, *flags])
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(train_gpt2.main)
+    return end.value.code
 
 
 def logged_values(folder):
@@ -627,9 +741,14 @@ def logged_values(folder):
     return {(stream, value, step) for stream, points in streams.items() for step, value in points}
 
 
-def test_a_training_run_sends_every_value_of_its_log(tmp_path, text):
-    process, calls = train(tmp_path, text, "--tracker", "wandb", "--max-steps", "2", modules={"wandb.py": WANDB})
-    assert process.returncode == 0, process.stderr
+def test_a_training_run_sends_every_value_of_its_log(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="wandb.py")
+    exec(WANDB, wandb.__dict__)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train_here(monkeypatch, tmp_path, text, "--tracker", "wandb", "--max-steps", "2") == 0
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", {"project": "gpt2", "name": "shakespeare", "id": None, "resume": "allow", "config": 8,
                                  "dir": os.path.join("log", "shakespeare")}]
     assert calls[1] == ["metric", "*", "step"]
@@ -639,10 +758,13 @@ def test_a_training_run_sends_every_value_of_its_log(tmp_path, text):
     assert (tmp_path / "log" / "shakespeare" / "wandb_id.txt").read_text() == "abc123"
 
 
-def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text):
+def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    process, _ = train(tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2")
-    assert process.returncode == 0, process.stderr
+    closers = []
+    monkeypatch.setattr(atexit, "register", closers.append)
+    assert train_here(monkeypatch, tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2") == 0
+    for close in closers:
+        close()
     events = accumulator.EventAccumulator(str(tmp_path / "log" / "shakespeare"))
     events.Reload()
     read = {(stream, event.value, event.step) for stream in events.Tags()["scalars"] for event in events.Scalars(stream)}
@@ -652,17 +774,17 @@ def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text):
     assert {step: value for stream, value, step in read if stream == "train"} == pytest.approx(train_loss, abs=1e-5)
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path):
-    (tmp_path / "path" / "wandb").mkdir(parents=True)  # W&B leaves a folder wandb/ where it runs; it is not a package
-    hide = ("import importlib.util as u; real = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name == 'wandb' else real(name, *a)\n")
-    installed = importlib.util.find_spec("wandb") is not None
-    modules = {"sitecustomize.py": hide} if installed else {}
-    process, _ = train(tmp_path, "no-such-text", "--tracker", "wandb", modules=modules)
-    assert process.returncode == 2
-    assert process.stderr == ("error: --tracker wandb needs the package wandb, which is not installed: pip install wandb,"
-                              " or --tracker none\n")
-    assert not os.path.exists(tmp_path / "log" / "shakespeare" / "log.txt")
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, lock):
+    (tmp_path / "wandb").mkdir()  # W&B leaves a folder wandb/ where it runs; it is not a package
+    monkeypatch.syspath_prepend(tmp_path)
+    find_spec = importlib.util.find_spec
+    if installed := find_spec("wandb").origin:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    assert train_here(monkeypatch, tmp_path, "no-such-text", "--tracker", "wandb") == 2, installed
+    assert capsys.readouterr().err == ("error: --tracker wandb needs the package wandb, which is not installed: pip install"
+                                       " wandb, or --tracker none\n")
+    lock(at_exit=True)
+    assert not os.path.exists(tmp_path / "log")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")

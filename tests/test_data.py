@@ -7,6 +7,7 @@ the order of the data for random shard lengths, B, T, ranks and gradient accumul
 Needs no network: all data is created here.
 """
 import base64
+import fcntl
 import json
 import os
 import signal
@@ -65,6 +66,38 @@ def test_an_exception_within_atomic_write_leaves_no_file_or_the_old_one(tmp_path
             f.write(b"new " * 100_000)
             raise error
     assert os.listdir(tmp_path) == ["file"] * exists and (not exists or path.read_bytes() == b"old")
+
+
+def test_a_lock_excludes_other_processes_until_it_is_closed_also_if_its_holder_removes_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    first = data.lock(path)
+    with pytest.raises(BlockingIOError):
+        data.lock(path)
+    flock = fcntl.flock
+
+    def removed_meanwhile(f, flags):
+        monkeypatch.undo()
+        os.remove(path)  # by the first holder, after the second one has opened the file
+        first.close()
+        flock(f, flags)
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    second = data.lock(path)
+    assert os.path.samestat(os.fstat(second.fileno()), os.stat(path))
+    with pytest.raises(BlockingIOError):
+        data.lock(path)
+    second.close()
+    data.lock(path).close()
+
+
+def test_make_folders_tells_which_folders_it_created(tmp_path):
+    os.makedirs(tmp_path / "a")
+    created = []
+    data.make_folders(tmp_path / "a" / "b" / "c", created)
+    assert created == [str(tmp_path / "a" / "b" / "c"), str(tmp_path / "a" / "b")]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is not a folder"):
+        data.make_folders(tmp_path / "file" / "sub", created)
+    assert len(created) == 2
 
 
 # -----------------------------------------------------------------------------
@@ -534,6 +567,11 @@ def test_carriage_returns_and_unicode_are_preserved(tmp_path):
     assert "".join(get_tokenizer().decode(tokens_of(paths)[1:]) for paths in prepare_data(str(tmp_path / "t.txt"))) == text
 
 
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + PLAY.encode())
+    assert "".join(get_tokenizer().decode(tokens_of(paths)[1:]) for paths in prepare_data(str(tmp_path / "t.txt"))) == PLAY
+
+
 def test_each_text_file_of_a_folder_is_a_document_after_endoftext(tmp_path):
     documents = [f"document {i} " + "word " * 20 for i in range(20)]
     for i, text in enumerate(documents):
@@ -581,7 +619,8 @@ def test_a_process_killed_while_tokenizing_leaves_no_cache_folder(tmp_path, monk
     monkeypatch.setattr(os, "getpid", lambda: killed.pid)  # in a container the next process may have the same id
     train, val = prepare_data(str(path))
     assert "".join(get_tokenizer().decode(tokens_of(paths)[1:]) for paths in (train, val)) == PLAY
-    assert len(os.listdir(tmp_path / ".tokens")) == 1
+    final, = set(os.listdir(tmp_path / ".tokens")) - {left}  # only the process that created a folder removes it
+    assert sorted(os.listdir(tmp_path / ".tokens" / final)) == ["play_train_000001.npy", "play_val_000000.npy"]
 
 
 def test_prepare_data_returns_the_shards_of_a_folder(tmp_path):

@@ -10,6 +10,7 @@ bitwise identical.
 import glob
 import os
 import pickle
+import pty
 import random
 import re
 import shutil
@@ -81,21 +82,79 @@ def wait_for(process, pattern):
 # -----------------------------------------------------------------------------
 # signals
 
-def test_signals_finish_the_step_save_and_exit_with_their_status(uninterrupted, text, tmp_path):  # noqa: F811
-    """One run, stopped by three signals in turn."""
+def stop(process, how):
+    """Stops a process with a signal, or closes the pipe that it prints into; returns what it printed since."""
+    if how != "closed stdout":
+        os.kill(process.pid, how)
+        return process.communicate(timeout=60)[0]
+    process.stdout.close()
+    process.wait(timeout=60)
+    return process.stderr.read()
+
+
+@pytest.mark.parametrize("stops", [[(signal.SIGTERM, 0), ("closed stdout", 141), (signal.SIGINT, 130)],
+                                   pytest.param([(signal.SIGUSR1, 75), (signal.SIGHUP, 129)], marks=pytest.mark.slow)])
+def test_signals_finish_the_step_save_and_exit_with_their_status(stops, uninterrupted, text, tmp_path):  # noqa: F811
+    """One run, stopped several times. A closed stdout (`| head`) once ended it without a save."""
     run_dir = tmp_path / "log" / "shakespeare"
-    for number, status, step in ((signal.SIGTERM, 0, 3), (signal.SIGUSR1, 75, 9), (signal.SIGINT, 130, 15)):
-        process = start(tmp_path, "--data", text, *FLAGS, "--save-every", "1000")
+    for step, (how, status) in zip((3, 9, 15), stops):
+        stderr = subprocess.PIPE if how == "closed stdout" else subprocess.STDOUT
+        process = start(tmp_path, "--data", text, *FLAGS, "--save-every", "1000", stderr=stderr)
         wait_for(process, rf"step +{step}/")
-        os.kill(process.pid, number)
-        rest = process.communicate(timeout=60)[0]
+        rest = stop(process, how)
         assert process.returncode == status, rest
-        stopped = int(re.search(r"stopped at step (\d+) by " + number.name, rest)[1])
-        assert checkpoint.saved_steps(run_dir)[-1] == stopped > step - 1
-        survived(f"{number.name} while training")
+        if how == "closed stdout":
+            assert rest == "stdout cannot be written (Broken pipe): stop requested; finishing the step, then saving\n"
+        else:
+            assert int(re.search(r"stopped at step (\d+) by " + how.name, rest)[1]) == checkpoint.saved_steps(run_dir)[-1]
+        assert checkpoint.saved_steps(run_dir)[-1] > step - 1
+        survived(f"{getattr(how, 'name', how)} while training")
     process = train(tmp_path, *FLAGS)
     assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(run_dir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_although_nothing_can_be_printed(uninterrupted, text, tmp_path):  # noqa: F811
+    """The kernel sends SIGHUP, and every write to stdout and stderr fails with EIO."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, command("--data", text, *FLAGS, "--save-every", "1000"))
+    printed = b""
+    while not re.search(rb"step +7/", printed):
+        printed += os.read(terminal, 10000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1] >= 7
+    assert train(tmp_path, *FLAGS).returncode == 0
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
+    survived("closed terminal")
+
+
+@pytest.mark.slow
+def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  # noqa: F811
+    process = subprocess.Popen(["nohup", *command("--data", text, *FLAGS, "--max-steps", "40")], cwd=tmp_path, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(process, r"step +3/")
+    os.kill(process.pid, signal.SIGHUP)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "finished" in out, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["$x_{ $", "-", "模型"])
+def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
+    """A dollar sign in the name failed in matplotlib after the whole training; a full disk or a folder in the way, too."""
+    os.makedirs(tmp_path / "log" / name / "loss.png")
+    process = train(tmp_path, "--data", text, f"--exp-name={name}")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "finished; curves: not drawn, IsADirectoryError" in process.stdout
+    assert checkpoint.saved_steps(tmp_path / "log" / name) == [4, 8]
+    os.rmdir(tmp_path / "log" / name / "loss.png")
+    process = train(tmp_path, "--data", text, f"--exp-name={name}")  # draws what is missing
+    assert process.returncode == 0 and os.path.getsize(tmp_path / "log" / name / "loss.png") > 1000, process.stderr
+    assert process.stderr == ""
 
 
 SLOW_SAVE = """

@@ -7,7 +7,9 @@ fineweb.py and sources.py: packing, tokenization, input formats, resume, damaged
 Needs no network: texts are created in tmp_path, and the Hub is an HTTP server in this file on 127.0.0.1. The results
 are compared with tiktoken, one document at a time, and with a naive packing of Python lists.
 """
+import errno
 import gzip
+import hashlib
 import http.server
 import io
 import json
@@ -15,6 +17,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -164,9 +168,10 @@ def test_an_id_outside_the_vocabulary_is_an_assertion_error(monkeypatch):
     class Tokenizer:
         def encode_to_numpy(self, text, **kwargs):
             return np.array([70000], dtype=np.uint32)
-    monkeypatch.setattr(fineweb, "get_tokenizer", Tokenizer)
-    with pytest.raises(AssertionError, match="70000"):
-        fineweb.encode(["a"])
+    monkeypatch.setattr(data, "get_tokenizer", Tokenizer)
+    for encode in (fineweb.encode, data.encode):
+        with pytest.raises(AssertionError, match="70000"):
+            encode("a")
 
 
 # -----------------------------------------------------------------------------
@@ -243,27 +248,84 @@ def test_max_tokens_may_end_within_a_document(corpus, tmp_path, monkeypatch):
     (("--text-column", "body"), "no column 'body'; it has text, score"),
     (("--text-column", "score"), "'score' of .* holds int64"),
     (("--val-tokens", 10**6), "no tokens are left for the train split"),
-    (("--shard-size", 1), "--shard-size 1: must be an integer, 2 or more"),
-    (("--max-tokens", -1), "--max-tokens -1: must be an integer, 0 or more"),
-    (("--val-tokens", 0), "--val-tokens 0: must be an integer, 1 or more"),
-    (("--input", "nowhere"), "no input at nowhere"),
 ])
 def test_invalid_input_is_an_error(tmp_path, monkeypatch, flags, message):
+    """tests/test_bad_input.py has a hundred more."""
     write_parquet(tmp_path / "a.parquet", ["x y z"] * 10, score=pa.array(range(10)))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *flags)
-
-
-def test_an_error_is_one_line_and_exit_status_2(tmp_path):
-    result = command("--input", tmp_path / "nowhere.txt", "--out", tmp_path / "out")
-    assert result.returncode == 2 and re.fullmatch("error: no input at .*nowhere.txt.*\n", result.stderr), result.stderr
 
 
 def test_too_little_disk_space_is_an_error_before_any_shard_is_written(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match="0.00 GB of free disk space"):
         run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
-    assert not data.find_shards(tmp_path / "out", "val")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_folder_or_file_is_an_error_before_the_work(tmp_path, monkeypatch):
+    """os.walk skips a folder that cannot be listed."""
+    for name in ("a/x.txt", "b/y.txt"):
+        os.makedirs((tmp_path / name).parent)
+        (tmp_path / name).write_text("text")
+    scandir, access = os.scandir, os.access
+
+    def denied(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", denied)
+        with pytest.raises(PermissionError, match="b'"):
+            sources.local_source([str(tmp_path)])
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("y.txt") and access(path, mode))
+    with pytest.raises(ValueError, match="b/y.txt cannot be read: permission denied"):
+        sources.local_source([str(tmp_path)])
+
+
+def test_links_to_folders_are_followed_and_manifests_are_not_text(tmp_path):
+    """Linked folders were skipped; the manifest in --out, if that is below --input, made the second run another source."""
+    os.makedirs(tmp_path / "elsewhere" / "sub")
+    os.makedirs(tmp_path / "in" / "out")
+    (tmp_path / "elsewhere" / "sub" / "x.txt").write_text("text")
+    (tmp_path / "in" / "out" / "manifest.json").write_text("{}")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "link.txt")
+    assert sources.local_source([str(tmp_path / "in")]).description == {"files": [["link.txt/sub/x.txt", 4]]}
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, monkeypatch):
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(bom + "a text \ufeff ".encode())
+    (tmp_path / "b.jsonl").write_bytes(bom + b'{"text": "b"}\n{"text": "c"}\n')
+    run(monkeypatch, "--input", tmp_path / "a.txt", tmp_path / "b.jsonl", "--out", tmp_path / "out", "--val-tokens", 2)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(["a text \ufeff ", "b", "c"])
+
+
+@pytest.mark.parametrize("counts", [[None] * 9, [5, None] * 4 + [7], ["5"] * 9, [2.5] * 9, [-7] * 9, [2**61] * 9])
+def test_an_unusable_token_count_is_ignored(tmp_path, counts):
+    """A column of nulls once refused the file: "cannot convert float NaN to integer"."""
+    kind = pa.int64() if None in counts else None
+    write_parquet(tmp_path / "a.parquet", ["a text of 21 characters"] * 9, token_count=pa.array(counts, kind))
+    source = sources.local_source([str(tmp_path / "a.parquet")])
+    assert 0 < sources.estimate_tokens(source, "text") <= sum(source.sizes)
+
+
+def test_workers_that_cannot_be_started_are_one_error(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    with pytest.raises(ValueError, match="100 threads cannot be started .can't start new thread.; use a smaller --workers"):
+        list(fineweb.map_in_order(str, range(3), 100, 200))
+
+
+def test_progress_is_printed_without_a_terminal(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fineweb, "REPORT_SECONDS", 0)
+    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("out_train_000003.npy: 1,000 tokens")]
+    reports = [line for line in lines if " of about " in line]
+    assert len(reports) > 1
+    for line in reports:
+        assert re.fullmatch(r"[\d.]+k? of about [\d.]+k tokens, [\d.]+[kM]tok/s, \d\d:\d\d left", line), line
+    assert re.search(r"\n[\d.]+k tokens, [\d.]+[kM]tok/s\n", "\n".join(lines))  # more than the estimate
 
 
 def damage(folder, texts):
@@ -319,11 +381,112 @@ def test_a_folder_of_other_settings_is_not_resumed_and_the_difference_is_printed
     assert contents(tmp_path / "out") == before
 
 
-def test_shards_without_a_manifest_are_not_overwritten(corpus, tmp_path, monkeypatch):
-    os.makedirs(tmp_path / "out")
-    data.write_shard(str(tmp_path / "out" / "edufineweb_train_000001.npy"), np.zeros(5, dtype=np.uint16))
-    with pytest.raises(ValueError, match="without a manifest.json"):
-        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+# -----------------------------------------------------------------------------
+# nobody else's files are touched
+
+def test_a_failed_start_leaves_nothing_and_a_shard_copied_there_is_kept(corpus, tmp_path, monkeypatch):
+    """A failed start once left a manifest, and then a second one deleted every shard that the manifest did not list."""
+    with pytest.raises(ValueError, match="no column 'body'"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "a" / "mine", *FLAGS, "--text-column", "body")
+    assert not (tmp_path / "a").exists()
+    os.makedirs(tmp_path / "mine")
+    data.write_shard(str(tmp_path / "mine" / "mine_train_000001.npy"), np.zeros(5, dtype=np.uint16))
+    before = contents(tmp_path / "mine")
+    with pytest.raises(ValueError, match="1 shards that no manifest.json lists .mine_train_000001.npy"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "mine", *FLAGS)
+    assert contents(tmp_path / "mine") == before
+
+
+def interrupt_after(monkeypatch, n):
+    """Makes fineweb.add_shard fail after n shards, as a disk that is full does."""
+    add_shard, written = fineweb.add_shard, []
+
+    def add_and_fail(*args):
+        if len(written) == n:
+            raise OSError(28, "No space left on device")
+        add_shard(*args)
+        written.append(args[2])
+    monkeypatch.setattr(fineweb, "add_shard", add_and_fail)
+
+
+def test_an_interrupted_run_keeps_files_that_are_not_its_own(corpus, tmp_path, monkeypatch):
+    flags = ("--input", corpus[0], "--out", tmp_path / "o", *FLAGS)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 3)
+        run(patch, *flags)
+    others = ["o_train_000004.npy.5.tmp", "notes.txt", "x.npy.7.tmp", "o_train_000003.npy.tmp", "o_train_000003.bin.6.tmp"]
+    for name in others:
+        (tmp_path / "o" / name).write_text("mine")
+    for name in ("o_train_000007.npy", "other_val_000000.bin", "train.bin"):
+        (tmp_path / "o" / name).write_text("mine")
+        before = contents(tmp_path / "o")
+        with pytest.raises(ValueError, match=f"o holds 1 shards that no manifest.json lists .{name}, "):
+            run(monkeypatch, *flags)
+        assert contents(tmp_path / "o") == before
+        os.remove(tmp_path / "o" / name)
+    # the name of the next shard, with other tokens
+    data.write_shard(str(tmp_path / "o" / "o_train_000003.npy"), np.zeros(1000, dtype=np.uint16))
+    before = contents(tmp_path / "o")
+    with pytest.raises(ValueError, match="o_train_000003.npy exists already and is not the shard to be written there"):
+        run(monkeypatch, *flags)
+    assert contents(tmp_path / "o") == before
+    os.remove(tmp_path / "o" / "o_train_000003.npy")
+    os.rename(tmp_path / "o" / "o_val_000001.npy", tmp_path / "away")
+    with pytest.raises(ValueError, match="o_val_000001.npy has no tokens, but"):
+        run(monkeypatch, *flags)
+    os.rename(tmp_path / "away", tmp_path / "o" / "o_val_000001.npy")
+    run(monkeypatch, *flags)
+    assert all((tmp_path / "o" / name).read_text() == "mine" for name in others)
+    assert sum(read_stream(tmp_path / "o"), []) == true_tokens(corpus[1])
+
+
+def test_a_renamed_folder_resumes_under_the_names_of_its_shards(corpus, tmp_path, monkeypatch):
+    """Shards of two names would be read in another order."""
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 3)
+        run(patch, "--input", corpus[0], "--out", tmp_path / "mine", *FLAGS)
+    os.rename(tmp_path / "mine", tmp_path / "aaa")
+    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "aaa", *FLAGS)
+    assert sum(read_stream(tmp_path / "aaa"), []) == true_tokens(corpus[1])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(corpus, tmp_path, monkeypatch):
+    """Two runs of different --input once mixed their shards, and --verify passed."""
+    flags = ("--input", corpus[0], "--out", tmp_path / "o", *FLAGS)
+    with fineweb.output_folder(tmp_path / "o") as locked:
+        assert locked
+        for second in (flags, ("--prepared", "a/b", "--out", tmp_path / "o")):
+            with pytest.raises(ValueError, match="o is in use by another fineweb.py"):
+                run(monkeypatch, *second)
+    assert not (tmp_path / "o").exists()
+    run(monkeypatch, *flags)
+    assert fineweb.LOCK not in os.listdir(tmp_path / "o")
+
+
+def test_without_kernel_locks_temporary_files_are_kept(corpus, tmp_path, monkeypatch, capsys):
+    """Another process may be writing them."""
+    monkeypatch.setattr("fcntl.flock", lambda f, flags: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    os.makedirs(tmp_path / "o")
+    (tmp_path / "o" / "o_val_000000.npy.123.tmp").write_text("being written")
+    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "o", *FLAGS)
+    assert "cannot be locked on this file system" in capsys.readouterr().out
+    assert (tmp_path / "o" / "o_val_000000.npy.123.tmp").exists()
+
+
+def test_a_full_disk_is_an_error_with_the_numbers_of_bytes(tmp_path):
+    """NumPy's message was "306111 requested and 241600 written"."""
+    for name in ("x_train_000001.npy", "x_train_000002.bin"):
+        os.symlink("/dev/full", tmp_path / name)
+        with pytest.raises(OSError, match=f"the disk is full: .*{name} needs 600,000 bytes, [0-9,]+ are free; free some"):
+            data.write_shard(str(tmp_path / name), np.zeros(300_000, dtype=np.uint16))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            data.write_shard(str(tmp_path / "y_train_000001.npy"), np.zeros(300_000, dtype=np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and not (tmp_path / "y_train_000001.npy").exists()
 
 
 def test_verify_prints_statistics_and_detects_one_flipped_bit(corpus, tmp_path, monkeypatch, capsys):
@@ -368,8 +531,12 @@ def test_resuming_after_any_shard_is_bitwise_identical_and_rewrites_no_shard(cor
             run(monkeypatch, *flags, tmp_path / "o")
             break
         except OSError:
-            for name in ("o_train_000777.npy", "o_train_000778.npy.123.tmp", "manifest.json.123.tmp", "manifest.json.tmp"):
-                (tmp_path / "o" / name).write_text("left by a killed process")
+            # as a process that was killed leaves them
+            following = f"o_{fineweb.load_manifest(tmp_path / 'o')['next']['split']}_{len(written):06d}.npy"
+            (tmp_path / "o" / f"{following}.123.tmp").write_text("incomplete")
+            (tmp_path / "o" / "manifest.json.123.tmp").write_text("incomplete")
+            if len(written) % 2 and following in whole:
+                shutil.copy(tmp_path / "whole" / "o" / following, tmp_path / "o")
     shards = [name for name in whole if name != "manifest.json"]
     assert contents(tmp_path / "o") == whole and sorted(written) == shards and len(shards) > 10
 
@@ -467,7 +634,7 @@ def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_
 # -----------------------------------------------------------------------------
 # worker threads
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_it_works_in_a_process_of_any_start_method(corpus, tmp_path, method, monkeypatch):
     folder, texts = corpus
     monkeypatch.setattr(sys, "argv", ["fineweb.py", "--input", str(folder), "--out", str(tmp_path / "out"), *map(str, FLAGS)])
@@ -691,16 +858,45 @@ def test_an_unsupported_format_on_the_hub_is_one_error_line(tmp_path):
 @pytest.mark.parametrize("text, printed", [("no route to host", "no route to host"), ("", "ReadTimeout")])
 def test_a_hub_that_stays_unreachable_is_one_error_after_all_retries(monkeypatch, text, printed):
     """httpx raises timeouts with an empty text; the message about the retry once failed on them."""
-    import httpx2
+    from huggingface_hub.errors import HTTPError
     waits, calls = [], Counter()
     monkeypatch.setattr(sources.time, "sleep", waits.append)
 
+    class ReadTimeout(HTTPError):
+        """Like httpx's class of this name."""
+
     def read():
         calls["n"] += 1
-        raise httpx2.ReadTimeout(text)
+        raise ReadTimeout(text)
     with pytest.raises(ValueError, match=f"{printed}.*run the same command again later.*--input"):
         sources.with_retries(read)
     assert waits == list(sources.HUB_WAITS) and calls["n"] == len(waits) + 1
+
+
+def test_without_a_network_the_first_request_fails_within_a_minute(monkeypatch, capsys):
+    """A host name that DNS does not resolve was retried for nine minutes, with two more lines of huggingface_hub's a try."""
+    import logging
+
+    from huggingface_hub import HfApi
+    waits = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    api = HfApi(endpoint="http://no-such-host.invalid")
+    for first, expected in ((True, [10, 30]), (False, list(sources.HUB_WAITS))):
+        waits.clear()
+        with pytest.raises(ValueError, match="the request to the Hub failed"):
+            sources.with_retries(lambda: api.dataset_info("a/b"), first)
+        assert waits == expected and capsys.readouterr().out.count("retrying in") == len(waits)
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+
+
+def test_offline_mode_is_not_retried(monkeypatch):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: pytest.fail("retried"))
+
+    def read():
+        raise OfflineModeIsEnabled("offline mode is enabled")
+    with pytest.raises(ValueError, match="offline mode is enabled"):
+        sources.with_retries(read)
 
 
 @pytest.mark.slow
@@ -710,6 +906,7 @@ def test_a_dataset_that_does_not_exist_is_an_error_with_its_name(tmp_path):
     assert result.returncode == 2 and "me/absent" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_prepared_shards_are_downloaded_checked_and_resumed(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "made")
     files = {}
@@ -725,6 +922,87 @@ def test_prepared_shards_are_downloaded_checked_and_resumed(tmp_path, monkeypatc
     assert hub.seen["cut"] == 1 and hub.seen["fw_val_000000.bin"] == 1
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
     run(monkeypatch, "--verify", tmp_path / "out")
+
+
+class FakeInfo:
+    """The files of a dataset on the Hub, in place of HfApi and hf_hub_download."""
+    sha = COMMIT
+
+    def __init__(self, files, monkeypatch):
+        self.files, self.asked, self.downloaded = files, [], []
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
+
+    def dataset_info(self, repo, revision, files_metadata):
+        self.asked.append(revision)
+        return self
+
+    @property
+    def siblings(self):
+        return [SimpleNamespace(rfilename=name, size=len(body), lfs=SimpleNamespace(sha256=hashlib.sha256(body).hexdigest()))
+                for name, body in self.files.items()]
+
+    def download(self, repo, name, repo_type, revision, local_dir):
+        self.downloaded.append(name)
+        with open(os.path.join(local_dir, name), "wb") as f:
+            f.write(self.files[name])
+
+
+def shard_bytes(tmp_path, n):
+    data.write_shard(str(tmp_path / "x.bin"), np.array([EOT, *range(n)], dtype=np.uint16))
+    return (tmp_path / "x.bin").read_bytes()
+
+
+def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypatch):
+    """A file of another size was removed, and any manifest.json replaced."""
+    names = ("fw_val_000000.bin", "fw_train_000001.bin", "fw_train_000002.bin")
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names} | {"sub/fw_train_000003.bin": b""}, monkeypatch)
+    flags = ("--prepared", "a/b", "--out", tmp_path / "out")
+
+    def refused(message, *more):
+        before = contents(tmp_path / "out")
+        with pytest.raises(ValueError, match=message):
+            run(monkeypatch, *flags, *more)
+        assert contents(tmp_path / "out") == before
+    os.makedirs(tmp_path / "out")
+    for name, message in (("fw_val_000000.bin", "fw_val_000000.bin exists already and is not the shard of a/b"),
+                          ("my_train_000001.npy", "1 shards that no manifest.json lists"),
+                          ("manifest.json", "not of fineweb.py")):
+        (tmp_path / "out" / name).write_text("mine")
+        refused(message)
+        os.remove(tmp_path / "out" / name)
+    (tmp_path / "out" / names[0]).write_bytes(shard_bytes(tmp_path, 499) + b"\0\0")  # of the right size
+    refused("fw_val_000000.bin should hold")
+    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]][:-2] + b"\0\0")
+    refused("fw_val_000000.bin has another sha256 than the shard of a/b")
+    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]])  # left by a killed process
+    run(monkeypatch, *flags, "--max-tokens", 502)
+    assert hub.downloaded == ["fw_train_000001.bin"] and hub.asked[-1] == "main"
+    refused("was created from {'commit': .*not c/d at main", "--prepared", "c/d")
+    refused("not a/b at v2", "--revision", "v2")
+    # fewer tokens than before remove nothing from the manifest; the commit is that of the first run
+    run(monkeypatch, *flags, "--max-tokens", 2)
+    assert len(data.load_manifest(tmp_path / "out")["shards"]) == 2 and hub.asked[-1] == COMMIT
+    run(monkeypatch, *flags)
+    os.truncate(tmp_path / "out" / names[1], 2000)  # of the manifest, so it may be replaced
+    run(monkeypatch, *flags)
+    run(monkeypatch, "--verify", tmp_path / "out")
+    assert hub.downloaded == ["fw_train_000001.bin", "fw_train_000002.bin", "fw_train_000001.bin"]
+
+
+def test_an_interrupted_download_is_incomplete_in_the_manifest(tmp_path, monkeypatch):
+    names = ("fw_val_000000.bin", "fw_val_set_train_000001.bin", "x_train_000002.bin")
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    body = hub.files.pop("x_train_000002.bin")
+    hub.files["x_train_000002.bin"] = b"damaged"
+    with pytest.raises(ValueError, match="x_train_000002.bin has no valid llm.c header"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="out is incomplete: fineweb.py is still running or was interrupted"):
+        data.prepare_data(str(tmp_path / "out"))
+    os.remove(tmp_path / "out" / "x_train_000002.bin")
+    hub.files["x_train_000002.bin"], hub.downloaded = body, []
+    run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    assert hub.downloaded == ["x_train_000002.bin"] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 2
 
 
 # -----------------------------------------------------------------------------

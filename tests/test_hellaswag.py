@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -251,6 +252,30 @@ def test_a_stop_request_ends_the_evaluation_before_the_next_batch(tmp_path, stop
     assert len(stop_after_two_batches) == 2  # the stop is still requested: no further batch
 
 
+def test_non_finite_log_probabilities_have_no_score_and_do_not_end_the_training(tmp_path, capsys):
+    """NaN counted as the largest log-probability: a model of NaN got a score. In training it is an overflow in 16 bits."""
+    model, dataset = small_model(), make_dataset(tmp_path, make_examples(6))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[0] = 1e5  # finite, but infinite in float16
+    assert all(np.isfinite(list(hellaswag.score_in_training(model, dataset, "float32", SINGLE).values())))
+    capsys.readouterr()
+    scores = hellaswag.score_in_training(model, dataset, "float16", SINGLE)
+    assert set(scores) == {"hella", "hella_lm_eval"} and np.isnan(list(scores.values())).all()
+    assert "log-probabilities of 6 examples are NaN or infinite: no score (overflow in float16?)" in capsys.readouterr().out
+    sums = np.array([[-1.0, -2, -3, -4], [-1, float("nan"), -3, -4]])
+    assert np.isnan(list(hellaswag.metrics(sums, np.ones((2, 4)), np.array([0, 0])).values())).all()
+
+
+def test_batches_that_do_not_fit_into_memory_are_refused_with_a_number_that_fits(tmp_path, monkeypatch):
+    model, dataset = small_model(), make_dataset(tmp_path, make_examples(20))
+    monkeypatch.setattr(scoring, "free_memory", lambda device: 20 * 10**6)
+    with pytest.raises(ValueError, match="GB of memory, 0.0 GB are available: use [0-9]{3} or fewer") as error:
+        compute_sums(model, dataset, batch_tokens=2**60)
+    fits = int(re.search("use ([0-9]+)", str(error.value))[1])
+    sums = compute_sums(model, dataset, batch_tokens=fits)
+    assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4  # the default is not checked: no reason to end a training
+
+
 def test_a_stop_request_during_the_last_batch_keeps_the_scores(tmp_path, stop_after_two_batches):
     """There are two batches, one per style: the evaluation is complete."""
     model, dataset = small_model(), make_dataset(tmp_path, make_examples(2))
@@ -382,10 +407,14 @@ def test_gzip_and_plain_files_have_the_same_examples(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"endings": None}, "it has no 'endings'"), ({"ctx": None}, "it has no 'ctx'"), ({"label": None}, "it has no 'label'"),
-    ({"activity_label": None}, "it has no 'activity_label'"), ({"ctx_a": None}, "both ctx_a and ctx_b, or neither"),
-    ({"label": 4}, "label is 4"), ({"label": ""}, "invalid literal"), ({"ctx": 3}, "ctx is 3, it must be a string"),
-    ({"endings": ["a", "b", "c"]}, "four non-empty strings"), ({"endings": ["a", "b", " ", "d"]}, "four non-empty strings")])
+    ({"endings": None}, "it lacks endings"), ({"ctx": None}, "it lacks ctx"), ({"label": None}, "it lacks label"),
+    ({"activity_label": None}, "it lacks activity_label"), ({"ctx_a": None}, "both ctx_a and ctx_b, or neither"),
+    ({"ctx_b": 5}, "ctx_b is 5, it must be a string"), ({"ctx": 3}, "ctx is 3, it must be a string"),
+    ({"label": 4}, "label is 4"), ({"label": ""}, "no label, as in the test split"), ({"label": "03"}, "label is '03'"),
+    ({"label": 2.0}, "label is 2.0"), ({"label": True}, "label is True"), ({"label": float("inf")}, "label is inf"),
+    ({"label": [2]}, r"label is \[2\]"), ({"endings": "abcd"}, "endings is 'abcd'"),
+    ({"endings": dict(a=1, b=2, c=3, d=4)}, "endings is {'a': 1"), ({"endings": ["a", "b", "c"]}, "four non-empty strings"),
+    ({"endings": ["a", "b", " ", "d"]}, "four non-empty strings"), ({"ctx_b": "\ud800"}, "surrogates not allowed")])
 def test_an_invalid_line_is_an_error_with_its_number(tmp_path, change, message):
     examples = make_examples(3)
     examples[1] = {name: value for name, value in {**examples[1], **change}.items() if value is not None}
@@ -416,6 +445,39 @@ def test_labels_may_be_strings_as_on_the_hub(tmp_path):
     assert make_dataset(tmp_path, examples).labels[0] == 3
 
 
+def test_a_byte_order_mark_blank_lines_and_other_line_breaks_are_accepted(tmp_path):
+    examples = make_examples(3)
+    lines = [json.dumps(example).encode() for example in examples]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\r\n" + lines[1] + b"\n" + lines[2] + b"\n\n  \n")
+    assert list(hellaswag.iterate_examples(str(tmp_path / "a.jsonl"))) == examples
+
+
+def test_gzip_is_recognized_by_its_contents(tmp_path):
+    examples = make_examples(3)
+    path = write_jsonl(tmp_path / "a.jsonl.gz", examples)  # not compressed
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(read_bytes(path)))
+    assert list(hellaswag.iterate_examples(path)) == list(hellaswag.iterate_examples(str(tmp_path / "b.jsonl"))) == examples
+
+
+@pytest.mark.parametrize("contents", [b"", gzip.compress(b"")], ids=["empty", "gzip"])
+def test_a_huge_line_is_an_error_before_it_is_read(tmp_path, contents):
+    """A gzip file of zeros, or a sparse file, was read into memory as one line."""
+    path = str(tmp_path / "a.jsonl")
+    if contents:
+        with gzip.open(path, "wb") as f:
+            f.write(bytes(2**24))
+    else:
+        with open(path, "wb") as f:
+            f.truncate(2**28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"line 1 is not a HellaSwag example: it is longer than {hellaswag.MAX_LINE:,}"):
+            hellaswag.prepare(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # bytes at the peak
+    finally:
+        tracemalloc.stop()
+
+
 # -----------------------------------------------------------------------------
 # the download
 
@@ -444,7 +506,7 @@ def server(tmp_path, monkeypatch):
             pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.mode, server.requests = "ok", 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/")
@@ -476,7 +538,11 @@ def test_a_failed_download_names_the_url_leaves_nothing_and_starts_over(server, 
     with pytest.raises(OSError, match="cannot download http://127.0.0.1:[0-9]+/hellaswag_val.jsonl: .*" + reason) as error:
         hellaswag.download()
     assert "--data FILE" in str(error.value) and "\n" not in str(error.value)
-    assert not os.path.exists("hellaswag") or os.listdir("hellaswag") == []
+    assert not os.path.exists("hellaswag")
+    os.mkdir("hellaswag")
+    with pytest.raises(OSError):
+        hellaswag.download()
+    assert os.listdir("hellaswag") == []  # a folder that was there stays
     server.mode = "ok"
     assert read_bytes(hellaswag.download()) == CONTENTS
 
@@ -535,6 +601,87 @@ def test_json_and_out_contain_the_scores(command):
         np.testing.assert_allclose([line[style]["logprobs"] for line in lines], sums[style], atol=1e-4)
         for name, predicted in zip(("pred", "pred_norm"), hellaswag.predictions(sums[style], dataset.lengths[style])):
             assert [line[style][name] for line in lines] == predicted.tolist()
+
+
+def run_hellaswag(monkeypatch, *flags):
+    """Exit status of `python hellaswag.py model_00007.pt --data examples.jsonl *flags` in this process."""
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", "model_00007.pt", "--data", "examples.jsonl", "--device", "cpu",
+                                      "--dtype", "float32", *flags])
+    with pytest.raises(SystemExit) as end:
+        hellaswag.run_main(hellaswag.main)
+        sys.exit(0)
+    return end.value.code
+
+
+def test_out_is_checked_before_the_work_and_only_on_the_rank_that_writes(command, monkeypatch, capsys):
+    monkeypatch.setattr(hellaswag, "setup", lambda device: sys.exit("the work begins"))
+    for out, message in (("none/a.jsonl", "none is not an existing folder"), (".", "is not the name of a file"),
+                         ("examples.jsonl", "would replace a file that is read"), ("model_00007.pt", "would replace a file")):
+        assert run_hellaswag(monkeypatch, "--out", out) == 2 and message in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(hellaswag, "run_main", lambda main: main())  # that of RANK 1 registers an exit without shutdown
+    assert run_hellaswag(monkeypatch, "--out", "none/a.jsonl") == "the work begins"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_score_is_printed_even_if_out_cannot_be_written(command, monkeypatch, capsys, flags):
+    """It was printed after --out was written: a full disk cost the score."""
+    assert run_hellaswag(monkeypatch, "--out", "/dev/full", "--limit", "1", *flags) == 2
+    out, err = capsys.readouterr()
+    assert "acc" in out and out.count("\n") == 1 and "error: cannot write /dev/full: No space left on device" in err
+    assert not os.path.isfile("/dev/full") and os.listdir(".") == ["model_00007.pt", "examples.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+def test_out_may_be_stdout_even_if_that_is_a_file(command, monkeypatch, name):
+    """A file to which stdout was redirected was replaced: the score was lost."""
+    with open("scores.txt", "w", encoding="utf-8") as f:
+        f.write("before\n")
+        f.flush()
+        saved = os.dup(1)
+        os.dup2(f.fileno(), 1)
+        monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="utf-8", closefd=False))
+        try:
+            status = run_hellaswag(monkeypatch, "--out", name, "--limit", "2")
+            os.fstat(1)  # still open
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+    with open("scores.txt", encoding="utf-8") as f:
+        before, score, *lines = f.read().splitlines()
+    assert status == 0 and before == "before" and score.startswith("HellaSwag | completion") and len(lines) == 2
+    assert all("logprobs" in json.loads(line)["lm-eval"] for line in lines) and os.path.islink("/dev/stdout")
+
+
+def test_out_replaces_the_target_of_a_link(command, monkeypatch):
+    os.mkdir("there")
+    os.symlink("there/scores.jsonl", "link")
+    assert run_hellaswag(monkeypatch, "--out", "link", "--limit", "1") == 0
+    assert os.path.islink("link") and "logprobs" in open("there/scores.jsonl", encoding="utf-8").read()
+
+
+def test_ctrl_c_while_scoring_leaves_no_out(command, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(scoring, "score_batch", interrupt)
+    assert run_hellaswag(monkeypatch, "--out", "scores.jsonl") == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\ninterrupted\n") and os.listdir(".") == ["model_00007.pt", "examples.jsonl"]
+
+
+def test_an_overflow_is_one_line_and_no_score(command, monkeypatch, capsys):
+    """A model of NaN got a score, and status 0."""
+    model = small_model()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[0] = 1e5
+    torch.save({"model": model.state_dict(), "config": vars(model.config), "step": 7, "val_loss": 2.5}, "model_00007.pt")
+    assert run_hellaswag(monkeypatch, "--dtype", "float16", "--out", "scores.jsonl") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and not os.path.exists("scores.jsonl") and err.splitlines()[-1] == (
+        "error: the log-probabilities that model_00007.pt gives to 12 of 12 examples are NaN or infinite: its activations"
+        " overflow in float16; try --dtype float32")
 
 
 def test_the_summary_of_a_subset_says_not_comparable(command):

@@ -309,6 +309,19 @@ def test_weights_that_do_not_fit_are_an_error_that_names_them():
         GPT(GPTConfig(**fits)).load_hf_state_dict(untied)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_number_of_parameters_by_arithmetic_is_that_of_the_model(bias):
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=10, block_size=7, vocab_size=31, bias=bias))
+    assert model.num_params() == model.config.num_params() == sum(p.numel() for p in model.parameters())
+    huge = GPTConfig(n_layer=10**9, n_head=1, n_embd=10**9 + 7)
+    assert 1.2e28 < huge.num_params() < 1.3e28  # at once, and exact
+
+
+def test_an_n_head_that_does_not_fit_a_huge_width_is_a_short_message_at_once():
+    with pytest.raises(ValueError, match=r"n_head that fit: \[1\]$"):
+        GPTConfig(n_embd=10**9 + 7, n_head=12)
+
+
 @pytest.mark.parametrize("name, value", [
     ("activation_function", "relu"), ("n_inner", 100), ("scale_attn_by_inverse_layer_idx", True),
     ("scale_attn_weights", False), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False),

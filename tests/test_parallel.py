@@ -6,6 +6,7 @@ Sharding modes: ddp, zero and fsdp compute, save and evaluate the same; the memo
 torchrun starts this file itself: main() below is what the ranks do, several checks in one start of the processes; their
 results come back as JSON. The last tests run train_gpt2.py under torchrun.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +30,7 @@ from config import PRESETS, TrainConfig, estimate_memory, parse_args  # noqa: E4
 from model import GPT  # noqa: E402
 from parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
 from runtime import StopSignals, run_main  # noqa: E402
-from train_gpt2 import evaluate_loss, train_step  # noqa: E402
+from train_gpt2 import capture, evaluate_loss, train_step  # noqa: E402
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
 MODES = ["ddp", "zero", "fsdp"]
@@ -49,6 +51,9 @@ class SharedLoader:
         tokens = torch.randint(0, 64, (2, 17), generator=generator) % 7  # something to learn
         self.position += self.ranks.world_size
         return tokens[:, :-1], tokens[:, 1:]
+
+    def state_dict(self):
+        return {"position": self.position}
 
 
 def start(ranks, saved=None, step=0, **changes):
@@ -94,6 +99,9 @@ def check_losses(ranks, folder):
         name = f"{mode}{'+ac' * again}"
         results[name] = train(run, 10)
         saved = parallel.full_state(run.raw_model, run.optimizers, ranks)
+        contents = capture(run.raw_model, None, run.optimizers, run.scaler, run.loader, run.config, ranks)
+        results[f"shared {name}"] = len(addresses(contents) & addresses(live_state(run)))
+        results[f"captured {name}"] = len(addresses(contents))
         if not again:
             if ranks.master_process:
                 checkpoint.save_file(saved, os.path.join(folder, f"{mode}.pt"))
@@ -126,6 +134,21 @@ def check_float16(ranks, _):
         run.model.forward = forward
         results[mode] = {"losses": losses + train(run, 2), "skipped": same, "scale": run.scaler.get_scale()}
     return results
+
+
+def addresses(value):
+    """Addresses of the memory of all tensors in a nested value."""
+    if isinstance(value, torch.Tensor):
+        return {getattr(value, "to_local", lambda: value)().untyped_storage().data_ptr()} - {0}
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return set().union(*map(addresses, values))
+
+
+def live_state(run):
+    """Everything that the next step changes: parameters, gradients, optimizer states."""
+    params = list(run.raw_model.parameters())
+    states = [dict(getattr(o, "optim", o).state) for o in run.optimizers]
+    return [params, [p.grad for p in params if p.grad is not None], run.raw_model.state_dict(), states]
 
 
 def local_bytes(run):
@@ -181,19 +204,37 @@ def test_device_type_of_a_rank_has_no_index():
     assert Ranks(3, 3, 8, "cuda:3", True).device_type == "cuda" and Ranks(0, 0, 1, "mps", False).device_type == "mps"
 
 
+def set_environment(monkeypatch, **values):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("wrong", [{"LOCAL_RANK": None}, {"WORLD_SIZE": None}, {"MASTER_ADDR": None}, {"MASTER_PORT": None},
+                                   {"RANK": "x"}, {"RANK": ""}, {"RANK": "-1"}, {"LOCAL_RANK": "0.5"}, {"WORLD_SIZE": "two"},
+                                   {"RANK": "2"}, {"MASTER_PORT": "http"}])
+def test_an_environment_that_torchrun_did_not_set_is_an_error(wrong, monkeypatch):
+    """RANK without LOCAL_RANK was once a KeyError."""
+    torchruns = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    set_environment(monkeypatch, **{name: value for name, value in {**torchruns, **wrong}.items() if value is not None})
+    name, value = *wrong, *wrong.values()
+    with pytest.raises(ValueError, match=f"environment is not torchrun's: .*{name}={value or ''!r}.*; start several processes"):
+        parallel.setup("cpu")
+
+
 def test_more_processes_than_gpus_is_an_error_that_names_the_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("runtime.check_cuda", lambda index: None)
-    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1")
     with pytest.raises(ValueError, match="3 processes or more on this machine, which has 2 GPUs: --nproc_per_node=2"):
         parallel.setup("cuda")
 
 
 TWO_RANKS = """
 import os, sys, time, torch, parallel
-from runtime import StopSignals, print0
+from runtime import StopSignals, exit_now, print0
 ranks = parallel.setup("cpu")
 file = sys.argv[1]
 with parallel.rank0_first(ranks):
@@ -213,6 +254,7 @@ print(ranks.rank, ranks.world_size, ranks.ddp, ranks.master_process, found, tota
       [(v["rank"], v["state"].item()) for v in values], *stops, flush=True)
 parallel.teardown()
 assert not torch.distributed.is_initialized()
+exit_now(0)  # as run_main does: gloo's threads may abort an interpreter shutdown
 """
 
 
@@ -294,6 +336,17 @@ def test_every_mode_writes_the_checkpoint_of_one_process(two_ranks):
         assert_same(checkpoint.load_file(str(folder / f"{mode}.pt")), one, mode)
 
 
+def test_a_captured_checkpoint_shares_no_memory_with_the_training(two_ranks):
+    """Under zero on a CPU the moments of rank 0's own parameters were once not copied: AdamW changed them while the writer
+    thread wrote them, and most checkpoints were damaged."""
+    results, *_ = two_ranks
+    tensors = 2 * 12 + 4  # of two blocks; wte, which lm_head shares, wpe, and two of ln_f
+    for name in [f"{mode}{again}" for mode in MODES for again in ("", "+ac")]:
+        assert results[f"shared {name}"] == 0, name
+        # weights, two moments and a step count for each, random numbers of two ranks
+        assert results[f"captured {name}"] == 4 * tensors + 2, name
+
+
 def test_what_is_sharded_is_held_once(two_ranks):
     results, *_ = two_ranks
     weights, moments = results["bytes ddp"]
@@ -308,6 +361,17 @@ def test_ranks_may_evaluate_different_numbers_of_batches(two_ranks):
     assert results["val fsdp"] == pytest.approx(results["val ddp"], abs=1e-5)
 
 
+def test_a_resumed_run_keeps_the_hyperparameters_it_is_started_with():
+    """--weight-decay and --beta2 were once announced as changed, and had no effect: the checkpoint's were loaded."""
+    run = start(ALONE)
+    train(run, 2)
+    other = start(ALONE, parallel.full_state(run.raw_model, run.optimizers, ALONE), 2, weight_decay=0.5, beta2=0.75)
+    groups = other.optimizers[0].param_groups
+    assert {(group["weight_decay"], group["betas"]) for group in groups} == {(0.5, (0.9, 0.75)), (0.0, (0.9, 0.75))}
+    for a, b in zip(parallel.params_of(run.optimizers[0]), parallel.params_of(other.optimizers[0])):
+        assert torch.equal(run.optimizers[0].state[a]["exp_avg"], other.optimizers[0].state[b]["exp_avg"])
+
+
 @pytest.mark.slow
 def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
     results = ranks_do("check_float16", tmp_path)
@@ -315,6 +379,55 @@ def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
         assert results[mode]["skipped"] and results[mode]["scale"] == 512, mode
         for step in (0, 1, 3, 4):
             assert near(results[mode]["losses"][step], results["ddp"]["losses"][step], 1e-3), (mode, step)
+
+
+# -----------------------------------------------------------------------------
+# errors under torchrun
+
+WITH_ERROR = """
+import os, sys, train_gpt2, runtime
+train_step, kind, rank = train_gpt2.train_step, os.environ["KIND"], os.environ["RANK"]
+def failing(step, *args):
+    if step == 1 and kind == "rank 1" and rank == "1":
+        raise ValueError("damaged shard")
+    if step == 1 and kind == "bug":
+        raise AssertionError("a bug")
+    if step == 1 and kind == "killed" and rank == "1":
+        os._exit(7)
+    return train_step(step, *args)
+train_gpt2.train_step = failing
+runtime.run_main(train_gpt2.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, printed", [("all", "error: no data at nowhere;"), ("rank 1", "error: damaged shard"),
+                                           ("locked", "error: log/shakespeare is in use by another"), ("killed", None),
+                                           ("bug", "AssertionError: a bug")])
+def test_under_torchrun_an_error_is_printed_by_one_rank_and_is_the_root_cause_in_its_summary(kind, printed, tmp_path,
+                                                                                              monkeypatch):
+    """An error on all ranks was printed by each; one on rank 0 was line 30 of 70, behind another rank's traceback."""
+    write_inputs(tmp_path)
+    (tmp_path / "with_error.py").write_text(WITH_ERROR)
+    for name, value in (("KIND", kind), ("PYTHONPATH", ROOT)):
+        monkeypatch.setenv(name, value)
+    flags = [*SMALL, "--total-batch-size", "64", *(["--data", "nowhere"] if kind == "all" else [])]
+    with contextlib.ExitStack() as stack:
+        if kind == "locked":
+            import fcntl
+            os.makedirs(tmp_path / "log" / "shakespeare")
+            fcntl.flock(stack.enter_context(open(tmp_path / "log" / "shakespeare" / "log.txt", "w")), fcntl.LOCK_EX)
+        begin = time.monotonic()
+        process = torchrun("with_error.py", *flags, cwd=tmp_path, timeout=60)
+        assert process.returncode == 1 and time.monotonic() - begin < 40
+    err = process.stderr
+    root = err[err.index("Root Cause"):]
+    if printed:  # once by the rank, once by torchrun
+        assert root.count(printed) == 1 and err.count(printed) == 2, err
+    else:
+        assert "exitcode  : 7" in root, root
+    assert "lost the connection" not in err
+    assert err.count("Traceback (most recent call last)") == (3 if kind == "bug" else 1), err  # one is torchrun's own
 
 
 # -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Needs only requirements-dev.txt; the GPUs are simulated.
 """
 import argparse
 import contextlib
+import json
 import os
 import re
 import select
@@ -49,7 +50,8 @@ def test_auto_chooses_cuda_then_mps_then_cpu(monkeypatch):
 
 @pytest.mark.parametrize("device, words", [
     ("cuda", "'cuda' is not available; this machine has cpu"), ("mps", "this machine has cpu"),
-    ("tpu", "'tpu' is not available"), ("", "'' is not available"),
+    ("tpu", "'tpu' is not available"), ("", "'' is not available"), ("cpu:x", "'cpu:x' is not available"),
+    ("cpu:0", "'cpu:0' is not available"), ("cuda:x", "'cuda:x' is not available"),
 ])
 def test_a_device_that_is_not_available_is_an_error_that_lists_those_that_are(monkeypatch, device, words):
     fake_devices(monkeypatch)
@@ -66,6 +68,8 @@ def test_the_index_of_a_missing_gpu_is_an_error_with_the_number_of_gpus(monkeypa
             choose_device(device)
     with pytest.raises(ValueError, match="'cuda:2' is not available; this machine has 2 CUDA devices"):
         choose_device("cuda:2")
+    with pytest.raises(ValueError, match="'cuda:x' is not available"):
+        choose_device("cuda:x")
 
 
 def test_a_driver_that_is_too_old_is_an_error_instead_of_training_on_the_cpu(monkeypatch, tmp_path):
@@ -151,6 +155,13 @@ def test_restoring_the_rng_state_repeats_the_random_numbers():
     assert not torch.equal(torch.rand(5), first)
 
 
+@pytest.mark.parametrize("state", [{}, None, {"cpu": 5}, {"cpu": torch.zeros(3, dtype=torch.uint8)},
+                                   {"cpu": torch.zeros(5056)}])
+def test_something_else_than_an_rng_state_is_an_error(state):
+    with pytest.raises(ValueError, match="not the state of torch .* random number generators"):
+        set_rng_state(state, "cpu")
+
+
 # -----------------------------------------------------------------------------
 # how a script exits
 
@@ -222,6 +233,106 @@ def test_an_invalid_flag_is_one_line(capsys):
         assert status == 2 and words in line and line.startswith("error: ") and line.count("\n") == 1
 
 
+# -----------------------------------------------------------------------------
+# errors of several ranks
+
+def rank_raises(error, rank, tmp_path, monkeypatch, capsys):
+    """(seconds that a rank waits before it prints an error, what it prints, torchrun's error file)."""
+    waits, path = [], tmp_path / "error.json"
+    path.unlink(missing_ok=True)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runtime.atexit, "register", lambda *_: None)  # exit_now would end the tests
+    for name, value in (("RANK", str(rank)), ("TORCHELASTIC_ERROR_FILE", str(path))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises((SystemExit, type(error))):
+        run_main(raising(error))
+    monkeypatch.undo()
+    text = json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"] if path.exists() else None
+    return waits, capsys.readouterr().err, text
+
+
+def test_rank_0_prints_an_error_first_and_the_rank_that_lost_the_connection_last(tmp_path, monkeypatch, capsys):
+    """torchrun ends the other ranks when one has ended; without the wait each rank printed, some of them a traceback."""
+    arguments = tmp_path, monkeypatch, capsys
+    assert rank_raises(ValueError("no data"), 0, *arguments) == ([], "error: no data\n", "error: no data")
+    waits, printed, _ = rank_raises(ValueError("no data"), 1, *arguments)
+    assert 1 <= waits[0] <= 5 and printed == "error: no data\n"
+    for lost in (RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
+                 torch.distributed.DistNetworkError("The client socket has failed to connect")):
+        later, printed, text = rank_raises(lost, 0, *arguments)
+        assert later[0] > waits[0] and printed.startswith("error: rank 0 lost the connection to another rank")
+        assert printed == text + "\n"
+    waits, printed, text = rank_raises(AssertionError("a bug"), 1, *arguments)
+    assert 1 <= waits[0] <= 5 and text.startswith("Traceback") and "a bug" in text  # Python itself prints it on stderr
+    assert rank_raises(KeyboardInterrupt(), 1, *arguments) == ([], "", None)
+
+
+# -----------------------------------------------------------------------------
+# Ctrl-C during the imports
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGINT)
+print("not interrupted")
+sys.exit(0)
+"""
+SCRIPTS = ["train_gpt2.py", "fineweb.py", "hellaswag.py", "sample.py", "convert.py", "plots.py", "bench"]
+
+
+def script_command(script):
+    """The command line of a script, or of the package bench."""
+    return [sys.executable, *(["-m", "bench"] if script == "bench" else [os.path.join(ROOT, script)])]
+
+
+def interrupted_imports(scripts, handler, tmp_path):
+    """[(script, status, output)] of scripts that receive SIGINT, inherited with a handler, when they import torch."""
+    (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)  # found before the real one
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    started = [subprocess.Popen(script_command(script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, handler))
+               for script in scripts]
+    return [(script, process.wait(timeout=60), process.communicate()[0]) for script, process in zip(scripts, started)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_during_the_imports_prints_nothing(tmp_path):
+    """It printed a traceback of up to 62 lines."""
+    assert interrupted_imports(SCRIPTS, signal.SIG_DFL, tmp_path) == [(script, -signal.SIGINT, "") for script in SCRIPTS]
+    # ignored by the parent, as a shell does for `command &`: it stays ignored
+    assert interrupted_imports(["sample.py"], signal.SIG_IGN, tmp_path) == [("sample.py", 0, "not interrupted\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_at_any_moment_of_the_start_prints_at_most_one_line(script, tmp_path):
+    for delay in (0.1, 0.2, 0.4, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0):
+        arguments = ["data", "--quick"] if script == "bench" else ["gpt2"] if script != "train_gpt2.py" else [
+            "--preset", "shakespeare", "--compile", "off", "--max-steps", "3"]
+        process = subprocess.Popen([*script_command(script), *arguments], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   env={**os.environ, "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"})
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # the group, as the terminal does
+        err = process.communicate(timeout=120)[1]
+        assert "Traceback" not in err and len(err.strip().splitlines()) <= 1, (delay, err)
+
+
+def test_ctrl_c_raises_in_main_and_ends_the_process_at_once_after_it(monkeypatch):
+    """Between the imports and the end of main() it is one line; in interpreter shutdown it would be a traceback."""
+    handlers = [signal.signal(signal.SIGINT, signal.SIG_DFL)]
+    try:
+        run_main(lambda: handlers.append(signal.getsignal(signal.SIGINT)))
+        handlers.append(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+    assert handlers[1:] == [signal.default_int_handler, signal.SIG_DFL]
+
+
+# -----------------------------------------------------------------------------
+# printing
+
 def test_print0_prints_only_on_rank_0(capsys, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -286,6 +397,55 @@ def test_signals_only_note_the_first_stop_request(first, second, capsys):
                                            + "; Ctrl-C again stops at once" * (first == "SIGINT") + "\n")
     assert StopSignals.received is None
     assert [signal.getsignal(getattr(signal, name)) for name in StopSignals.STATUS] == handlers
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_is_a_stop_request_unless_it_is_ignored():
+    """SIGHUP once ended a run without a save; under nohup it is ignored and must stay so."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            deadline = time.monotonic() + 30
+            while StopSignals.received is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert (StopSignals.received, StopSignals.STATUS["SIGHUP"]) == ("SIGHUP", 129)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class ClosedStream:
+    """A stdout whose reader has gone."""
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+    flush = fileno = write
+
+
+def test_a_closed_stdout_is_a_stop_request_while_training_and_an_error_elsewhere(monkeypatch, capsys):
+    with StopSignals():
+        monkeypatch.setattr(sys, "stdout", type("Closed", (ClosedStream,), {"fileno": lambda self: os.open(os.devnull, 1)})())
+        for _ in range(2):
+            runtime.print0("step 1")
+        assert (StopSignals.received, StopSignals.STATUS["SIGPIPE"]) == ("SIGPIPE", 141)
+    monkeypatch.setattr(sys, "stdout", type("Closed", (ClosedStream,), {"fileno": lambda self: os.open(os.devnull, 1)})())
+    with pytest.raises(OSError):
+        runtime.print0("step 2")
+    monkeypatch.undo()
+    assert capsys.readouterr().err == ("stdout cannot be written (Input/output error): stop requested; finishing the step,"
+                                       " then saving\n")
+
+
+def test_errors_are_printed_or_dropped_when_stderr_is_gone_but_never_raise(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", ClosedStream())
+    with pytest.raises(SystemExit) as end:
+        run_main(raising(ValueError("no data")))
+    assert end.value.code == 2
 
 
 # -----------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """
-train.sh and test.sh: they install once, work from any folder, and forward their arguments.
+train.sh and test.sh: they install once, work from any folder, forward their arguments, and can use the active environment.
 
     ./test.sh tests/test_scripts.py     # no network: pip's index is a closed port
 
 A clean clone tests the real installation.
 """
+import ast
+import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,46 +18,130 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NO_NETWORK = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "",
               "PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": ""}
+SCRIPTS = ("train.sh", "test.sh", "setup_venv.sh", "requirements.txt", "requirements-dev.txt", "constraints.txt")
+
+
+def write_python(path, code=f'exec "{sys.executable}" "$@"'):
+    """A shell script at path that runs code, this interpreter by default."""
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    os.chmod(path, 0o755)
+    return str(path)
 
 
 @pytest.fixture
 def clone(tmp_path):
     """A folder with the scripts, and a .venv (this interpreter's) that has requirements.txt installed already."""
-    for name in ("train.sh", "test.sh", "setup_venv.sh", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(os.path.join(ROOT, name), tmp_path)
-    (tmp_path / "train_gpt2.py").write_text("import sys, os\nprint('trains', sys.argv[1:], os.getcwd())\n")
-    os.makedirs(tmp_path / ".venv" / "bin")
-    for name in ("python", "torchrun"):
-        (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        os.chmod(tmp_path / ".venv" / "bin" / name, 0o755)
-    text = (tmp_path / "requirements.txt").read_text() * 2
-    (tmp_path / ".venv" / "installed-requirements.txt").write_text(text)
-    return tmp_path
+    clone = tmp_path / "clone"
+    os.makedirs(clone / ".venv" / "bin")
+    for name in SCRIPTS:
+        shutil.copy(os.path.join(ROOT, name), clone)
+    (clone / "train_gpt2.py").write_text("import sys, os\nprint('trains', sys.argv[1:], os.getcwd())\n")
+    write_python(clone / ".venv" / "bin" / "python")
+    text = (clone / "requirements.txt").read_text() * 2 + (clone / "constraints.txt").read_text()
+    (clone / ".venv" / "installed-requirements.txt").write_text(text)
+    return clone
 
 
-def run(clone, *arguments, **env):
-    return subprocess.run([str(clone / "train.sh"), *arguments], cwd="/", capture_output=True, text=True, timeout=60,
+def run(clone, *arguments, cwd="/", **env):
+    return subprocess.run([str(clone / "train.sh"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
                           env={**NO_NETWORK, **env})
 
 
-def test_a_second_call_needs_no_network_and_forwards_its_arguments(clone):
-    process = run(clone, "--lr", "0.1", "--prompt", "two words")
+def test_a_second_call_needs_no_network_and_forwards_its_arguments(clone, tmp_path):
+    """It runs in the caller's folder: there --data my_book.txt is the user's file, and log/ the user's."""
+    process = run(clone, "--lr", "0.1", "--prompt", "two words", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert f"trains ['--lr', '0.1', '--prompt', 'two words'] {clone}" in process.stdout
+    assert f"trains ['--lr', '0.1', '--prompt', 'two words'] {tmp_path}\n" in process.stdout
     assert "installing" not in process.stdout
 
 
-def test_changed_requirements_are_installed_again(clone):
-    with open(clone / "requirements.txt", "a") as f:
-        f.write("a-package-that-is-nowhere==1.0\n")
-    process = run(clone)
-    assert "installing requirements.txt" in process.stdout
-    assert process.returncode != 0 and "trains" not in process.stdout
-    assert run(clone).returncode != 0  # a failed installation is repeated
+@pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt"])
+def test_changed_requirements_are_installed_again(clone, changed):
+    """The version does not exist: the installation fails, and is repeated by the next call."""
+    text = (clone / changed).read_text()
+    (clone / changed).write_text(re.sub(r"^tiktoken\S*", "tiktoken==0.0.99", text, flags=re.M))
+    for _ in range(2):
+        process = run(clone)
+        assert "installing requirements.txt" in process.stdout and "tiktoken" in process.stderr
+        assert process.returncode != 0 and "trains" not in process.stdout
 
 
 def test_a_python_that_is_too_old_or_missing_is_one_line(clone):
     shutil.rmtree(clone / ".venv")
-    process = run(clone, PYTHON="no-such-python")
-    assert process.returncode == 2 and "error: no-such-python is missing or older than Python 3.11" in process.stderr
+    for env in ({}, {"ENV": "active"}):
+        process = run(clone, PYTHON="no-such-python", **env)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert "error: no-such-python is missing or older than Python 3.11" in process.stderr
+        assert not os.path.exists(clone / ".venv")
+
+
+def test_the_active_environment_is_used_without_an_installation(clone, tmp_path):
+    shutil.rmtree(clone / ".venv")
+    os.mkdir(tmp_path / "active")
+    write_python(tmp_path / "active" / "python3")
+    process = run(clone, "--x", ENV="active", PATH=f"{tmp_path / 'active'}:{os.environ['PATH']}")
+    assert process.returncode == 0, process.stderr
+    assert "trains ['--x'] /\n" in process.stdout and "setup" not in process.stdout + process.stderr
     assert not os.path.exists(clone / ".venv")
+
+
+def test_packages_that_the_active_environment_lacks_are_one_line(clone, tmp_path):
+    """An environment without any: -S is Python without site-packages."""
+    active = write_python(tmp_path / "python3", f'exec "{sys.executable}" -S "$@"')
+    process = run(clone, ENV="active", PYTHON=active)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and process.stdout == ""
+    assert process.stderr.startswith("error: the environment ") and "lacks torch>=2.11,<2.14 numpy" in process.stderr
+
+
+def test_versions_in_the_active_environment_that_were_not_tested_are_told(clone):
+    text = (clone / "requirements.txt").read_text()
+    (clone / "requirements.txt").write_text(text.replace("torch>=2.11,<2.14", "torch>=1.0,<2.0"))
+    process = run(clone, ENV="active", PYTHON=sys.executable)
+    assert process.returncode == 0 and "trains" in process.stdout
+    assert re.fullmatch(r"setup: torch \S+ is installed, tested are >=1.0,<2.0\n", process.stderr)
+
+
+# -----------------------------------------------------------------------------
+# the lists of packages
+
+NAMES = {"PIL": "pillow"}  # packages that are not imported under their own name
+OPTIONAL = {"wandb"}       # --tracker wandb says that it must be installed
+
+
+def packages(name):
+    """{package: bounds} of a requirements file."""
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        return dict(re.findall(r"^(\w[\w-]*)(\S*)", f.read(), re.M))
+
+
+def third_party(pattern):
+    """The packages that the files imported anywhere, ours and the standard library's excepted."""
+    paths = glob.glob(os.path.join(ROOT, pattern))
+    ours = {os.path.basename(path).removesuffix(".py") for path in paths + glob.glob(os.path.join(ROOT, "*.py"))}
+    names = set()
+    for path in paths:
+        with open(path, encoding="utf-8") as f:
+            for node in ast.walk(ast.parse(f.read())):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    found = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                    names |= {name.split(".")[0] for name in found if name}
+    return {NAMES.get(name, name) for name in names - ours - sys.stdlib_module_names - {"bench"}}
+
+
+def test_every_package_that_the_scripts_import_is_required():
+    needed, required = third_party("*.py"), packages("requirements.txt").keys()
+    assert {"torch", "pyarrow", "pillow"} <= needed  # third_party finds them
+    assert needed - OPTIONAL - required == set()
+    assert required - needed == {"ipykernel"}  # which the notebook needs
+    # the benchmarks compare with what the tests need
+    assert third_party("bench/*.py") - required - packages("requirements-dev.txt").keys() == set()
+
+
+def test_every_requirement_has_bounds_and_a_tested_version_within_them():
+    from packaging.specifiers import SpecifierSet
+    required, exact = packages("requirements.txt") | packages("requirements-dev.txt"), packages("constraints.txt")
+    assert required.keys() == exact.keys()
+    for name, bounds in required.items():
+        assert re.fullmatch(r">=[\d.]+,<[\d.]+", bounds), name
+        tested = exact[name].removeprefix("==")
+        assert SpecifierSet(bounds).contains(tested), (name, tested)
