@@ -96,7 +96,7 @@ class TrainConfig:
     device: str = flag("auto", "cuda, mps or cpu")
     dtype: str = flag("auto", "autocast dtype", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile the training step; auto: if the run has 100 steps or more and a compiler works;"
-                        " max: also time Triton's matmuls and all tilings, which takes minutes, for 1 to 3%",
+                        " max: also time Triton's matmuls and all tilings, which takes minutes, for 1 to 3%%",
                         choices=("auto", "on", "max", "off"))
     parallel: str = flag("ddp", "sharding mode under torchrun; ddp: nothing is sharded, zero: the optimizer state,"
                          " fsdp: weights and gradients too", choices=("ddp", "zero", "fsdp"))

@@ -428,6 +428,11 @@ def to_device(batch, device):
     return tuple(t.to(device, non_blocking=is_cuda(device)) for t in batch)
 
 
+def to_batch(windows, device):
+    """x and y, (B, T) int64 on device, from windows, a (B, T+1) uint16 array: y is x shifted by one."""
+    return to_device(make_batch(windows, device), device)
+
+
 def is_cuda(device):
     """Whether a device, "cuda:0" or "cpu", is an NVIDIA or AMD GPU."""
     return torch.device(device).type == "cuda"
@@ -544,7 +549,7 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
             yield tuple(torch.empty((0, T), dtype=torch.long, device=device) for _ in range(2))
             return
         rows = range(start, min(start + B, mine.stop))
-        yield to_device(make_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device), device)
+        yield to_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device)
 
 
 # -----------------------------------------------------------------------------

@@ -322,19 +322,17 @@ def choose_device(device="auto"):
     """
     device_type, _, index = device.partition(":")
     if device_type in ("auto", "cuda"):
-        check_cuda(int(index) if index.isdigit() else 0)
+        check_cuda(int(index) if index.isdecimal() else 0)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, is_there in available.items() if is_there)
-    if not available.get(device_type):
+    if not available.get(device_type) or ":" in device and not (device_type == "cuda" and index.isdecimal()):
         raise ValueError(f"device {device!r} is not available; this machine has"
                          f" {', '.join(name for name, is_there in available.items() if is_there)}")
-    if ":" in device:
-        count = torch.cuda.device_count() if device_type == "cuda" else 1
-        if not index.isdigit() or int(index) >= count:
-            raise ValueError(f"device {device!r} is not available; this machine has {count} {device_type.upper()} devices")
-        if device_type == "cuda":
-            torch.cuda.set_device(int(index))  # otherwise Triton and pin_memory use GPU 0
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not available; this machine has {torch.cuda.device_count()} CUDA devices")
+    if index:
+        torch.cuda.set_device(int(index))  # otherwise Triton and pin_memory use GPU 0
     return device
 
 

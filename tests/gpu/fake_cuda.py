@@ -51,7 +51,7 @@ class Loader:
 
     def next_batch(self):
         self.position += 2
-        return data.to_device(data.make_batch(np.stack([Stream().read(0, 17)] * 2), "cuda:0"), "cuda:0")
+        return data.to_batch(np.stack([Stream().read(0, 17)] * 2), "cuda:0")
 
 
 def values(tensor):
