@@ -124,3 +124,38 @@ def test_a_gpu_without_bfloat16_trains_in_float16(tmp_path):
     with open(tmp_path / "log" / "shakespeare" / "config.json") as f:
         assert json.load(f)["dtype"] == "float16"
     check_budgets(report, 1)
+
+
+# -----------------------------------------------------------------------------
+# python -m bench gpu_check
+
+@pytest.mark.slow
+def test_gpu_check_finds_no_fault_on_a_cpu(tmp_path):
+    process = subprocess.run([sys.executable, "-m", "bench", "gpu_check", "--device", "cpu", "--json",
+                              str(tmp_path / "out.json")],
+                             cwd=ROOT, capture_output=True, text=True, timeout=580, env=ENV)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    lines = process.stdout.strip().split("\n")
+    result = json.loads(lines[-1])
+    assert result["world_size"] == 2 and [check["result"] for check in result["checks"]] == ["ok"] * 12
+    assert sum(line.startswith("ok   ") for line in lines) == 12
+
+
+def test_gpu_check_fails_if_a_check_does(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    import bench.__main__ as command
+    import bench.gpu_check as gpu_check
+    checks = ("graphs", "decoding", "deterministic_resume", "ranks_agree", "sharded", "wrong_data", "killed_rank")
+    for name in checks:
+        monkeypatch.setattr(gpu_check, name, lambda _: (True, "fine"))
+    monkeypatch.setattr(gpu_check, "same_losses", lambda *args, **kwargs: lambda _: (True, "fine"))
+    monkeypatch.setattr(gpu_check, "equal_scores", lambda _: 1 / 0)
+    rows = gpu_check.bench_gpu_check(SimpleNamespace(device="cpu", dtype="float32"))
+    assert [row["gpu_check"] for row in rows if row["result"] == "FAIL"] == ["HellaSwag scores"]
+    assert "FAIL HellaSwag scores: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    monkeypatch.setattr(command, "in_fresh_process", lambda function, args: rows)
+    monkeypatch.setattr(sys, "argv", ["bench", "gpu_check", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 1
