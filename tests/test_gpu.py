@@ -11,9 +11,20 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+
+import bench.__main__ as command
+import bench.gpu_check as gpu_check
+import data
+import sample
+import scoring
+import train_gpt2
+from model import GPT, GPTConfig
+from parallel import Ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPU = os.path.join(ROOT, "tests", "gpu")
@@ -127,6 +138,38 @@ def test_a_gpu_without_bfloat16_trains_in_float16(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# kernels of evaluations
+
+def test_evaluations_use_full_float32_and_what_reads_variable_lengths_no_cudnn_attention(monkeypatch):
+    """HellaSwag in training, where TF32 is on, had another score than from the command line; cuDNN plans for each length."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=32))
+    seen, hidden, ranks = [], model.hidden, Ranks(0, 0, 1, "cpu", False)
+
+    def recorded(*args):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return hidden(*args)
+    monkeypatch.setattr(model, "hidden", recorded)
+    rows = [(np.arange(5, dtype=np.uint16), [np.arange(3 + k, dtype=np.uint16) for k in range(4)])]
+    monkeypatch.setattr(data, "iterate_batches", lambda *args: [data.to_batch(np.zeros((2, 9), np.uint16), "cpu")])
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("high")  # as in training
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        scoring.score(model, rows, "float32", ranks)
+        assert set(seen) == {("highest", False)}
+        seen.clear()
+        list(sample.stream(model, [[1, 2], [3]], 3))
+        assert len(seen) == 3 and {cudnn for _, cudnn in seen} == {False}
+        seen.clear()
+        train_gpt2.evaluate_loss(model, [0] * 100, 2, 8, 16, "float32", ranks)
+        assert {precision for precision, _ in seen} == {"highest"}
+        assert (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
+
+
+# -----------------------------------------------------------------------------
 # python -m bench gpu_check
 
 @pytest.mark.slow
@@ -142,10 +185,6 @@ def test_gpu_check_finds_no_fault_on_a_cpu(tmp_path):
 
 
 def test_gpu_check_fails_if_a_check_does(monkeypatch, capsys):
-    from types import SimpleNamespace
-
-    import bench.__main__ as command
-    import bench.gpu_check as gpu_check
     checks = ("graphs", "decoding", "deterministic_resume", "ranks_agree", "sharded", "wrong_data", "killed_rank")
     for name in checks:
         monkeypatch.setattr(gpu_check, name, lambda _: (True, "fine"))
