@@ -11,6 +11,11 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements.txt
 
+# a build of PyTorch without CUDA would train on the CPU, unnoticed
+if [[ "$*" != *--device* ]] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  "$python" -c 'import sys, torch; sys.exit(None if torch.version.cuda else "error: this machine has an NVIDIA GPU, but"
+    f" PyTorch {torch.__version__} has no CUDA: install another build (pytorch.org/get-started), or use --device cpu")' || exit 2
+fi
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
   echo "train.sh: training on $gpus GPUs"

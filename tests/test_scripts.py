@@ -145,3 +145,18 @@ def test_every_requirement_has_bounds_and_a_tested_version_within_them():
         assert re.fullmatch(r">=[\d.]+,<[\d.]+", bounds), name
         tested = exact[name].removeprefix("==")
         assert SpecifierSet(bounds).contains(tested), (name, tested)
+
+
+def test_a_build_of_pytorch_without_cuda_on_a_machine_with_a_gpu_is_one_line(clone, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n")
+    os.chmod(tmp_path / "nvidia-smi", 0o755)
+    (tmp_path / "torch.py").write_text("__version__ = '2.13.0+cpu'\nclass version: cuda = None\n"
+                                       "class cuda: device_count = staticmethod(lambda: 0)\n")
+    env = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(tmp_path))
+    process = run(clone, **env)
+    assert process.returncode == 2 and "trains" not in process.stdout
+    assert process.stderr.startswith("error: this machine has an NVIDIA GPU, but PyTorch 2.13.0+cpu has no CUDA")
+    assert run(clone, "--device", "cpu", **env).returncode == 0  # it is the user's choice
+    (tmp_path / "torch.py").write_text("__version__ = '2.13.0'\nclass version: cuda = '13.0'\n"
+                                       "class cuda: device_count = staticmethod(lambda: 1)\n")
+    assert run(clone, **env).returncode == 0
