@@ -400,7 +400,7 @@ def check_optimizer_state(optimizer, saved):
         found = [{name: kind(v) for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]
     except (KeyError, TypeError, AttributeError):
         found = None
-    if found not in ([], expected):
+    if found not in ([], expected) or not isinstance(saved["state"], dict):
         raise ValueError(f"the state of {type(optimizer).__name__} in the checkpoint does not fit the model; --resume an older"
                          " checkpoint, or start over with another --exp-name")
 

@@ -409,6 +409,7 @@ DAMAGED = [
     ("random number generators: TypeError", state(rng=[{"cpu": torch.zeros(5056)}])),
     ("random number generators: RuntimeError", state(rng=[{"cpu": torch.zeros(7, dtype=torch.uint8)}])),
     ("has the state of 0 optimizers, this run has 1", state(optimizers=[])),
+    ("the state of AdamW in the checkpoint does not fit the model", state(optimizers=[{"state": [], "param_groups": []}])),
     ("the state of AdamW in the checkpoint does not fit the model", state(optimizers=["AdamW"])),
     ("the state of AdamW in the checkpoint does not fit the model", state(optimizers=[{"state": 5, "param_groups": []}])),
     ("the state of AdamW in the checkpoint does not fit the model", moments()),
