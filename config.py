@@ -344,16 +344,16 @@ def config_from_flags(argv=None):
         base.data = INPUT_TXT  # this clone has been moved; the data's fingerprint is compared later
     # the run's folder may have been moved, too
     config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})
-    print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
     changed = [name for name in given if getattr(base, name) != getattr(config, name)]
-    for name in changed:
-        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir"):
-            print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
     if wrong := [name for name in changed if name in FIXED]:
         raise ValueError(f"{', '.join(wrong)} cannot change when a run resumes; choose another --exp-name")
     if (wrong := [name for name in changed if name in FORCED]) and not config.force:
         raise ValueError(f"changing {', '.join(wrong)} makes it a different run; --force resumes anyway, another --exp-name"
                          " starts over")
+    print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
+    for name in changed:
+        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir"):
+            print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
     return config, saved
 
 

@@ -44,7 +44,7 @@ import torch
 
 from checkpoint import (check_finite, check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log,
                         save_file, steps_of)
-from data import EOT, NUM_TOKENS, check_output, check_regular, get_tokenizer
+from data import EOT, NUM_TOKENS, check_output, check_regular, get_tokenizer, is_special
 from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
 from runtime import ArgumentParser, printable, run_main
 
@@ -459,6 +459,8 @@ def check_out(source, out, dtype, overwrite, folder):
     suffix = suffix if suffix in (".pt", ".bin") else ""
     if suffix == ".pt" and dtype != "float32":
         raise ValueError(f"--dtype {dtype}: our own files are float32; llm.c's .bin and Hugging Face folders have bfloat16")
+    if not suffix and is_special(out):  # before realpath, which invents a path for a pipe
+        raise ValueError(f"{out} is not a folder, which a Hugging Face model is; choose another name")
     path = os.path.realpath(out) if out else out  # what a symbolic link names is replaced, not the link
     present = os.listdir(path) if os.path.isdir(path) else []
     check_output(os.path.join(path, WEIGHTS) if os.path.isdir(path) else path)

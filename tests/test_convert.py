@@ -731,3 +731,14 @@ def test_push_without_a_connection_is_an_error_and_keeps_the_folder(exported, tm
     done = start("export", exported[1], tmp_path / "hf", "--push", "me/mine", HF_TOKEN="hf_x", HF_HOME=str(tmp_path), **NOWHERE)
     assert done.returncode == 2 and "error: could not push to me/mine" in done.stderr.splitlines()[-1]
     assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_a_pipe_as_output_is_refused_under_its_own_name(tmp_path):
+    """realpath of a pipe is no path: the message named a temporary file below /proc."""
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(ValueError, match=rf"^/dev/fd/{writer} is not a folder"):
+            convert.check_out(str(tmp_path / "in.pt"), f"/dev/fd/{writer}", "float32", True, True)
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -223,6 +223,14 @@ def saved(unbroken):
     return checkpoint.load_latest(unbroken[0])
 
 
+def test_a_refused_change_is_not_announced_first(saved, monkeypatch, capsys):
+    """It printed that the run resumes with changed settings, and then that it does not."""
+    monkeypatch.setattr(config_module, "load_run", lambda given: saved)
+    with pytest.raises(ValueError, match="n_layer cannot change"):
+        config_from_flags(["--n-layer", "2"])
+    assert capsys.readouterr().out == ""
+
+
 def test_every_setting_is_refused_or_takes_effect_when_a_run_resumes(saved, monkeypatch):
     monkeypatch.setattr(config_module, "load_run", lambda given: saved)
     monkeypatch.setattr(checkpoint, "check_tracker", lambda name: None)
