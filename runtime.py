@@ -287,14 +287,16 @@ class StopSignals:
         self.writer.setblocking(False)
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        threading.Thread(target=self._listen, args=(numbers,), daemon=True, name="StopSignals").start()
+        self.thread = threading.Thread(target=self._listen, args=(numbers,), daemon=True, name="StopSignals")
+        self.thread.start()
         return self
 
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.old_fd)
-        self.writer.close()  # ends the thread
+        self.writer.close()          # ends the thread
+        self.thread.join(timeout=5)  # or it could note its last signal for the next context
         StopSignals.received, StopSignals.active = None, False
 
     def _listen(self, numbers):

@@ -399,6 +399,16 @@ def test_signals_only_note_the_first_stop_request(first, second, capsys):
     assert [signal.getsignal(getattr(signal, name)) for name in StopSignals.STATUS] == handlers
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+def test_a_signal_at_the_end_of_a_context_is_not_noted_after_it():
+    """The thread of an earlier context noted it later: the next context began with a stop request."""
+    for _ in range(30):
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.002)
+        assert StopSignals.received is None
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_is_a_stop_request_unless_it_is_ignored():
     """SIGHUP once ended a run without a save; under nohup it is ignored and must stay so."""
