@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import atomic_write, check_regular, lock, make_folders
+from files import atomic_write, check_regular, lock, make_folders
 from model import GPT, GPTConfig
 from runtime import DTYPES, describe_machine, first_line, print0, printable
 
@@ -455,12 +455,6 @@ def check_finite(model, source):
     if wrong:
         raise ValueError(f"{source} has NaN or infinite weights: {', '.join(wrong[:3])} ({len(wrong)} tensors in all);"
                          " use an earlier checkpoint, or download it again")
-
-
-def load_weights(model, weights, source):
-    """load_state_dict with the error messages of check_weights."""
-    check_weights(model.config, weights, source)
-    model.load_state_dict(weights)
 
 
 def load_pair(run_dir, step):

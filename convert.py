@@ -44,7 +44,8 @@ import torch
 
 from checkpoint import (check_finite, check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log,
                         save_file, steps_of)
-from data import EOT, NUM_TOKENS, check_output, check_regular, get_tokenizer, is_special
+from data import EOT, NUM_TOKENS, get_tokenizer
+from files import check_output, check_regular, is_special
 from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
 from runtime import ArgumentParser, printable, run_main
 

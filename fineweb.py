@@ -25,7 +25,7 @@ Run an interrupted command again to resume it after the last finished shard. The
 of an uninterrupted run, for any number of workers. Documents keep the order of the source: training shuffles. The
 workers are threads: tiktoken and pyarrow release Python's global interpreter lock, so one process uses all cores.
 
-The folder is locked meanwhile. Shards that the manifest does not list are never overwritten, and not accepted among its own.
+The folder is locked while a process writes to it. Shards that the manifest does not list are an error, and never overwritten.
 """
 import signal
 
@@ -51,7 +51,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import data
-from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, atomic_write, get_tokenizer, load_manifest, write_shard
+import files
+from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
 from runtime import ArgumentParser, exit_now, free_memory, number, run_main
 from sources import estimate_tokens, hub_source, is_damage, local_source, pieces, with_retries
 
@@ -254,8 +255,8 @@ def output_folder(out):
     """
     created, lock = [], None
     try:
-        data.make_folders(out, created)
-        lock = data.lock(os.path.join(out, LOCK))
+        files.make_folders(out, created)
+        lock = files.lock(os.path.join(out, LOCK))
         if lock is None:
             print(f"{out} cannot be locked on this file system: do not run another fineweb.py in it")
     except BlockingIOError as e:
@@ -275,7 +276,7 @@ def output_folder(out):
 
 def save_manifest(out, manifest):
     """Writes manifest.json atomically."""
-    with atomic_write(os.path.join(out, MANIFEST), "w") as f:
+    with files.atomic_write(os.path.join(out, MANIFEST), "w") as f:
         json.dump(manifest, f, indent=1)
 
 

@@ -60,9 +60,10 @@ import torch
 from torch.nn import functional as F
 
 from convert import load_model
-from data import EOT, NUM_TOKENS, atomic_write, check_output, check_regular, encode
+from data import EOT, NUM_TOKENS, encode
+from files import atomic_write, check_output, check_regular
 from parallel import all_gather, rank0_first, setup, teardown
-from runtime import (ArgumentParser, choose_dtype, keep_freed_memory, number, print0, printable, report_progress,
+from runtime import (ArgumentParser, choose_dtype, is_rank0, keep_freed_memory, number, print0, printable, report_progress,
                      run_main)
 from scoring import BATCH_TOKENS, score
 
@@ -345,8 +346,8 @@ def count_nonfinite(sums):
 def score_in_training(model, dataset, dtype, ranks):
     """{"hella": acc_norm in completion style, "hella_lm_eval": acc_norm in lm-eval style}; {} if a stop is requested.
 
-    NaN and a message if a log-probability is not finite: train_step has checked the weights' gradients, so it is an overflow
-    of the activations, in 16 bits. That is no reason to end the training.
+    NaN and a message if a log-probability is non-finite. The weights are finite, since train_step checks every update: the
+    activations have overflowed in 16 bits, and training continues.
     """
     scored = evaluate(model, dataset, dtype, ranks)
     if scored is None:
@@ -409,7 +410,7 @@ def parse_args():
     args = parser.parse_args()
     if args.source is None and (args.data is not None or args.out is not None or args.json or args.show):
         raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
-    if args.out is not None and os.environ.get("RANK", "0") == "0":  # the rank that writes
+    if args.out is not None and is_rank0():  # the rank that writes
         check_output(args.out)
         for read in filter(os.path.exists, (args.source, args.data or path_of("val"))):
             if os.path.exists(args.out) and os.path.samefile(args.out, read):

@@ -28,8 +28,8 @@ import torch
 
 from checkpoint import read_config, read_log, saved_steps
 from convert import load_model
-from data import (EOT, NUM_TOKENS, TokenStream, atomic_write, check_output, encode, get_tokenizer, is_special,
-                  prepare_data)
+from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
+from files import atomic_write, check_output, is_special
 from runtime import ArgumentParser, first_line, printable, run_main
 
 # Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".

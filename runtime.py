@@ -146,7 +146,6 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
         if not valid or not isinstance(value, str) and result != value:  # a float for an int, from a file
             raise argparse.ArgumentTypeError(f"{str(value)[:40]}: must be {allowed}")
         return result
-    parse.kind = kind
     return parse
 
 

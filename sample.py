@@ -29,7 +29,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from convert import load_model
-from data import EOT, NUM_TOKENS, check_regular, encode, get_tokenizer, open_file
+from data import EOT, NUM_TOKENS, encode, get_tokenizer
+from files import check_regular, open_file
 from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, free_memory, keep_freed_memory, number, printable,
                      run_main, without_cudnn_attention)
 
@@ -321,7 +322,6 @@ def main():
     prompt = read_prompt(args)
     prompt_tokens = len(encode_prompt(prompt))  # an invalid prompt raises before the model is loaded
     keep_freed_memory()
-    sys.stdout.reconfigure(errors="replace")  # "?" for characters that the terminal cannot encode
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, info = load_model(args.source, device)

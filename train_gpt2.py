@@ -8,8 +8,9 @@ Trains GPT-2 on one CPU, one GPU, or many with torchrun: the recipe of GPT-2 and
     python train_gpt2.py --resume log/gpt2-124M --eval-only # its validation loss and HellaSwag
 
 Writes log/<exp-name>/: log.txt, config.json, checkpoints (see checkpoint.py) and loss.png. The
-same command resumes a run from its newest checkpoint. SIGTERM, SIGUSR1 and Ctrl-C finish the step,
-save, and exit with status 0, 75 and 130; a second Ctrl-C exits at once.
+same command resumes a run from its newest checkpoint. SIGTERM, SIGUSR1, Ctrl-C, a closed terminal
+and a closed stdout finish the step, save, and exit with status 0, 75, 130, 129 and 141; a second
+Ctrl-C exits at once.
 
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, table 2.1 and
 appendix B), and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
@@ -227,7 +228,7 @@ def open_data(config, ranks):
     with parallel.rank0_first(ranks):
         splits = data.prepare_data(config.data)
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
-    # machines may have different files at the same path: their gradients would not belong together
+    # machines may have different files at the same path, which would go unnoticed
     fingerprints = parallel.all_gather([stream.fingerprint() for stream in streams], ranks)
     if wrong := [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]:
         raise ValueError(f"{config.data} holds other data on rank {wrong} than on rank 0; copy the"
@@ -270,9 +271,8 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     epochs = max_steps * total_batch_size / epoch_tokens
     parts = estimate_memory(config, num_params, B, dtype, W, compiled)
     needed = sum(parts.values())
-    # the estimate may be 15% too high
-    fits = "" if needed < memory else ", IT MAY NOT FIT" if 0.85 * needed < memory else \
-        ", IT WILL NOT FIT"
+    too_large = 0.85 * needed >= memory  # the estimate may be 15% too high
+    fits = "" if needed < memory else ", IT WILL NOT FIT" if too_large else ", IT MAY NOT FIT"
     flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
     print0(f"model: {num_params:,} parameters, {model.config}\n"
@@ -291,7 +291,7 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
                f" {W} x {device_name(ranks.device)}")
     else:
         print0("time: unknown on this device; each step prints what is left, as measured so far")
-    if fits == ", IT WILL NOT FIT" and not (config.force or config.dry_run):
+    if too_large and not (config.force or config.dry_run):
         raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
                          f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
                          " (or model), --activation-checkpointing or --parallel fsdp, or give"
@@ -331,7 +331,7 @@ def build_model(config, saved, ranks):
         return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
     raw_model = GPT(config.gpt_config())
     if saved:
-        checkpoint.load_weights(raw_model, saved.model["model"], "the checkpoint")
+        raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
     return raw_model.to(device)
 
 

@@ -32,7 +32,7 @@ from bench.ladder import bench_ladder
 from bench.measure import in_fresh_process, print_table
 from bench.sample import bench_sample
 from bench.train import bench_train
-from data import atomic_write, check_output, check_regular
+from files import atomic_write, check_output, check_regular
 from model import SIZES, config_for
 
 # functions of the flags that return rows: dicts with the same keys, the first of which names the row

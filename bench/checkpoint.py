@@ -26,7 +26,7 @@ def time_checkpoint(args):
 
     def load():
         latest = checkpoint.load_latest(folder)
-        checkpoint.load_weights(raw_model, latest.model["model"], folder)
+        raw_model.load_state_dict(latest.model["model"])
         parallel.load_full_optimizer_state(optimizers, latest.state["optimizers"])
 
     with tempfile.TemporaryDirectory() as folder:

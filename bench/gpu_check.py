@@ -18,18 +18,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch._dynamo.utils import counters
 
 import parallel
 import runtime
 import sample
 import scoring
 from bench.ladder import bench_ladder
-from bench.measure import in_fresh_process, timed
+from bench.measure import free_port, in_fresh_process, timed
 from bench.train import Variant, build_step
 from config import TrainConfig, estimate_memory
 from model import GPT
@@ -96,6 +96,7 @@ def same_losses(dtype, tolerance, **changes):
 
 def graphs(args):
     """Number of graphs that torch.compile captures at B = 1 and at B = 4."""
+    from torch._dynamo.utils import counters
     counts = []
     for B in (1, 4):
         torch._dynamo.reset()
@@ -279,8 +280,7 @@ def overlap_of_rank(args, rank, world_size, port):
 
 def overlap(args):
     """DDP reduces gradients while the backward still computes others."""
-    from concurrent.futures import ThreadPoolExecutor
-    W, port = torch.cuda.device_count(), 29531
+    W, port = torch.cuda.device_count(), free_port()
     with ThreadPoolExecutor(W) as pool:
         ranks = [pool.submit(in_fresh_process, overlap_of_rank, args, rank, W, port) for rank in range(W)]
         fraction = statistics.median(rank.result() for rank in ranks)

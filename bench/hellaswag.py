@@ -12,7 +12,7 @@ import runtime
 import scoring
 from bench.measure import print_table, timed
 from config import INPUT_TXT
-from data import atomic_write
+from files import atomic_write
 from model import GPT, config_for
 
 

@@ -6,7 +6,7 @@ import torch
 import runtime
 from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, print_table
 from bench.train import Variant, flash_attention, naive_attention, time_step
-from data import atomic_write
+from files import atomic_write
 from model import config_for
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: a timer, fresh processes, the peaks of this machine, and a table printer."""
 import multiprocessing
 import resource
+import socket
 import statistics
 import sys
 import time
@@ -22,6 +23,13 @@ def in_fresh_process(function, *args):
             return pool.submit(function, *args).result()
         except BrokenProcessPool as e:
             raise MemoryError(f"the process of {function.__name__} was killed, probably because memory ran out") from e
+
+
+def free_port():
+    """A TCP port that no process of this machine uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def timed(function, device="cpu", repeats=1, warmup=0):

@@ -3,7 +3,6 @@ The speed of a training step compared with the lecture's step, which is reimplem
 matmuls and attention.
 """
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 import parallel
 import runtime
-from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, peak_gb, print_table, timed
+from bench.measure import forward_backward_seconds, free_port, in_fresh_process, matmul_peak, peak_gb, print_table, timed
 from config import TrainConfig
 from model import GPT, CausalSelfAttention, config_for
 from train_gpt2 import train_step
@@ -111,9 +110,7 @@ def time_rank(variant, args, rank, port):
 
 def time_step(variant, args):
     """{"ms/step", "tok/s", "peak GB", "GFLOP/s" of one device, "loss"} of a Variant; each rank is a fresh process."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ThreadPoolExecutor(variant.world_size) as pool:
         ranks = [pool.submit(in_fresh_process, time_rank, variant, args, rank, port) for rank in range(variant.world_size)]
         return [rank.result() for rank in ranks][0]

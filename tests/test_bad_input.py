@@ -32,6 +32,7 @@ from safetensors.torch import save as save_safetensors
 import checkpoint
 import convert
 import data
+import files
 import runtime
 from model import GPT, GPTConfig
 
@@ -205,7 +206,7 @@ held = []
 
 def lock_folder(folder):
     """Holds the lock of shards/, as a running fineweb.py does, until the next call."""
-    held[:] = [data.lock(folder / "shards" / ".fineweb.lock")]
+    held[:] = [files.lock(folder / "shards" / ".fineweb.lock")]
 
 
 # -----------------------------------------------------------------------------

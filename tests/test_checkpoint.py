@@ -199,9 +199,9 @@ def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
     model = make_model()
     weights = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
     with pytest.raises(ValueError, match=r"weights of a.pt do not fit this model: .*wpe.weight \(9, 8\) for \(8, 8\)"):
-        checkpoint.load_weights(model, weights, "a.pt")
+        checkpoint.check_weights(model.config, weights, "a.pt")
     with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias.*12 tensors"):
-        checkpoint.load_weights(model, make_model(n_layer=2).state_dict(), "a.pt")
+        checkpoint.check_weights(model.config, make_model(n_layer=2).state_dict(), "a.pt")
 
 
 # -----------------------------------------------------------------------------

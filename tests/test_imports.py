@@ -17,7 +17,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # each module imports only modules of the layers above it in this list
 LAYERS = [
-    {"model", "data", "runtime", "sources"},
+    {"model", "files", "runtime", "sources"},
+    {"data"},
     {"checkpoint", "fineweb"},
     {"convert", "parallel"},
     {"config", "sample", "scoring", "plots"},
