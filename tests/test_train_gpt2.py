@@ -366,7 +366,7 @@ def test_the_preset_follows_from_the_data(tmp_path, monkeypatch, capsys):
     assert config_from_flags(["--preset", "gpt2-350M", "--lr", "1"])[0].lr == 1.0
 
 
-def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken, tmp_path, monkeypatch):
+def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken, tmp_path, monkeypatch, capsys):
     """A checkpoint of commit 6504f55 has save_minutes and skip_nonfinite in its settings."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(unbroken[0], "log/shakespeare")
@@ -375,6 +375,7 @@ def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken,
         torch.save({**state, "train_config": {**state["train_config"], "save_minutes": 30.0, "skip_nonfinite": 0}}, path)
     config, saved = config_from_flags(["--exp-name", "shakespeare"])
     assert saved.step == 8 and config.n_embd == 16
+    assert "ignored: the run's settings save_minutes, skip_nonfinite, which no longer exist" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
