@@ -372,7 +372,9 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
     - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; torch.compile fuses some
     - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of wte
 
-    "torch" is what PyTorch loads in the first step (measured). On a CPU more stays resident (runtime.keep_freed_memory).
+    "torch" is what PyTorch loads in the first step (measured). Not included: the copy of weights and moments, 12 bytes per
+    parameter in the CPU memory of rank 0, from which a checkpoint is written. On a CPU more stays resident
+    (runtime.keep_freed_memory).
     """
     wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
     mode, recompute = config.parallel if W > 1 else "ddp", config.activation_checkpointing
