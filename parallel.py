@@ -426,8 +426,11 @@ def load_full_optimizer_state(optimizers, saved):
 
 
 def shard_like(tensor, p):
-    """This rank's shard of a CPU tensor, on p's device, if p is sharded and the tensor has its shape."""
+    """This rank's shard of a CPU tensor, on p's device, if p is sharded and the tensor has its shape.
+
+    Training on a CPU gets a copy: a tensor that maps its file would keep a pruned checkpoint on the disk until the run ends.
+    """
     if not is_sharded(p) or tensor.shape != p.shape:
-        return tensor
+        return tensor.clone() if p.device.type == "cpu" else tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

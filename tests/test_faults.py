@@ -143,7 +143,7 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  #
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["$x_{ $", "-", "模型"])
+@pytest.mark.parametrize("name", ["$x_{ $", "_x", "模型"])
 def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
     """A dollar sign in the name failed in matplotlib after the whole training; a full disk or a folder in the way, too."""
     os.makedirs(tmp_path / "log" / name / "loss.png")
@@ -577,8 +577,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert "needs" in process.stderr and "are free" in process.stderr
-        saved = checkpoint.load_latest(disk / "log" / "shakespeare")
-        assert saved[1]["step"] == 2 and not glob.glob(str(disk / "log" / "shakespeare" / "*.tmp"))
+        # its tensors map the files: keeping them would keep the disk busy
+        assert checkpoint.load_latest(disk / "log" / "shakespeare").step == 2
+        assert not glob.glob(str(disk / "log" / "shakespeare" / "*.tmp"))
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 0, process.stderr

@@ -372,6 +372,23 @@ def test_a_resumed_run_keeps_the_hyperparameters_it_is_started_with():
         assert torch.equal(run.optimizers[0].state[a]["exp_avg"], other.optimizers[0].state[b]["exp_avg"])
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="mapped files are read from Linux's /proc")
+def test_a_resumed_run_does_not_keep_its_checkpoint_mapped(tmp_path):
+    """Loaded through a memory map, AdamW's moments kept a checkpoint on the disk after it was pruned."""
+    def is_mapped():
+        with open("/proc/self/maps") as f:
+            return str(tmp_path) in f.read()
+    run, path = start(ALONE), str(tmp_path / "state.pt")
+    train(run, 1)
+    torch.save(parallel.full_state(run.raw_model, run.optimizers, ALONE), path)
+    saved = checkpoint.load_file(path, mmap=True)
+    assert is_mapped()
+    other = start(ALONE, saved, 1)
+    del saved
+    assert not is_mapped()
+    train(other, 1)
+
+
 @pytest.mark.slow
 def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
     results = ranks_do("check_float16", tmp_path)
