@@ -360,7 +360,10 @@ def config_from_flags(argv=None):
 # -----------------------------------------------------------------------------
 # what fits into memory
 
-def estimate_memory(config, num_params, B, dtype, world_size, compiled):
+LOSS_CHUNKS = 8  # parts of the loss in runs that need it (choice): less to save in each further one, more kernels
+
+
+def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks=1):
     """{part: bytes} that each training process needs at micro-batch size B; the sum is within 15% of measured CPU runs.
 
     "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments (4 of Muon's one),
@@ -369,7 +372,8 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
     - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are the block's input, which
       LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v, attention's output, the second residual, and the MLP
       before and after GELU. With activation checkpointing a block keeps 4, and one block at a time has all 36.
-    - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; torch.compile fuses some
+    - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; compiled, only logits and
+      their gradient exist, in the autocast dtype. With loss_chunks, of one chunk at a time (model.chunked_loss, not compiled).
     - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of wte
 
     "torch" is what PyTorch loads in the first step (measured). Not included: the copy of weights and moments, 12 bytes per
@@ -385,7 +389,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
 
     per_block = 36 if wide == 1 else 64
     activations = tokens * C * (4 * L + per_block if recompute else L * per_block)
-    loss = tokens * V * (4 * wide + 4 if compiled else 2 * wide + 12)
+    loss = tokens * V / loss_chunks * (4 * wide if compiled and loss_chunks == 1 else 2 * wide + 12)
     casts = 0 if wide == 2 else 2 * (V * C + block if recompute else num_params)
     micro_batch = activations + loss + casts + 8 * V * C
     if mode == "fsdp":
@@ -393,7 +397,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
         gathered = 4 * root + 16 * block                   # weights of the root; weights and gradients of two blocks
         micro_batch = max(activations + loss + casts + gathered,                                  # at the loss
                           gathered + 4 * root + 8 * V * C,                                        # at the backward's end
-                          4 * num_params + min(tokens, max(T, 16384)) * V * (2 * wide + 8))        # unsharded, to evaluate
+                          4 * num_params + min(tokens, max(T, 16384)) * V / loss_chunks * (2 * wide + 8))  # to evaluate
     else:
         state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
         state -= 4 * L * 12 * C * C * (config.optimizer == "muon")
@@ -401,11 +405,17 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled):
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, compiled):
-    """The micro-batch size B: the config's, or the largest that divides the batch and fits into 85% of memory (bytes or None).
+    """(B, loss_chunks): B is the config's, or the largest that divides the batch and fits into 85% of memory (bytes or None).
 
     It gives grad_accum_steps = total_batch_size / (B T world_size), which must be an integer. The largest B has at most 4096
-    tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1 if none fits. ValueError lists the allowed values.
+    tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1 if none fits. The loss is computed in chunks, which is
+    slower, if the config's B, or one of up to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls (choice).
+    ValueError lists the allowed values.
     """
+    def fits(B, loss_chunks):
+        needed = estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks)
+        return memory is None or sum(needed.values()) < 0.85 * memory
+
     T, sequences = config.sequence_length, config.total_batch_size // config.sequence_length
     if sequences % world_size != 0:
         raise ValueError(f"{sequences} sequences per step cannot be split over {world_size} processes; numbers that would fit:"
@@ -415,8 +425,11 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
         if (sequences // world_size) % config.batch_size != 0:
             raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
                              f"{T}*{world_size}; --batch-size that would fit: {divisors}")
-        return config.batch_size
-    useful = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)]
-    fit = [B for B in useful if memory is None
-           or sum(estimate_memory(config, num_params, B, dtype, world_size, compiled).values()) < 0.85 * memory]
-    return max(fit, default=1)
+        useful, enough = [config.batch_size], config.batch_size
+    else:
+        useful, enough = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)], -(-4096 // T)
+    whole = max((B for B in useful if fits(B, 1)), default=0)
+    chunked = max((B for B in useful if fits(B, LOSS_CHUNKS) and B <= enough), default=0)
+    if whole >= max(chunked, 1):
+        return whole, 1
+    return chunked or config.batch_size or 1, LOSS_CHUNKS

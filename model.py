@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 # -----------------------------------------------------------------------------
 # sizes
@@ -189,6 +190,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.loss_chunks = 1  # more of them: forward with targets needs less memory
         # the names are those of OpenAI's and Hugging Face's checkpoints
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
@@ -274,9 +276,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """(logits, loss) of tokens idx (B, T) int64.
 
-        With targets (B, T) int64: logits (B, T, V) without gradient, and the mean cross entropy, a
-        float32 scalar; targets of -100 are ignored. Without targets: logits of the last position
-        (B, 1, V), all that sampling needs, and None. Raises ValueError for T over block_size.
+        With targets (B, T) int64: logits (B, T, V) without gradient, or None if loss_chunks > 1,
+        and the mean cross entropy, a float32 scalar; targets of -100 are ignored. Without targets:
+        logits of the last position (B, 1, V), all that sampling needs, and None. Raises ValueError
+        for T over block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -286,6 +289,8 @@ class GPT(nn.Module):
         # x[:, [-1]] and not x[:, -1]: keeps the time dimension
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
+        if self.loss_chunks > 1:
+            return None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
         logits = self.lm_head(x)                                        # (B, T, V)
         # cross_entropy takes (N, V) and (N): batch and time become one dimension. In float32, as
         # bf16 under autocast has 8 bits: near 10 a bf16 logit is a multiple of 1/16.
@@ -293,6 +298,21 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits_2d, targets.reshape(-1), ignore_index=-100)
         # detached: otherwise the compiled backward allocates a gradient of zeros for the logits
         return logits.detach(), loss
+
+    def chunked_loss(self, x, targets):
+        """forward's loss, to rounding, of final hidden states x (B*T, C) and targets (B*T).
+
+        The logits of all tokens are the largest tensor of a step. Here they exist for one of
+        loss_chunks parts at a time; the backward computes them again (Chen et al. 2016).
+        """
+        def sum_of_losses(x, targets):
+            return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100,
+                                   reduction="sum")
+
+        chunks = zip(x.chunk(self.loss_chunks), targets.chunk(self.loss_chunks))
+        total = sum(recompute_in_backward(sum_of_losses, *chunk, use_reentrant=False)
+                    for chunk in chunks)
+        return total / (targets != -100).sum()
 
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""

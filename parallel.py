@@ -225,6 +225,9 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
             print0("--parallel fsdp is not compiled unless --compile on asks for it (block by block)")
         shard(raw_model, ranks)
         return raw_model
+    if compiled and raw_model.loss_chunks > 1:
+        # inductor would sum the chunks' gradients of the lm_head in one kernel, for which it keeps all of them
+        raw_model.chunked_loss = torch.compiler.disable(raw_model.chunked_loss)
     model = torch.compile(raw_model, options=options) if compiled else raw_model
     if ranks.ddp:
         device_ids = [ranks.local_rank] if ranks.device_type == "cuda" else None
@@ -334,7 +337,7 @@ def unsharded_model(raw_model):
         model = GPT(raw_model.config)
     weights = {name: unsharded_tensor(p) for name, p in raw_model.named_parameters()}  # names the tied weight once
     model.load_state_dict(weights, strict=False, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
+    model.lm_head.weight, model.loss_chunks = model.transformer.wte.weight, raw_model.loss_chunks
     return model.train(raw_model.training)
 
 

@@ -39,8 +39,8 @@ import checkpoint
 import data
 import hellaswag
 import parallel
-from config import (FINEWEB_DIR, FINEWEB_TOKENS, choose_batch_size, config_from_flags,
-                    estimate_memory)
+from config import (FINEWEB_DIR, FINEWEB_TOKENS, LOSS_CHUNKS, choose_batch_size,
+                    config_from_flags, estimate_memory)
 from convert import load_model
 from model import GPT
 from plots import plot_run
@@ -243,9 +243,9 @@ def open_data(config, ranks):
 
 
 def make_plan(config, num_tokens, dtype, ranks, first_step=0):
-    """(B, grad_accum_steps, max_steps, whether to compile) of the run, whose plan it prints.
+    """(B, loss_chunks, grad_accum_steps, max_steps, whether to compile) of the run.
 
-    num_tokens: size of the training data. first_step: where the run resumes.
+    Prints its plan. num_tokens: size of the training data. first_step: where the run resumes.
     """
     # the meta device has shapes without memory: enough to count parameters
     with torch.device("meta"):
@@ -264,12 +264,12 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
                          " or --max-steps, or a smaller --total-batch-size")
     # the compiled step needs less memory, so B depends on it
     compiled = parallel.should_compile(config, max_steps - first_step, ranks)
-    B = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
+    B, loss_chunks = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
     # tokens per step are fixed; B and the number of ranks only arrange them
     grad_accum_steps = total_batch_size // (B * T * W)
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
-    parts = estimate_memory(config, num_params, B, dtype, W, compiled)
+    parts = estimate_memory(config, num_params, B, dtype, W, compiled, loss_chunks)
     needed = sum(parts.values())
     too_large = 0.85 * needed >= memory  # the estimate may be 15% too high
     fits = "" if needed < memory else ", IT WILL NOT FIT" if too_large else ", IT MAY NOT FIT"
@@ -279,7 +279,8 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
            f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {total_batch_size:,}"
            f" tokens = {epochs:.2f} epochs\n"
            f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
-           f" {ranks.device_type}, {dtype}\n"
+           f" {ranks.device_type}, {dtype}"
+           + (f", the loss in {loss_chunks} chunks to save memory\n" if loss_chunks > 1 else "\n") +
            f"memory: about {needed / 1e9:.1f} GB per process ("
            + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items()) + ")"
            + (f", {memory / 1e9:.1f} GB available" if memory < math.inf else "") + fits
@@ -296,7 +297,7 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
                          f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
                          " (or model), --activation-checkpointing or --parallel fsdp, or give"
                          " --force to try it anyway")
-    return B, grad_accum_steps, max_steps, compiled
+    return B, loss_chunks, grad_accum_steps, max_steps, compiled
 
 
 def dry_run(config, dtype, ranks):
@@ -314,7 +315,9 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     if not saved and not config.init_from:
         raise FileNotFoundError(f"--eval-only: there is no checkpoint in {config.run_dir}; name"
                                 " another run with --exp-name, or weights with --init-from")
-    model, step = build_model(config, saved, ranks).to(ranks.device), saved.step if saved else 0
+    # in chunks: there is no plan that would tell whether all logits fit into memory
+    model = build_model(config, saved, ranks, LOSS_CHUNKS).to(ranks.device)
+    step = saved.step if saved else 0
     scores = {"val": evaluate_loss(model, val_stream, 4096, config.sequence_length,
                                    config.val_tokens, dtype, ranks)}
     if examples:
@@ -323,16 +326,18 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
         print0(f"step {step:5d} | {stream} {value:.4f}")
 
 
-def build_model(config, saved, ranks):
+def build_model(config, saved, ranks, loss_chunks=1):
     """The GPT to train: the checkpoint's, --init-from's, or initialized from torch's generator."""
     # fsdp moves shards to the GPUs: the unsharded model need not fit on one GPU
     device = "cpu" if parallel.is_fsdp(config, ranks) else ranks.device
     if not saved and config.init_from:
-        return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
-    raw_model = GPT(config.gpt_config())
-    if saved:
-        raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
-    return raw_model.to(device)
+        raw_model = load_model(config.init_from, device, config.block_size, config.dropout)[0]
+    else:
+        raw_model = GPT(config.gpt_config())
+        if saved:
+            raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
+    raw_model.loss_chunks = loss_chunks
+    return raw_model.train().to(device)
 
 
 def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
@@ -408,8 +413,8 @@ def main():
     examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
     if config.eval_only:
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
-    B, grad_accum_steps, max_steps, compiled = make_plan(config, len(train_stream), dtype, ranks,
-                                                         first_step)
+    B, loss_chunks, grad_accum_steps, max_steps, compiled = make_plan(
+        config, len(train_stream), dtype, ranks, first_step)
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
@@ -425,7 +430,7 @@ def main():
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
     seed_all(config.seed)  # every rank draws the same initial weights
-    raw_model = build_model(config, saved, ranks)
+    raw_model = build_model(config, saved, ranks, loss_chunks)
     model = parallel.wrap(raw_model, config, compiled, B, dtype, ranks)
 
     # optimizer, with the checkpoint's state

@@ -8,6 +8,7 @@ Needs a C++ compiler for the fake tensors. On a machine with a GPU, `python -m b
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def pretend(folder, world_size, *flags, **env):
     assert process.returncode == 0 and process.stdout, process.stderr[-3000:]
     report = json.loads(process.stdout.strip().split("\n")[-1])
     assert report["status"] == 0, process.stderr[-3000:]
-    return report
+    return {**report, "output": process.stdout}
 
 
 def check_budgets(report, world_size, graphs=1):
@@ -112,6 +113,19 @@ def test_the_budgets_hold_in_each_configuration_and_after_a_resume(world_size, f
     check_budgets(pretend(tmp_path, world_size, *flags, "--max-steps", "7"), world_size)
     if "zero" not in flags:  # the fake process group does not send the other ranks' optimizer states
         check_budgets(pretend(tmp_path, world_size, *flags, "--max-steps", "11"), world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_on_a_gpu_with_little_memory_the_loss_is_computed_in_chunks_outside_the_one_graph(world_size, tmp_path):
+    """Inside it, inductor kept the gradients of all chunks until it summed them: more memory than without chunks."""
+    flags = ["--total-batch-size", str(1024 * world_size), "--batch-size", "64", "--max-steps", "4", "--dtype", "float32"]
+    small = pretend(tmp_path, world_size, *flags, "--exp-name", "small", PRETEND_MEMORY=str(600 * 10**6))
+    large = pretend(tmp_path, world_size, *flags, "--exp-name", "large")
+    assert "in 8 chunks to save memory" in small["output"] and "chunks" not in large["output"]
+    check_budgets(small, world_size)
+    losses = [[float(value) for value in re.findall(r"(?:loss|val) (\d+\.\d+)", report["output"])] for report in (small, large)]
+    assert len(losses[0]) == 4 + 2 and losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig, SIZES, config_for, from_hf_names, is_transposed
@@ -160,6 +162,82 @@ def test_loss_is_float32_under_bfloat16_autocast():
 
 # -----------------------------------------------------------------------------
 # initialization, counts
+
+class LargestFloat(TorchDispatchMode):
+    """Records the number of elements of the largest floating point tensor that any operation returns."""
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.is_floating_point():
+                self.largest = max(self.largest, t.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss_chunks", [2, 3, 100])
+def test_the_loss_in_chunks_equals_the_whole_one_and_needs_less_memory(loss_chunks):
+    """Loss and every gradient, also with ignored targets; logits exist for one chunk at a time, and none for the backward."""
+    torch.manual_seed(3)
+    model = GPT(tiny_config(vocab_size=1000)).double()
+    x, y = torch.randint(1000, (5, 7)), torch.randint(1000, (5, 7))
+    y[1, 2:5] = -100
+    results, saved = [], []
+
+    def record(tensor):
+        saved.append(tensor.shape[-1:] == (1000,))
+        return tensor
+    for chunks in (1, loss_chunks):
+        model.loss_chunks = chunks
+        model.zero_grad()
+        saved.clear()
+        with LargestFloat() as recorded, torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            logits, loss = model(x, y)
+            assert any(saved) == (chunks == 1)
+            loss.backward()
+        results.append((loss, recorded.largest, [p.grad.clone() for p in model.parameters()]))
+    assert logits is None
+    (whole, largest, gradients), (chunked, smaller, others) = results
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)  # the logits are float32
+    assert largest == 35 * 1000 and smaller == max(-(-35 // loss_chunks) * 1000, 16 * 1000)  # 16,000: wte
+    for a, b in zip(gradients, others):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss_chunks", [1, 2])
+def test_layernorm_residual_stream_and_loss_are_float32_under_autocast(dtype, loss_chunks, monkeypatch):
+    """And attention is that of float32 to the rounding of its inputs: the softmax has no 16-bit sums. (A public run in
+    float16 diverged without this.)"""
+    model, seen, attention = GPT(tiny_config(block_size=1024, n_layer=1)), set(), []
+    model.loss_chunks = loss_chunks
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({(name, args[0].dtype, out.dtype)}))
+    cross_entropy, sdpa = F.cross_entropy, F.scaled_dot_product_attention
+
+    def recorded_loss(logits, *args, **kwargs):
+        seen.add(("loss", logits.dtype, logits.dtype))
+        return cross_entropy(logits, *args, **kwargs)
+
+    def recorded_attention(q, k, v, *args, **kwargs):
+        attention.append((q, k, v, sdpa(q, k, v, *args, **kwargs)))
+        return attention[-1][-1]
+    monkeypatch.setattr(F, "cross_entropy", recorded_loss)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded_attention)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(50)
+    x = torch.randint(61, (1, 1024))
+    with torch.autocast("cpu", dtype):
+        loss = model(x, x)[1]
+    loss.backward()
+    assert {name for name, *_ in seen} == {"transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.ln_f", "loss"}
+    assert {t for _, *dtypes in seen for t in dtypes} == {torch.float32} and loss.dtype == torch.float32
+    (q, k, v, out), = attention
+    assert q.dtype == k.dtype == out.dtype == dtype
+    exact = sdpa(q.double(), k.double(), v.double(), is_causal=True)
+    assert (out.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+
 
 def test_initial_weights_have_gpt2s_standard_deviations():
     torch.manual_seed(0)

@@ -27,9 +27,9 @@ sys.path.insert(0, ROOT)  # for the ranks, which do not read pytest.ini
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
 from config import PRESETS, TrainConfig, estimate_memory, parse_args  # noqa: E402
-from model import GPT  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
-from runtime import StopSignals, run_main  # noqa: E402
+from runtime import StopSignals, autocast, run_main  # noqa: E402
 from train_gpt2 import capture, evaluate_loss, train_step  # noqa: E402
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
@@ -109,6 +109,11 @@ def check_losses(ranks, folder):
             model = parallel.unsharded_model(run.raw_model)
             results[f"val {mode}"] = evaluate_loss(model, UnequalStream(), 1, 16, 80, "float32", ranks)
             results[f"bytes {mode}"] = local_bytes(run)
+            run = start(ranks, parallel=mode)
+            run.raw_model.loss_chunks = 3
+            results[f"{mode}, loss in chunks"] = train(run, 3)
+            results[f"val {mode}, loss in chunks"] = evaluate_loss(parallel.unsharded_model(run.raw_model), UnequalStream(), 1,
+                                                                   16, 80, "float32", ranks)
     for before, after in MOVES:
         saved = checkpoint.load_file(os.path.join(folder, f"{before}.pt"))
         results[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)
@@ -300,6 +305,8 @@ def test_every_mode_trains_like_one_process(two_ranks):
     assert results["ddp"][-1][0] < results["ddp"][0][0] - 1  # the loss fell: the updates had an effect
     for mode in MODES:
         assert near(results[f"{mode}+ac"], results[mode][:10], 1e-6), mode
+        assert near(results[f"{mode}, loss in chunks"], results[mode][:3], 1e-6), mode
+        assert near(results[f"val {mode}, loss in chunks"], results["val ddp, loss in chunks"], 1e-6), mode
 
 
 def test_a_checkpoint_resumes_in_every_mode(two_ranks):
@@ -482,6 +489,24 @@ def test_activation_checkpointing_stores_only_the_blocks_inputs():
 # -----------------------------------------------------------------------------
 # what is not supported
 
+def test_the_loss_in_chunks_is_not_compiled(monkeypatch):
+    """Inductor kept the gradients of all chunks until it summed them: 1.0 GB, without chunks 0.6, uncompiled chunks 0.5."""
+    config, graphs, compile_ = TrainConfig(**{**TINY, "vocab_size": 61, "compile": "on"}), [], torch.compile
+    raw_model = GPT(config.gpt_config())
+    raw_model.loss_chunks = 2
+
+    def record(graph, _):
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]  # one for each recomputation
+        values = [node.meta.get("example_value") for part in parts for node in part.graph.nodes]
+        graphs.append([value.shape for value in values if isinstance(value, torch.Tensor)])
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_(model, backend=record))
+    torch._dynamo.reset()
+    parallel.wrap(raw_model, config, True, 2, "float32", ALONE)
+    shapes, = graphs
+    assert (2, 16, 16) in shapes and not [shape for shape in shapes if shape[-1:] == (61,)]
+
+
 def test_muon_cannot_be_sharded():
     for mode in ("zero", "fsdp"):
         with pytest.raises(ValueError, match="use --optimizer adamw or --parallel ddp"):
@@ -543,7 +568,12 @@ checkpoint.save_and_prune = lambda *args: None
 def status(name):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
-base = status("VmRSS")
+def reset_peak(*args, wrap=train_gpt2.parallel.wrap):
+    model = wrap(*args)  # the compiler needs memory that the steps do not
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    return model
+base, train_gpt2.parallel.wrap = status("VmRSS"), reset_peak
 try:
     train_gpt2.main()
 finally:
@@ -554,10 +584,50 @@ finally:
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
+def saved_bytes(dtype, n_layer=1, V=512, B=2):
+    """Bytes that the compiled forward of a GPT (T = C = 128) keeps for its backward."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    torch._dynamo.reset()
+    storages = {}  # views share one
+
+    def count(graph, _):
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
+                storage = node.meta["val"].untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+        return make_boxed_func(graph)
+    model = torch.compile(GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=128, block_size=128, vocab_size=V)),
+                          backend=aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=count,
+                                               decompositions=select_decomp_table(),
+                                               partition_fn=min_cut_rematerialization_partition))
+    x, y = (torch.zeros((B, 128), dtype=torch.long) for _ in range(2))
+    with autocast("cpu", dtype):
+        model(x, y)[1].backward()
+    return sum(storages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, per_block, per_logit", [("bfloat16", 36, 2), ("float16", 36, 2), ("float32", 64, 4)])
+def test_the_estimates_constants_are_what_a_compiled_step_saves(dtype, per_block, per_logit):
+    """Bytes per block, token and channel, and per logit. The rest is a few numbers per token: LayerNorm's statistics."""
+    def per_token(**changes):
+        return (saved_bytes(dtype, **changes, B=4) - saved_bytes(dtype, **changes, B=2)) / (2 * 128)
+    assert (per_token(n_layer=2) - per_token()) / 128 == pytest.approx(per_block, abs=0.25)
+    assert (per_token(V=1024) - per_token()) / 512 == pytest.approx(per_logit, abs=0.01)
+    small, deeper, wider = (
+        estimate_memory(TrainConfig(n_layer=n_layer, vocab_size=V, block_size=128, total_batch_size=128), 0, 1, dtype, 1,
+                        compiled=True)["micro-batch"] for n_layer, V in ((1, 512), (2, 512), (1, 1024)))
+    assert (deeper - small) / (128 * 768) == per_block
+    gradients = 2 * 4 * 512 * 768  # of wte and lm_head, which do not depend on the tokens
+    assert (wider - small - gradients) / (128 * 512) == 2 * per_logit  # logits and their gradient
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (2, ["--parallel", "fsdp"]),
-                                      (2, ["--parallel", "zero"])])
+@pytest.mark.parametrize("W, flags", [(1, []), (1, ["--activation-checkpointing"]), (1, ["--compile", "on"]),
+                                      (2, ["--parallel", "fsdp"]), (2, ["--parallel", "zero"])])
 def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path):
     """The peak resident memory of 124M's processes in three steps, less that of Python with torch, is within 15%.
 
@@ -572,7 +642,7 @@ def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path
                              timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **GIVE_BACK})
     assert process.returncode == 0, process.stderr[-3000:]
     config = TrainConfig(**{**PRESETS["gpt2-124M"], **parse_args(argv)})
-    estimate = sum(estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, compiled=False).values())
+    estimate = sum(estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, config.compile == "on").values())
     for line in re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE):
         assert int(line) == pytest.approx(estimate, rel=0.15)
 
@@ -610,10 +680,11 @@ def train_py(*flags, ranks, cwd):
     return subprocess.run([sys.executable, script, *SMALL, *flags], capture_output=True, text=True, timeout=240, cwd=cwd)
 
 
-@pytest.mark.parametrize("ranks, first", [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow),
-                                          pytest.param(3, "fsdp", marks=pytest.mark.slow)])
-def test_fsdp_evaluates_samples_and_resumes_like_one_process(ranks, first, tmp_path):
-    """Two steps in the first mode, then resumed in fsdp.
+@pytest.mark.parametrize("ranks, first, then", [
+    (2, "ddp", "fsdp"), *(pytest.param(*row, marks=pytest.mark.slow) for row in
+                          [(2, "fsdp", "ddp"), (3, "fsdp", "fsdp"), (3, "fsdp", "ddp"), (3, "zero", "fsdp")])])
+def test_every_mode_evaluates_samples_and_resumes_like_one_process(ranks, first, then, tmp_path):
+    """Two steps in the first mode, then resumed in another.
 
     Once train_gpt2.py evaluated the sharded model: 3 ranks with samples crashed ("mixed torch.Tensor and DTensor"), 2 ranks
     with an odd number of validation windows hung, since the ranks ran different numbers of batches.
@@ -624,7 +695,7 @@ def test_fsdp_evaluates_samples_and_resumes_like_one_process(ranks, first, tmp_p
     assert whole.returncode == 0, whole.stderr
     half = train_py("--exp-name", "fsdp", "--parallel", first, "--max-steps", "2", ranks=ranks, cwd=tmp_path)
     assert half.returncode == 0, half.stderr[-3000:]
-    rest = train_py("--exp-name", "fsdp", "--parallel", "fsdp", ranks=ranks, cwd=tmp_path)
+    rest = train_py("--exp-name", "fsdp", "--parallel", then, ranks=ranks, cwd=tmp_path)
     assert rest.returncode == 0 and "resuming" in rest.stdout, rest.stderr[-3000:]
     one, fsdp = (log_values(tmp_path / "log" / name, *streams) for name in ("one", "fsdp"))
     assert fsdp.keys() == one.keys() and len(one) == 2 * 4 + 3 * 3

@@ -118,7 +118,7 @@ real |= {"train_step": train_gpt2.train_step, "compile": torch.compile, "Generat
 cuda = {
     "is_available": lambda: True, "device_count": lambda: 8, "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
     "get_device_capability": lambda device=None: (9, 0), "get_arch_list": lambda: ["sm_90"],
-    "mem_get_info": lambda device=None: (80 * 10**9, 85 * 10**9),
+    "mem_get_info": lambda device=None: (int(os.environ.get("PRETEND_MEMORY", 80 * 10**9)), 85 * 10**9),
     "is_bf16_supported": lambda *args, **kwargs: "PRETEND_T4" not in os.environ,
     "set_device": lambda device: count(f"set_device {torch.cuda._utils._get_device_index(device)}"),
     "synchronize": lambda device=None: count("wait: synchronize"),
