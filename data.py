@@ -23,6 +23,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -454,6 +455,19 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
             return
         rows = range(start, min(start + B, mine.stop))
         yield to_batch(np.stack([stream.read(w * T, T + 1) for w in rows]), device)
+
+
+def bits_per_byte(stream, T, max_tokens):
+    """The factor from a mean loss over the targets of iterate_batches, in nats per token, to bits per byte of their text.
+
+    Bits per byte compare models with different tokenizers. <|endoftext|>, a target too, has no bytes.
+    """
+    tokenizer, lengths = get_tokenizer(), np.zeros(2**16, dtype=np.uint8)
+    lengths[:EOT] = [len(tokenizer.decode_single_token_bytes(i)) for i in range(EOT)]
+    num_targets, num_bytes = min(max_tokens, len(stream) - 1) // T * T, 0
+    for start in range(1, num_targets + 1, 2**20):
+        num_bytes += int(lengths[stream.read(start, min(2**20, num_targets + 1 - start))].sum(dtype=np.int64))
+    return num_targets / (math.log(2) * max(1, num_bytes))
 
 
 # -----------------------------------------------------------------------------

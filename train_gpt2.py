@@ -318,8 +318,9 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     # in chunks: there is no plan that would tell whether all logits fit into memory
     model = build_model(config, saved, ranks, LOSS_CHUNKS).to(ranks.device)
     step = saved.step if saved else 0
-    scores = {"val": evaluate_loss(model, val_stream, 4096, config.sequence_length,
-                                   config.val_tokens, dtype, ranks)}
+    T, scores = config.sequence_length, {}
+    scores["val"] = evaluate_loss(model, val_stream, 4096, T, config.val_tokens, dtype, ranks)
+    scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
     for stream, value in scores.items():
@@ -351,6 +352,13 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     state = {"optimizers": optimizer_states, "scaler": scaler.state_dict(),
              "loader": loader.state_dict(), "rng": rng, "train_config": asdict(config)}
     return checkpoint.model_contents(raw_model, val_loss, weights), state
+
+
+def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
+    """The line that is printed after a step; dt and left in seconds."""
+    return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
+            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
+            + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
 
 
 def restore(saved, optimizers, scaler, config, ranks):
@@ -415,6 +423,7 @@ def main():
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
     B, loss_chunks, grad_accum_steps, max_steps, compiled = make_plan(
         config, len(train_stream), dtype, ranks, first_step)
+    bits_per_byte = data.bits_per_byte(val_stream, T, config.val_tokens)  # of a loss of 1
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
@@ -460,7 +469,7 @@ def main():
             if due(config.val_every, "val"):
                 val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
                                          config.val_tokens, dtype, ranks)
-                log(step, val=val_loss)
+                log(step, val=val_loss, val_bpb=val_loss and val_loss * bits_per_byte)
 
             # once in a while: HellaSwag, in both styles of scoring
             if examples and due(config.hella_every, "hella"):
@@ -498,9 +507,7 @@ def main():
             left = seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean speed
             # model FLOPs utilization: the fraction of the peak of all devices
             mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)
-            print0(f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
-                   f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
-                   + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
+            print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
         writer.wait()  # until the last checkpoint is on disk

@@ -8,6 +8,7 @@ Needs no network: all data is created here.
 """
 import base64
 import json
+import math
 import os
 import signal
 import subprocess
@@ -391,6 +392,24 @@ def test_iterate_batches_yields_each_window_once_for_any_B_and_W(tmp_path_factor
 
 # -----------------------------------------------------------------------------
 # errors while a loader runs
+
+@pytest.mark.parametrize("T, max_tokens", [(8, 10**6), (8, 40), (3, 7)])
+def test_bits_per_byte_are_the_losses_bits_over_the_bytes_of_the_targets_text(T, max_tokens, tmp_path):
+    """With two documents of one to four bytes per character; <|endoftext|> is a target without bytes."""
+    texts = ["naïve café, to be or not to be", "日本語 and an 🙂, that is the question"] * 3
+    tokens = [token for text in texts for token in [data.EOT, *data.get_tokenizer().encode_ordinary(text)]]
+    data.write_shard(str(tmp_path / "a.npy"), np.array(tokens, dtype=np.uint16))
+    stream = data.TokenStream([str(tmp_path / "a.npy")])
+    losses, num_bytes = [], 0
+    for _, y in data.iterate_batches(stream, 2, T, max_tokens):
+        for token in y.flatten().tolist():
+            losses.append(0.1 * len(losses))  # nats
+            if token != data.EOT:
+                num_bytes += len(data.get_tokenizer().decode_single_token_bytes(token))
+    bits = sum(loss / math.log(2) for loss in losses)
+    mean = sum(losses) / len(losses)
+    assert mean * data.bits_per_byte(stream, T, max_tokens) == pytest.approx(bits / num_bytes)
+
 
 def next_batches_until_error(loader):
     with pytest.raises(ValueError) as error:

@@ -606,6 +606,9 @@ def test_a_run_writes_its_log_config_checkpoints_and_picture(unbroken):
                                            "state_00004.pt", "state_00008.pt"]
     losses = [float(line.split()[2]) for line in log_of(run_dir, "val")]
     assert losses[0] == pytest.approx(math.log(50304), abs=0.2) and losses[-1] < losses[0] - 0.1
+    per_byte = [float(line.split()[2]) for line in log_of(run_dir, "val_bpb")]
+    # a line has 8 words of 3.6 letters and as many blanks, in 9 tokens
+    assert per_byte == pytest.approx([loss / math.log(2) * 9 / (8 * 3.6 + 8) for loss in losses], rel=0.05)
     assert [line.split()[0] for line in log_of(run_dir, "train")] == [str(step) for step in range(8)]
     assert re.search(r"step +0/8 \| loss \d+\.\d{4} \| lr [\d.e+-]+ \| norm [\d.]+ \| dt [\d.]+ms \| tok/sec [\d,]+"
                      r" \| \d+ s left\n", out)
@@ -629,10 +632,10 @@ def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(te
     assert status == 0 and "samples: python sample.py new/a" in out
     assert checkpoint.saved_steps("new/a") == [2]
     before = {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in glob.glob("new/**", recursive=True)}
-    val = re.search(r"step     2 \| val \d+\.\d{4}\n", out)[0]
+    val = re.search(r"step     2 \| val \d+\.\d{4}\nstep     2 \| val_bpb \d+\.\d{4}\n", out)[0]
     for weights in (["--resume", "new/a"], [*TINY, "--data", text, "--init-from", "new/a"]):
         status, (out, err) = run("--eval-only", *weights)
-        assert status == 0 and val.replace("2", "2" if "--resume" in weights else "0", 1) in out, err
+        assert status == 0 and val.replace("step     2", f"step     {2 if '--resume' in weights else 0}") in out, err
     assert run("--eval-only", "--exp-name", "nothing")[0] == 2
     assert before == {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in glob.glob("new/**", recursive=True)}
     assert os.listdir(tmp_path) == ["new"]
