@@ -1,5 +1,5 @@
 """
-The settings of a training run: each once, with its default, meaning and flag; the presets; what fits into memory.
+The settings of a training run: each once, with its default, meaning and flag; the presets.
 
 TrainConfig's fields are the flags of train_gpt2.py. A value comes from the first source that sets it: the command line,
 the checkpoint that the run resumes from, the weights of --init-from, the preset, the field's default.
@@ -121,6 +121,9 @@ class TrainConfig:
     timeout: float = flag(10.0, "minutes that a rank waits for the others", low=0.01, high=1e6)
     deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
+    price: float = flag(0.0, "dollars per hour of one GPU: the plan then has the cost of the run")
+    tok_per_sec: float = flag(0.0, "tokens per second of all processes, as measured in another run: the plan then has its"
+                              " hours; default from the peak of the GPU, if it is known")
     eval_only: bool = flag(False, "print the validation loss and HellaSwag score of the run's checkpoint, or of --init-from,"
                            " and exit; nothing is written")
 
@@ -339,7 +342,8 @@ def config_from_flags(argv=None):
     known = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
     if unknown := saved.state["train_config"].keys() - known.keys():  # of another version of this file
         print0(printable(f"  ignored: the run's settings {', '.join(sorted(map(str, unknown)))}, which no longer exist"))
-    base = TrainConfig(**{**known, "dry_run": False, "eval_only": False, "force": False, "resume": "auto"})
+    base = TrainConfig(**{**known, "dry_run": False, "eval_only": False, "force": False, "resume": "auto",
+                          "price": 0.0, "tok_per_sec": 0.0})
     if os.path.basename(base.data) == "input.txt" and not os.path.exists(base.data):
         base.data = INPUT_TXT  # this clone has been moved; the data's fingerprint is compared later
     # the run's folder may have been moved, too
@@ -352,84 +356,6 @@ def config_from_flags(argv=None):
                          " starts over")
     print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
     for name in changed:
-        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir"):
+        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir", "price", "tok_per_sec"):
             print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
     return config, saved
-
-
-# -----------------------------------------------------------------------------
-# what fits into memory
-
-LOSS_CHUNKS = 8  # parts of the loss in runs that need it (choice): less to save in each further one, more kernels
-
-
-def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks=1):
-    """{part: bytes} that each training process needs at micro-batch size B; the sum is within 15% of measured CPU runs.
-
-    "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two moments (4 of Muon's one),
-    divided by world_size as far as they are sharded. "micro-batch" is added by a forward and backward, at its peak:
-
-    - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are the block's input, which
-      LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v, attention's output, the second residual, and the MLP
-      before and after GELU. With activation checkpointing a block keeps 4, and one block at a time has all 36.
-    - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in float32; compiled, only logits and
-      their gradient exist, in the autocast dtype. With loss_chunks, of one chunk at a time (model.chunked_loss, not compiled).
-    - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of wte
-
-    "torch" is what PyTorch loads in the first step (measured). Not included: the copy of weights and moments, 12 bytes per
-    parameter in the CPU memory of rank 0, from which a checkpoint is written. On a CPU more stays resident
-    (runtime.keep_freed_memory).
-    """
-    wide, T, W = 2 if dtype == "float32" else 1, config.sequence_length, world_size
-    mode, recompute = config.parallel if W > 1 else "ddp", config.activation_checkpointing
-    compiled = compiled and mode != "fsdp"
-    V, C, L, tokens = config.vocab_size, config.n_embd, config.n_layer, B * T
-    block = 12 * C * C + 13 * C                            # parameters of a block
-    root = num_params - L * block                          # of wte, wpe, ln_f
-
-    per_block = 36 if wide == 1 else 64
-    activations = tokens * C * (4 * L + per_block if recompute else L * per_block)
-    loss = tokens * V / loss_chunks * (4 * wide if compiled and loss_chunks == 1 else 2 * wide + 12)
-    casts = 0 if wide == 2 else 2 * (V * C + block if recompute else num_params)
-    micro_batch = activations + loss + casts + 8 * V * C
-    if mode == "fsdp":
-        state = 16 * num_params / W
-        gathered = 4 * root + 16 * block                   # weights of the root; weights and gradients of two blocks
-        micro_batch = max(activations + loss + casts + gathered,                                  # at the loss
-                          gathered + 4 * root + 8 * V * C,                                        # at the backward's end
-                          4 * num_params + min(tokens, max(T, 16384)) * V / loss_chunks * (2 * wide + 8))  # to evaluate
-    else:
-        state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
-        state -= 4 * L * 12 * C * C * (config.optimizer == "muon")
-    return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
-
-
-def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, compiled):
-    """(B, loss_chunks): B is the config's, or the largest that divides the batch and fits into 85% of memory (bytes or None).
-
-    It gives grad_accum_steps = total_batch_size / (B T world_size), which must be an integer. The largest B has at most 4096
-    tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1 if none fits. The loss is computed in chunks, which is
-    slower, if the config's B, or one of up to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls (choice).
-    ValueError lists the allowed values.
-    """
-    def fits(B, loss_chunks):
-        needed = estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks)
-        return memory is None or sum(needed.values()) < 0.85 * memory
-
-    T, sequences = config.sequence_length, config.total_batch_size // config.sequence_length
-    if sequences % world_size != 0:
-        raise ValueError(f"{sequences} sequences per step cannot be split over {world_size} processes; numbers that would fit:"
-                         f" {[w for w in range(1, min(sequences, 1024) + 1) if sequences % w == 0]}")
-    divisors = [B for B in range(1, min(sequences // world_size, 65536) + 1) if (sequences // world_size) % B == 0]
-    if config.batch_size:
-        if (sequences // world_size) % config.batch_size != 0:
-            raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
-                             f"{T}*{world_size}; --batch-size that would fit: {divisors}")
-        useful, enough = [config.batch_size], config.batch_size
-    else:
-        useful, enough = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)], -(-4096 // T)
-    whole = max((B for B in useful if fits(B, 1)), default=0)
-    chunked = max((B for B in useful if fits(B, LOSS_CHUNKS) and B <= enough), default=0)
-    if whole >= max(chunked, 1):
-        return whole, 1
-    return chunked or config.batch_size or 1, LOSS_CHUNKS

@@ -9,7 +9,7 @@ Training on more than one device: the process group, its collectives, and what e
 With activation checkpointing a block keeps only its input and recomputes its activations in the backward (Chen et al.
 2016). None of these changes what is computed: losses agree up to rounding, which training amplifies (docs/reliability.md), and
 checkpoints are interchangeable.
-config.estimate_memory estimates the memory of each.
+plan.estimate_memory estimates the memory of each.
 
 torch.distributed.fsdp is imported only in the functions that use it: it would double the time of `--help`.
 """

@@ -39,15 +39,14 @@ import checkpoint
 import data
 import hellaswag
 import parallel
-from config import (FINEWEB_DIR, FINEWEB_TOKENS, LOSS_CHUNKS, choose_batch_size,
-                    config_from_flags, estimate_memory)
+from config import FINEWEB_DIR, FINEWEB_TOKENS, config_from_flags
 from convert import load_model
 from model import GPT
+from plan import LOSS_CHUNKS, make_plan
 from plots import plot_run
-from runtime import (StopSignals, autocast, choose_dtype, device_name, duration, free_memory,
-                     full_float32, get_rng_state, keep_freed_memory, peak_flops, print0,
-                     report_progress, run_main, seed_all, set_rng_state,
-                     use_deterministic_algorithms)
+from runtime import (StopSignals, autocast, choose_dtype, duration, full_float32, get_rng_state,
+                     keep_freed_memory, peak_flops, print0, report_progress, run_main, seed_all,
+                     set_rng_state, use_deterministic_algorithms)
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -240,64 +239,6 @@ def open_data(config, ranks):
                              f" few for one sequence of {config.sequence_length} and its target;"
                              " use more text or a smaller --block-size")
     return streams
-
-
-def make_plan(config, num_tokens, dtype, ranks, first_step=0):
-    """(B, loss_chunks, grad_accum_steps, max_steps, whether to compile) of the run.
-
-    Prints its plan. num_tokens: size of the training data. first_step: where the run resumes.
-    """
-    # the meta device has shapes without memory: enough to count parameters
-    with torch.device("meta"):
-        model = GPT(config.gpt_config())
-    T, W, on_cpu = config.sequence_length, ranks.world_size, ranks.device == "cpu"
-    total_batch_size = config.total_batch_size
-    # the ranks may have different amounts of free memory: the smallest; infinite if unknown
-    memory = min(parallel.all_gather(free_memory(ranks.device) or math.inf, ranks))
-    num_params = model.num_params()
-    # every token but the first is a target
-    epoch_tokens = (num_tokens - 1) // T * T
-    max_steps = config.max_steps or int(config.epochs * epoch_tokens / total_batch_size)
-    if max_steps < 1:
-        raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
-                         f" of {total_batch_size:,}: use --preset shakespeare, for little text,"
-                         " or --max-steps, or a smaller --total-batch-size")
-    # the compiled step needs less memory, so B depends on it
-    compiled = parallel.should_compile(config, max_steps - first_step, ranks)
-    B, loss_chunks = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
-    # tokens per step are fixed; B and the number of ranks only arrange them
-    grad_accum_steps = total_batch_size // (B * T * W)
-    # over 1: data is repeated
-    epochs = max_steps * total_batch_size / epoch_tokens
-    parts = estimate_memory(config, num_params, B, dtype, W, compiled, loss_chunks)
-    needed = sum(parts.values())
-    too_large = 0.85 * needed >= memory  # the estimate may be 15% too high
-    fits = "" if needed < memory else ", IT WILL NOT FIT" if too_large else ", IT MAY NOT FIT"
-    flops = model.flops_per_token(T)  # forward and backward
-    total_flops = flops * max_steps * total_batch_size
-    print0(f"model: {num_params:,} parameters, {model.config}\n"
-           f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {total_batch_size:,}"
-           f" tokens = {epochs:.2f} epochs\n"
-           f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
-           f" {ranks.device_type}, {dtype}"
-           + (f", the loss in {loss_chunks} chunks to save memory\n" if loss_chunks > 1 else "\n") +
-           f"memory: about {needed / 1e9:.1f} GB per process ("
-           + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items()) + ")"
-           + (f", {memory / 1e9:.1f} GB available" if memory < math.inf else "") + fits
-           + f"\nwork: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
-    if peak := peak_flops(ranks.device, dtype):
-        # a well-tuned run of this size reaches 40 to 60% of the peak
-        hours = total_flops / (0.5 * peak * W) / 3600
-        print0(f"time: about {hours:.1f} hours at half the peak of"
-               f" {W} x {device_name(ranks.device)}")
-    else:
-        print0("time: unknown on this device; each step prints what is left, as measured so far")
-    if too_large and not (config.force or config.dry_run):
-        raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
-                         f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
-                         " (or model), --activation-checkpointing or --parallel fsdp, or give"
-                         " --force to try it anyway")
-    return B, loss_chunks, grad_accum_steps, max_steps, compiled
 
 
 def dry_run(config, dtype, ranks):

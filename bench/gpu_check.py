@@ -31,8 +31,9 @@ import scoring
 from bench.ladder import bench_ladder
 from bench.measure import free_port, in_fresh_process, timed
 from bench.train import Variant, build_step
-from config import TrainConfig, estimate_memory
+from config import TrainConfig
 from model import GPT
+from plan import estimate_memory
 from train_gpt2 import train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -21,7 +21,7 @@ LAYERS = [
     {"data"},
     {"checkpoint", "fineweb"},
     {"convert", "parallel"},
-    {"config", "sample", "scoring", "plots"},
+    {"config", "plan", "sample", "scoring", "plots"},
     {"hellaswag"},
     {"train_gpt2"},
 ]

@@ -26,9 +26,10 @@ sys.path.insert(0, ROOT)  # for the ranks, which do not read pytest.ini
 
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
-from config import PRESETS, TrainConfig, estimate_memory, parse_args  # noqa: E402
+from config import PRESETS, TrainConfig, parse_args  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
+from plan import estimate_memory  # noqa: E402
 from runtime import StopSignals, autocast, run_main  # noqa: E402
 from train_gpt2 import capture, evaluate_loss, train_step  # noqa: E402
 

@@ -25,9 +25,10 @@ import torch
 import checkpoint
 import config as config_module
 import parallel
+import plan as plan_module
 import runtime
 import train_gpt2
-from config import PRESETS, TrainConfig, choose_batch_size, config_from_flags, parse_args
+from config import PRESETS, TrainConfig, config_from_flags, parse_args
 from model import GPT, GPTConfig
 from parallel import Ranks
 from train_gpt2 import NonFinite, evaluate_loss, get_lr, train_step
@@ -117,7 +118,7 @@ def test_every_preset_divides_its_batch_and_names_its_run():
     for preset, changes in PRESETS.items():
         config = TrainConfig(**changes, preset=preset)
         assert config.exp_name == preset
-        B, _ = choose_batch_size(config, 10**6, 8 if preset != "shakespeare" else 1, None, False, "bfloat16", True)
+        B, _ = plan_module.choose_batch_size(config, 10**6, 8 if preset != "shakespeare" else 1, None, False, "bfloat16", True)
         assert B >= 1
 
 
@@ -131,15 +132,15 @@ def test_the_124M_preset_is_the_lectures_recipe():
 def test_a_batch_size_that_does_not_divide_lists_those_that_do():
     config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
     with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\]"):
-        choose_batch_size(config, 10**6, 1, None, True, "float32", False)
+        plan_module.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
     config.batch_size = 0
     with pytest.raises(ValueError, match=r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"):
-        choose_batch_size(config, 10**6, 8, None, True, "float32", False)
+        plan_module.choose_batch_size(config, 10**6, 8, None, True, "float32", False)
 
 
 def test_the_automatic_batch_size_fits_the_available_memory():
     config = TrainConfig()
-    sizes, eager = ([choose_batch_size(config, 124_475_904, 8, gigabytes * 1e9, False, "bfloat16", compiled)[0]
+    sizes, eager = ([plan_module.choose_batch_size(config, 124_475_904, 8, gigabytes * 1e9, False, "bfloat16", compiled)[0]
                      for gigabytes in (4, 8, 24, 80)] for compiled in (True, False))
     assert all(a <= b for a, b in zip(eager, sizes)) and eager != sizes  # the compiled step needs less memory
     assert sizes == sorted(sizes) and sizes[1] >= 4 and sizes[-1] == 64 and sizes[0] < sizes[-1]
@@ -151,7 +152,7 @@ def test_the_loss_is_computed_in_chunks_only_where_a_larger_batch_then_fits():
     """On a card of 4 to 8 GB, or where the given B would not fit."""
     def choose(gigabytes, batch_size=0, compiled=True):
         config = TrainConfig(batch_size=batch_size)
-        return choose_batch_size(config, 124_475_904, 1, gigabytes * 1e9, False, "bfloat16", compiled)
+        return plan_module.choose_batch_size(config, 124_475_904, 1, gigabytes * 1e9, False, "bfloat16", compiled)
     assert choose(4.5) == (2, 8) and choose(4.5, compiled=False) == (2, 8) and choose(8, compiled=False) == (4, 8)
     assert choose(8) == (4, 1) and choose(80) == (64, 1)
     assert choose(20, batch_size=32) == (32, 8) and choose(24, batch_size=32) == (32, 1)
@@ -225,7 +226,8 @@ CHANGES = {
     "hella_every": ("1", "main"), "hellaswag": ("off", "main"), "sample_every": ("1", "main"), "prompt": ("x", "main"),
     "save_every": ("1", "main"), "keep_last": ("1", "save_and_prune"), "keep_best": (True, "save_and_prune"),
     "tracker": ("tensorboard", ""), "resume": ("never", ""), "force": (True, ""), "timeout": ("1", ""),
-    "deterministic": (True, ""), "dry_run": (True, ""), "eval_only": (True, ""),
+    "deterministic": (True, ""), "dry_run": (True, ""), "eval_only": (True, ""), "price": ("2", "make_plan"),
+    "tok_per_sec": ("9", "make_plan"),
 }
 
 
@@ -337,9 +339,9 @@ def test_the_plan_of_weights_without_biases_has_none(tmp_path):
 
 def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
     def plan(memory, **changes):
-        monkeypatch.setattr(train_gpt2, "free_memory", lambda device: memory)
+        monkeypatch.setattr(plan_module, "free_memory", lambda device: memory)
         config = TrainConfig(**{**PRESETS["shakespeare"], "preset": "shakespeare", **changes})
-        train_gpt2.make_plan(config, 10**6, "float32", ALONE)
+        plan_module.make_plan(config, 10**6, "float32", ALONE)
         return capsys.readouterr().out
     # with less memory than that the loss is computed in chunks, which needs less
     whole, chunked = (1e9 * float(re.search(r"about ([\d.]+) GB", plan(memory, force=True))[1]) for memory in (None, 1e8))
@@ -353,6 +355,25 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
     with pytest.raises(ValueError, match="GB per process"):
         plan(1e12, n_embd=100_000, n_head=1, total_batch_size=2**29, max_steps=1)
     assert time.time() - start_time < 5
+
+
+def test_the_plan_has_the_hours_and_the_cost_where_the_speed_is_known(monkeypatch, capsys):
+    """1,000 steps of 524,288 tokens at 100,000 tok/s are 5,243 s."""
+    def time_line(peak, W, **changes):
+        monkeypatch.setattr(plan_module, "peak_flops", lambda *args: peak)
+        monkeypatch.setattr(plan_module, "device_name", lambda device: "card")
+        monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value])
+        config = TrainConfig(max_steps=1000, **changes)
+        plan_module.make_plan(config, 10**9, "bfloat16", parallel.Ranks(0, 0, W, "cpu", False))
+        return re.search("^time: .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    assert time_line(None, 1).startswith("time: unknown on this device, --tok-per-sec gives its speed")
+    assert time_line(None, 1, tok_per_sec=1e5) == "time: 1.5 hours at 100,000 tok/s"
+    assert time_line(1e14, 2, tok_per_sec=1e5, price=2.5) == "time: 1.5 hours at 100,000 tok/s, 2 x 1.5 x $2.5 = $7.28"
+    with torch.device("meta"):
+        model = GPT(TrainConfig().gpt_config())
+    flops = model.flops_per_token(1024) * 1000 * 524288 / 1e14
+    assert time_line(1e14, 2, price=2) == (f"time: about {flops / 3600:.1f} hours at half the peak of 2 x card,"
+                                           f" 2 x {flops / 3600:.1f} x $2 = ${2 * 2 * flops / 3600:.2f}")
 
 
 def test_available_memory_includes_the_page_cache():
