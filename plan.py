@@ -74,8 +74,12 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     divisors = [B for B in range(1, min(sequences // world_size, 65536) + 1) if (sequences // world_size) % B == 0]
     if config.batch_size:
         if (sequences // world_size) % config.batch_size != 0:
+            micro_step = config.batch_size * T * world_size
+            near = sorted({max(1, n) * micro_step for n in (config.total_batch_size // micro_step,
+                                                            -(-config.total_batch_size // micro_step))})
             raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W = {config.batch_size}*"
-                             f"{T}*{world_size}; --batch-size that would fit: {divisors}")
+                             f"{T}*{world_size}; --batch-size that would fit: {divisors}, or --total-batch-size"
+                             f" {' or '.join(map(str, near))}")
         useful, enough = [config.batch_size], config.batch_size
     else:
         useful, enough = [B for B in divisors if B * T <= (4096 if on_cpu else 65536)], -(-4096 // T)

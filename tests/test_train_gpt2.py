@@ -131,7 +131,10 @@ def test_the_124M_preset_is_the_lectures_recipe():
 
 def test_a_batch_size_that_does_not_divide_lists_those_that_do():
     config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
-    with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\], or --total-batch-size 320 or 480"):
+        plan_module.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
+    config.batch_size = 32
+    with pytest.raises(ValueError, match=r", or --total-batch-size 1024$"):
         plan_module.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
     config.batch_size = 0
     with pytest.raises(ValueError, match=r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"):
