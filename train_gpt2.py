@@ -329,7 +329,7 @@ def build_model(config, saved, ranks):
     device = "cpu" if parallel.is_fsdp(config, ranks) else ranks.device
     if not saved and config.init_from:
         return load_model(config.init_from, device, config.block_size, config.dropout)[0].train()
-    raw_model = GPT(config.gpt_config())
+    raw_model = GPT(config.gpt_config(), config.init)  # on the CPU, as in the lecture
     if saved:
         raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
     return raw_model.to(device)
