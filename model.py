@@ -187,7 +187,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, init="openai"):
         super().__init__()
         self.config = config
         self.loss_chunks = 1  # more of them: forward with targets needs less memory
@@ -204,24 +204,33 @@ class GPT(nn.Module):
         # weight sharing scheme (Press and Wolf 2017): tokens that are similar as inputs should be
         # similar as outputs. One matrix serves both: 124M parameters instead of 163M.
         self.transformer.wte.weight = self.lm_head.weight
-        self.init_weights()
+        self.init_weights(init)
 
-    def init_weights(self):
-        """GPT-2's initialization, drawn from torch's global generator."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)  # openai/gpt-2, src/model.py
-            if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
-                nn.init.zeros_(module.bias)  # torch's default is uniform
-        # OpenAI's code has a smaller std for positions than for tokens; the lecture, 0.02 for both
-        nn.init.normal_(self.transformer.wpe.weight, mean=0.0, std=0.01)
+    def init_weights(self, init):
+        """Draws the weights from torch's global generator; init is "openai" or "lecture".
+
+        "lecture" gives a new model bitwise the weights of build-nanogpt's from the same seed. The
+        constructors above have drawn from the generator too, in the order of the lecture's.
+        """
+        if init not in ("openai", "lecture"):
+            raise ValueError(f"unknown init {init!r}; allowed are openai, lecture")
         # Each block adds to the residual stream twice. A sum of 2 n_layer contributions has
         # sqrt(2 n_layer) times the std of one; scaling down the last matrix of each branch cancels
         # that factor (GPT-2 paper, section 2.3).
-        std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for block in self.transformer.h:
-            nn.init.normal_(block.attn.c_proj.weight, mean=0.0, std=std)
-            nn.init.normal_(block.mlp.c_proj.weight, mean=0.0, std=std)
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():  # the tied wte and lm_head are drawn twice
+            if isinstance(module, (nn.Linear, nn.Embedding)):  # 0.02: openai/gpt-2, src/model.py
+                # the lecture's NANOGPT_SCALE_INIT: these matrices have their final std at once
+                scaled = init == "lecture" and name.endswith(".c_proj")
+                nn.init.normal_(module.weight, mean=0.0, std=residual_std if scaled else 0.02)
+            if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)  # torch's default is uniform
+        if init == "openai":
+            # OpenAI's code has a smaller std for positions than for tokens; the lecture, 0.02
+            nn.init.normal_(self.transformer.wpe.weight, mean=0.0, std=0.01)
+            for block in self.transformer.h:
+                nn.init.normal_(block.attn.c_proj.weight, mean=0.0, std=residual_std)
+                nn.init.normal_(block.mlp.c_proj.weight, mean=0.0, std=residual_std)
 
     @classmethod
     def empty(cls, config):

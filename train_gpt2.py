@@ -275,7 +275,7 @@ def build_model(config, saved, ranks, loss_chunks=1):
     if not saved and config.init_from:
         raw_model = load_model(config.init_from, device, config.block_size, config.dropout)[0]
     else:
-        raw_model = GPT(config.gpt_config())
+        raw_model = GPT(config.gpt_config(), config.init)  # on the CPU, as in the lecture
         if saved:
             raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
     raw_model.loss_chunks = loss_chunks

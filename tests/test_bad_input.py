@@ -299,6 +299,8 @@ TRAIN = [
     ([*NO_LOCK, "--data", "nowhere"], "no data at nowhere"),
     ([*NO_LOCK, "--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     ([*NO_LOCK, "--init-from", "in.txt"], "cannot load in.txt"),
+    ([*NO_LOCK, "--init-from", "run", "--init", "lecture"], "--init lecture is for random weights, and --init-from"),
+    (["--init", "zeros"], "--init invalid choice: 'zeros'"),
     ([*NO_LOCK, "--init-from", "run", "--n-layer", "2"], "--init-from's weights have n_layer=1: omit these flags"),
     ([*NO_LOCK, "--init-from", "run", "--block-size", "32"], "--block-size 32 is over the 16 positions of"),
     (["--eval-only", "--data", "shards"], "--eval-only: there is no checkpoint in log/shakespeare"),
@@ -306,6 +308,7 @@ TRAIN = [
     # a run that exists
     (["--resume", "run", "--preset", "gpt2-124M"], "preset cannot change when a run resumes"),
     (["--resume", "run", "--init-from", "gpt2"], "init_from cannot change when a run resumes"),
+    (["--resume", "run", "--init", "lecture"], "init cannot change when a run resumes"),
     (["--resume", "run", "--n-layer", "2"], "n_layer cannot change when a run resumes"),
     (["--resume", "run", "--optimizer", "muon"], "optimizer cannot change when a run resumes"),
     (["--resume", "run", "--dropout", "0.1"], "changing dropout makes it a different run; --force resumes anyway"),

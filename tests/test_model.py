@@ -254,6 +254,23 @@ def test_initial_weights_have_gpt2s_standard_deviations():
             assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
 
 
+def test_a_seed_gives_the_weights_that_it_always_gave():
+    """Figures and runs depend on them: the numbers are those of the first release. "lecture" is in tests/test_lecture.py."""
+    torch.manual_seed(1337)
+    weights = GPT(tiny_config()).state_dict()
+    found = {name: [*weights[f"transformer.{name}.weight"].flatten()[:2].tolist(), weights[f"transformer.{name}.weight"].norm()]
+             for name in ("wte", "wpe", "h.0.attn.c_attn", "h.0.attn.c_proj", "h.1.mlp.c_fc", "h.1.mlp.c_proj")}
+    assert found == {name: pytest.approx(values, abs=1e-6) for name, values in {
+        "wte": [-0.01183173, 0.00517739, 0.6367764], "wpe": [0.00140125, -0.00604576, 0.1452859],
+        "h.0.attn.c_attn": [-0.0110973, 0.04654427, 0.5468273], "h.0.attn.c_proj": [0.00342997, -0.00176006, 0.1626318],
+        "h.1.mlp.c_fc": [-0.00401468, 0.01920505, 0.6523604], "h.1.mlp.c_proj": [0.00239109, 0.01762271, 0.3098769]}.items()}
+
+
+def test_an_unknown_initialization_is_an_error():
+    with pytest.raises(ValueError, match="unknown init 'gpt2'; allowed are openai, lecture"):
+        GPT(tiny_config(), init="gpt2")
+
+
 def test_initial_loss_is_that_of_a_uniform_distribution():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=512))

@@ -216,6 +216,7 @@ def test_the_help_has_the_presets_values_and_examples(capsys):
 # or where it is read; "" for what does not concern the run's result. A new setting must be added here.
 CHANGES = {
     "preset": ("gpt2-124M", "refused"), "init_from": ("gpt2", "refused"), "optimizer": ("adamw", "refused"),
+    "init": ("lecture", "refused"),
     "n_layer": ("2", "refused"), "n_head": ("1", "refused"), "n_embd": ("18", "refused"), "block_size": ("32", "refused"),
     "vocab_size": ("50257", "refused"), "sequence_length": ("8", "refused"), "bias": (None, "refused"),
     "total_batch_size": ("64", "forced"), "seed": ("1", "forced"), "shuffle": ("off", "forced"), "dropout": ("0.2", "forced"),
