@@ -121,6 +121,7 @@ def cached_attention(q, k, v, attn_mask, cache, pos):
 
 
 class CausalSelfAttention(nn.Module):
+    """Attention of each token to itself and earlier ones: (B, T, C) to (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,6 +155,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between them, token by token: (B, T, C) to (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,6 +171,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then an MLP, each added to its input: (B, T, C) to (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -186,10 +189,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """GPT-2: tokens (B, T) int64 to logits (B, T, V) and the loss; GPT.hidden stops at (B, T, C).
+
+    config is a GPTConfig or a transformers GPT2Config, whose dropout is not taken; init is that of
+    the random initial weights, see init_weights.
+    """
 
     def __init__(self, config, init="openai"):
         super().__init__()
-        self.config = config
+        self.config = config = (config if isinstance(config, GPTConfig)
+                                else GPTConfig.from_hf(config))
         self.loss_chunks = 1  # more of them: forward with targets needs less memory
         # the names are those of OpenAI's and Hugging Face's checkpoints
         self.transformer = nn.ModuleDict(dict(

@@ -66,6 +66,8 @@ def setup(device="auto", timeout_minutes=10):
     device = choose_device(device)
     ddp = "RANK" in os.environ
     if not ddp:
+        if device == "cuda" and (n := torch.cuda.device_count()) > 1:
+            print0(f"using one of {n} GPUs; torchrun --standalone --nproc_per_node={n} uses all of them, as does ./train.sh")
         return Ranks(0, 0, 1, device, False)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # what torchrun sets
     values = [os.environ.get(name, "") for name in names]

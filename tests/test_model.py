@@ -428,6 +428,16 @@ def test_a_variant_of_gpt2_is_an_error_that_names_its_setting(name, value):
         GPTConfig.from_hf(config)
 
 
+def test_a_model_is_built_from_a_transformers_config():
+    theirs = hf_model(*SHAPES[1])
+    ours = GPT(theirs.config)
+    ours.load_hf_state_dict(theirs.state_dict())
+    idx = torch.randint(97, (2, 9))
+    assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4) and ours.config.dropout == 0
+    with pytest.raises(ValueError, match="not a GPT-2: its config has activation_function='relu'"):
+        GPT(GPT2Config(activation_function="relu"))
+
+
 def test_from_hf_accepts_an_object_a_dict_and_an_inner_width_of_4c():
     config = GPT2Config(n_layer=5, n_head=4, n_embd=32, n_positions=77, vocab_size=99, n_inner=128)
     want = GPTConfig(block_size=77, vocab_size=99, n_layer=5, n_head=4, n_embd=32)

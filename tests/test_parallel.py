@@ -206,6 +206,15 @@ def test_a_single_process_is_rank_0_of_1_without_a_group(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_single_process_on_a_machine_with_several_gpus_says_how_to_use_them_all(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(parallel, "choose_device", lambda device: device)
+    for device, count, told in (("cuda", 4, True), ("cuda", 1, False), ("cuda:1", 4, False), ("cpu", 4, False)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        setup(device)
+        assert ("torchrun --standalone --nproc_per_node=4 uses all" in capsys.readouterr().out) == told
+
+
 def test_device_type_of_a_rank_has_no_index():
     assert Ranks(3, 3, 8, "cuda:3", True).device_type == "cuda" and Ranks(0, 0, 1, "mps", False).device_type == "mps"
 

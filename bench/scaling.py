@@ -1,0 +1,225 @@
+"""
+The scaling study: how many tokens Muon saves against AdamW, at three sizes, and whether two changes of Muon save more.
+
+    python -m bench.scaling SHARDS --folder scaling --jobs 2        # hours of CPU; the same command resumes
+    python -m bench.scaling SHARDS --folder scaling --picture scaling.png
+
+AdamW and Muon are tuned at the smallest size, on one seed. The learning rates of the other sizes follow from it: the width's
+share in the norm of an update shrinks as 1/C for AdamW (Yang et al. 2022) and as 1/sqrt(C) for Muon scaled to AdamW's RMS;
+that of the embeddings stays. Both are then halved and doubled at the middle size. AdamW trains for STEPS steps, Muon for parts
+of them, each with its own schedule; the saving is STEPS over the steps at which Muon's loss, interpolated over the logarithm of
+the steps, is AdamW's.
+
+Runs are train_gpt2.py's, with the flags in COMMON; results.json in the folder holds {name: validation loss}.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+import checkpoint
+import plots
+import runtime
+import train_gpt2
+from bench.measure import print_table
+from files import atomic_write
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+#        n_layer n_head n_embd; parameters of the blocks
+SIZES = {"2M": (4, 3, 192), "8M": (7, 5, 320), "25M": (8, 8, 512)}
+STEPS, TOKENS_PER_STEP, SEEDS = 400, 1024, (1, 2, 3)
+PARTS = {"2M": (0.5, 0.65), "8M": (0.5, 0.65), "25M": (0.5, 0.65)}  # of STEPS, for Muon
+COMMON = ["--preset", "gpt2-124M", "--block-size", "128", "--batch-size", "8", "--total-batch-size", str(TOKENS_PER_STEP),
+          "--warmup-steps", "40", "--min-lr-ratio", "0", "--val-tokens", "65536", "--val-every", "1000000",
+          "--hella-every", "0", "--sample-every", "0", "--save-every", "0", "--dtype", "bfloat16",
+          "--compile", "off", "--device", "cpu"]
+# (learning rate of the blocks' matrices, of the embeddings), at the smallest size
+SWEEP = {"adamw": [(5e-4, 12e-3), (1e-3, 12e-3), (2e-3, 12e-3), (4e-3, 12e-3), (1e-3, 6e-3), (2e-3, 6e-3)],
+         "muon": [(6e-3, 12e-3), (12e-3, 12e-3), (24e-3, 12e-3), (12e-3, 6e-3)]}
+
+
+# -----------------------------------------------------------------------------
+# changes of Muon
+
+class Cautious(torch.optim.Muon):
+    """Weight decay only where it has the sign of the update (Chen et al. 2025, arXiv 2510.12402)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            decay, group["weight_decay"] = group["weight_decay"], 0.0
+            before = [p.clone() for p in group["params"]]
+            super().step()
+            group["weight_decay"] = decay
+            for p, old in zip(group["params"], before):
+                same_sign = (old - p) * old > 0
+                p.sub_(old * same_sign, alpha=group["lr"] * decay)
+
+
+class NorMuon(torch.optim.Muon):
+    """Divides each row of the orthogonalized update by a running RMS of it (Li et al. 2025, arXiv 2510.05491)."""
+
+    @torch.no_grad()
+    def step(self, beta2=0.95):
+        for group in self.param_groups:
+            decay, group["weight_decay"] = group["weight_decay"], 0.0
+            before = [p.clone() for p in group["params"]]
+            super().step()
+            group["weight_decay"] = decay
+            for p, old in zip(group["params"], before):
+                update = old - p
+                if (norm := update.norm()) == 0:
+                    continue
+                # of the update without its learning rate, which changes from step to step
+                squares = (update / group["lr"]).square().mean(dim=1, keepdim=True)
+                mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
+                update = update / (mean.sqrt() + 1e-12)
+                p.copy_(old * (1 - group["lr"] * decay) - update * (norm / update.norm()))
+
+
+VARIANTS = {"cautious": Cautious, "normuon": NorMuon}
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+class Study:
+    """Runs in a folder; each is made once."""
+
+    def __init__(self, shards, folder, jobs):
+        self.shards, self.folder, self.jobs = os.path.abspath(shards), os.path.abspath(folder), jobs
+        self.path, self.losses, self.lock = os.path.join(self.folder, "results.json"), {}, threading.Lock()
+        os.makedirs(self.folder, exist_ok=True)
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
+                self.losses = json.load(f)
+
+    def run(self, size, optimizer, rates, part=1.0, seed=1):
+        """Validation loss of a run."""
+        lr, embd_lr = rates
+        name = f"{size}-{optimizer}-{lr:g}-{embd_lr:g}-{part:g}-{seed}"
+        if name not in self.losses:
+            n_layer, n_head, n_embd = map(str, SIZES[size])
+            flags = [*COMMON, "--data", self.shards, "--log-dir", self.folder, "--exp-name", name, "--resume", "auto",
+                     "--n-layer", n_layer, "--n-head", n_head, "--n-embd", n_embd, "--seed", str(seed), "--lr", str(lr),
+                     "--embd-lr-ratio", str(embd_lr / lr), "--max-steps", str(round(STEPS * part)), "--optimizer",
+                     "adamw" if optimizer == "adamw" else "muon"]
+            done = subprocess.run([sys.executable, "-m", "bench.scaling", "--train", optimizer, *flags], cwd=ROOT,
+                                  capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode != 0:
+                raise RuntimeError(f"{name} failed: {done.stderr[-1000:]}")
+            run_dir = os.path.join(self.folder, name)
+            loss = checkpoint.read_log(os.path.join(run_dir, "log.txt"))["val"][-1][1]
+            shutil.rmtree(run_dir)
+            with self.lock:
+                self.losses[name] = loss
+                with atomic_write(self.path, "w") as f:
+                    json.dump(self.losses, f, indent=1)
+            print(f"{len(self.losses):3d} {name} {loss:.4f}", flush=True)
+        return self.losses[name]
+
+    def all(self, runs):
+        """[loss of run(*arguments) for arguments in runs], several at a time."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(lambda arguments: self.run(*arguments), runs))
+
+
+def rates_at(size, optimizer, rates):
+    """The rates of the smallest size, transferred."""
+    narrower = SIZES["2M"][2] / SIZES[size][2]
+    return rates[0] * (narrower if optimizer == "adamw" else math.sqrt(narrower)), rates[1]
+
+
+def steps_at(loss, points):
+    """Steps at which the line through the two points (steps, loss) next to a loss has it, in the logarithm of the steps."""
+    points = sorted(points)
+    pairs = list(zip(points, points[1:]))
+    nearest = pairs[0 if loss > points[0][1] else -1]  # if it is outside of all
+    (s0, l0), (s1, l1) = next((pair for pair in pairs if pair[1][1] <= loss <= pair[0][1]), nearest)
+    return math.exp(math.log(s0) + (l0 - loss) / (l0 - l1) * math.log(s1 / s0))
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean)."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def study(s):
+    """(rows of the sizes, rows of the variants) of a Study; runs what is missing."""
+    best = {}
+    for optimizer, grid in SWEEP.items():
+        losses = s.all([("2M", optimizer, rates) for rates in grid])
+        best[optimizer] = grid[losses.index(min(losses))]
+        print(f"{optimizer} at 2M: " + ", ".join(f"{lr:g} and {embd:g} {loss:.3f}" for (lr, embd), loss in zip(grid, losses))
+              + f"; chosen {best[optimizer]}", flush=True)
+    rows = []
+    for size in SIZES:
+        adamw, muon = (rates_at(size, optimizer, best[optimizer]) for optimizer in ("adamw", "muon"))
+        if size == "8M":  # is the transferred rate the best one here, too?
+            near = [(optimizer, (factor * rates[0], rates[1])) for optimizer, rates in (("adamw", adamw), ("muon", muon))
+                    for factor in (0.5, 1.0, 2.0)]
+            losses = s.all([(size, optimizer, rates) for optimizer, rates in near])
+            print("8M, seed 1: " + ", ".join(f"{o} {r[0]:.2g} {loss:.3f}" for (o, r), loss in zip(near, losses)), flush=True)
+        targets = s.all([(size, "adamw", adamw, 1.0, seed) for seed in SEEDS])
+        runs = [(size, "muon", muon, part, seed) for seed in SEEDS for part in PARTS[size]]
+        losses = s.all(runs)
+        savings = [STEPS / steps_at(target, [(STEPS * run[3], loss) for run, loss in zip(runs, losses) if run[4] == seed])
+                   for seed, target in zip(SEEDS, targets)]
+        mean, error = mean_and_error(savings)
+        row = {"size": size, "AdamW": mean_and_error(targets)[0]}
+        for part in PARTS[size]:
+            row[f"Muon at {part:g}"] = statistics.mean(loss for run, loss in zip(runs, losses) if run[3] == part)
+        rows.append({**row, "saving": round(mean, 3), "s.e.": round(error, 3), "seeds": " ".join(f"{x:.2f}" for x in savings)})
+        print(rows[-1], flush=True)
+    size, part, muon = "8M", PARTS["8M"][-1], rates_at("8M", "muon", best["muon"])
+    base, variants = s.all([(size, "muon", muon, part, seed) for seed in SEEDS]), []
+    for variant in VARIANTS:
+        differences = [a - b for a, b in zip(s.all([(size, variant, muon, part, seed) for seed in SEEDS]), base)]
+        mean, error = mean_and_error(differences)
+        variants.append({"Muon at 8M": variant, "difference": round(mean, 4), "s.e.": round(error, 4),
+                         "helps": "yes" if mean < -2 * error else "no"})
+        print(variants[-1], flush=True)
+    return rows, variants
+
+
+def draw(rows, path):
+    """Draws the saving over the size."""
+    figure = plots.new_figure(5, 3.4)
+    panel = figure.subplots()
+    sizes, savings, errors = ([row[name] for row in rows] for name in ("size", "saving", "s.e."))
+    panel.errorbar(sizes, savings, [2 * error for error in errors], marker="o", capsize=4)
+    panel.axhline(1, color="0.5", linewidth=0.8)
+    panel.set(xlabel="parameters of the blocks", ylabel="AdamW's tokens / Muon's", title="tokens to AdamW's loss, 2 s.e.")
+    panel.grid(alpha=0.3)
+    return plots.write_figure(figure, path)
+
+
+def main():
+    if sys.argv[1:2] == ["--train"]:  # a run: its variant of Muon, then the flags of train_gpt2.py
+        torch.optim.Muon = VARIANTS.get(sys.argv[2], torch.optim.Muon)
+        sys.argv = ["train_gpt2.py", *sys.argv[3:]]
+        train_gpt2.plot_run = lambda *args, **kwargs: None
+        return train_gpt2.main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards")
+    parser.add_argument("--folder", default="scaling")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, on one core each (default 2)")
+    parser.add_argument("--picture", help="draw the savings into this PNG file")
+    args = parser.parse_args()
+    rows, variants = study(Study(args.shards, args.folder, args.jobs))
+    print_table(rows)
+    print_table(variants)
+    if args.picture:
+        print(draw(rows, args.picture))
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
