@@ -131,7 +131,7 @@ class Curves(dict):
         if not ("train" in self or "val" in self):
             raise ValueError(f"{path} has no finite loss, train or val, to draw; its streams are {', '.join(log)}")
         needed = {"step": [], "tokens": ["total_batch_size"], "hours": ["total_batch_size", "tok_per_sec"]}[by]
-        if missing := [name for name in needed if name not in {**self.config, **self}]:
+        if missing := [name for name in needed if name not in (self if name in STREAMS else self.config)]:
             raise ValueError(f"--by {by} needs {' and '.join(missing)}, missing from config.json and log.txt in {run_dir};"
                              " use --by step")
         if by == "hours" and self["tok_per_sec"][1].min() <= 0:

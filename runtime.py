@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import decimal
 import difflib
 import json
 import math
@@ -127,10 +128,22 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists what is allowed")
 
 
+def integer(value):
+    """The int of a text such as "5000000", "5e6", "5M"; K, M and B are thousands, millions and billions. Others: int(value)."""
+    match = isinstance(value, str) and re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([KMB]?)", value.strip(), re.I)
+    if not match:
+        return int(value)
+    result = decimal.Decimal(match[1]) * 10 ** (3 * " KMB".index(match[2].upper() or " "))
+    if result != result.to_integral_value():
+        raise ValueError(f"{value} is not an integer")
+    return int(result)
+
+
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """The type of a flag (argparse's type=) whose value is an int or a float, low <= value <= high and value > above.
 
-    NaN and infinity are refused, and integers that do not fit into 64 bits. ArgumentTypeError names what is allowed.
+    An int may be written as 5e9 or 5B. NaN and infinity are refused, and integers that do not fit into 64 bits.
+    ArgumentTypeError names what is allowed.
     Example: number(float, above=0, high=1)("0") raises "0: must be a number, above 0 and at most 1".
     """
     limits = [f"above {above:g}"] * (above > -math.inf) + [f"{low:g} or more"] * (low > -math.inf)
@@ -139,9 +152,9 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
 
     def parse(value):
         try:
-            result = kind(value)
+            result = integer(value) if kind is int else kind(value)
             valid = low <= result <= high and above < result and abs(result) < (2**63 if kind is int else math.inf)
-        except (ValueError, OverflowError, TypeError):
+        except (ValueError, OverflowError, TypeError, decimal.DecimalException):
             valid = False
         if not valid or not isinstance(value, str) and result != value:  # a float for an int, from a file
             raise argparse.ArgumentTypeError(f"{str(value)[:40]}: must be {allowed}")

@@ -459,7 +459,7 @@ FINEWEB = [
     # flags
     (["--input", "in.txt"], "--out is missing"),
     ([*IN, "--shard-size", "1"], "--shard-size 1: must be an integer, 2 or more"),
-    ([*IN, "--shard-size", "1e12"], "--shard-size 1e12: must be an integer"),
+    ([*IN, "--shard-size", "1e12"], "--shard-size 1,000,000,000,000: two shards of 2 bytes per token do not fit"),
     ([*IN, "--shard-size", "1000000000000000"], "do not fit into the"),
     ([*IN, "--workers", "20000"], "--workers 20000: must be an integer, 0 or more and at most 1024"),
     ([*IN, "--workers", "-1"], "--workers -1: must be an integer"),
@@ -676,7 +676,7 @@ GZIP = gzip.compress(LINE * 200, mtime=0)
 HELLASWAG = [
     # flags
     (["run", "--data", "hella.jsonl", "--limit", "0"], "--limit 0: must be an integer, 1 or more"),
-    (["run", "--data", "hella.jsonl", "--limit", "1e3"], "--limit 1e3: must be an integer, 1 or more"),
+    (["run", "--data", "hella.jsonl", "--limit", "1e-3"], "--limit 1e-3: must be an integer, 1 or more"),
     (["run", "--data", "hella.jsonl", "--show", "-1"], "--show -1: must be an integer, 0 or more"),
     (["run", "--data", "hella.jsonl", "--batch-tokens", "0"], "--batch-tokens 0: must be an integer, 1 or more"),
     (["run", "--data", "hella.jsonl", "--batch_tokens", str(2**63)], "--batch-tokens 9223372036854775808: must be an integer"),

@@ -342,6 +342,12 @@ def test_print0_prints_only_on_rank_0(capsys, monkeypatch):
 
 def test_a_number_outside_of_its_range_is_an_error_that_says_what_is_allowed():
     assert number(int, 1)("7") == 7 and number(float, 0)("1e-3") == 1e-3 and number(float, above=0, high=1)(1) == 1.0
+    for text, value in (("5B", 5 * 10**9), ("5e9", 5 * 10**9), ("1.5b", 1500 * 10**6), ("10k", 10_000), ("100M", 10**8),
+                        ("-2", -2), ("1_000", 1000), (" 7 ", 7), ("0.5K", 500)):
+        assert number(int)(text) == value and type(number(int)(text)) is int
+    for text in ("0.5", "1.5e0", "5T", "B", "1e", "1e99B", "9e18K", "0x10", "1e-3", "e5"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be an integer"):
+            number(int)(text)
     for parse, value, words in ((number(int, 1), "0", "0: must be an integer, 1 or more"), (number(int), "1.5", "an integer"),
                                 (number(int), 1.5, "1.5: must be an integer"), (number(int, 0), str(2**63), "0 or more"),
                                 (number(float), "nan", "nan: must be a number"), (number(float), "-inf", "a number"),
