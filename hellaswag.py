@@ -344,8 +344,9 @@ def count_nonfinite(sums):
 
 
 def score_in_training(model, dataset, dtype, ranks):
-    """{"hella": acc_norm in completion style, "hella_lm_eval": acc_norm in lm-eval style}; {} if a stop is requested.
+    """The streams of log.txt, {name: accuracy}; {} if a stop is requested.
 
+    hella and hella_acc are acc_norm and acc in completion style, hella_lm_eval and hella_lm_eval_acc those in lm-eval style.
     NaN and a message if a log-probability is non-finite. The weights are finite, since train_step checks every update: the
     activations have overflowed in 16 bits, and training continues.
     """
@@ -354,7 +355,9 @@ def score_in_training(model, dataset, dtype, ranks):
         return {}
     if count := count_nonfinite(scored[1]):
         print0(f"HellaSwag: the log-probabilities of {count} examples are NaN or infinite: no score (overflow in {dtype}?)")
-    return {"hella": scored[0]["completion"]["acc_norm"], "hella_lm_eval": scored[0]["lm-eval"]["acc_norm"]}
+    return {stream + suffix: scored[0][style][metric]
+            for style, stream in (("completion", "hella"), ("lm-eval", "hella_lm_eval"))
+            for metric, suffix in (("acc_norm", ""), ("acc", "_acc"))}
 
 
 # -----------------------------------------------------------------------------

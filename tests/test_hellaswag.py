@@ -260,7 +260,7 @@ def test_non_finite_log_probabilities_have_no_score_and_do_not_end_the_training(
     assert all(np.isfinite(list(hellaswag.score_in_training(model, dataset, "float32", SINGLE).values())))
     capsys.readouterr()
     scores = hellaswag.score_in_training(model, dataset, "float16", SINGLE)
-    assert set(scores) == {"hella", "hella_lm_eval"} and np.isnan(list(scores.values())).all()
+    assert set(scores) == {"hella", "hella_acc", "hella_lm_eval", "hella_lm_eval_acc"} and np.isnan(list(scores.values())).all()
     assert "log-probabilities of 6 examples are NaN or infinite: no score (overflow in float16?)" in capsys.readouterr().out
     sums = np.array([[-1.0, -2, -3, -4], [-1, float("nan"), -3, -4]])
     assert np.isnan(list(hellaswag.metrics(sums, np.ones((2, 4)), np.array([0, 0])).values())).all()
@@ -280,7 +280,7 @@ def test_a_stop_request_during_the_last_batch_keeps_the_scores(tmp_path, stop_af
     """There are two batches, one per style: the evaluation is complete."""
     model, dataset = small_model(), make_dataset(tmp_path, make_examples(2))
     scores = hellaswag.score_in_training(model, dataset, "float32", SINGLE)
-    assert len(stop_after_two_batches) == 2 and set(scores) == {"hella", "hella_lm_eval"}
+    assert len(stop_after_two_batches) == 2 and set(scores) == {"hella", "hella_acc", "hella_lm_eval", "hella_lm_eval_acc"}
 
 
 # -----------------------------------------------------------------------------
@@ -570,7 +570,8 @@ def test_training_gets_both_scores_and_missing_examples_are_one_line(tmp_path, m
     os.mkdir("hellaswag")
     os.rename(path, hellaswag.path_of("val"))
     scores = hellaswag.score_in_training(model, hellaswag.for_training("auto", SINGLE), "float32", SINGLE)
-    assert scores == {"hella": results["completion"]["acc_norm"], "hella_lm_eval": results["lm-eval"]["acc_norm"]}
+    assert scores == {"hella": results["completion"]["acc_norm"], "hella_acc": results["completion"]["acc"],
+                      "hella_lm_eval": results["lm-eval"]["acc_norm"], "hella_lm_eval_acc": results["lm-eval"]["acc"]}
 
 
 @pytest.fixture

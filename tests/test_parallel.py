@@ -700,7 +700,7 @@ def test_every_mode_evaluates_samples_and_resumes_like_one_process(ranks, first,
     with an odd number of validation windows hung, since the ranks ran different numbers of batches.
     """
     write_inputs(tmp_path)
-    streams = ("train", "norm", "val", "hella", "hella_lm_eval")
+    streams = ("train", "norm", "val", "hella", "hella_lm_eval", "hella_acc")
     whole = train_py("--exp-name", "one", ranks=1, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     half = train_py("--exp-name", "fsdp", "--parallel", first, "--max-steps", "2", ranks=ranks, cwd=tmp_path)
@@ -708,7 +708,7 @@ def test_every_mode_evaluates_samples_and_resumes_like_one_process(ranks, first,
     rest = train_py("--exp-name", "fsdp", "--parallel", then, ranks=ranks, cwd=tmp_path)
     assert rest.returncode == 0 and "resuming" in rest.stdout, rest.stderr[-3000:]
     one, fsdp = (log_values(tmp_path / "log" / name, *streams) for name in ("one", "fsdp"))
-    assert fsdp.keys() == one.keys() and len(one) == 2 * 4 + 3 * 3
+    assert fsdp.keys() == one.keys() and len(one) == 2 * 4 + 4 * 3
     for key, value in one.items():
         assert fsdp[key] == pytest.approx(value, abs=1e-4), key
     samples = re.findall(r"^sample \d: .*", rest.stdout, re.MULTILINE)
