@@ -117,6 +117,18 @@ def test_links_and_pictures_exist():
 
 
 @pytest.mark.slow
+def test_the_script_that_does_by_hand_what_ddp_does_runs_on_two_ranks(tmp_path):
+    """Docs/hardware.md's; each rank compares three gradients with DDP's."""
+    script, = re.findall(r"^```python\n(.*?)^```", read("docs/hardware.md"), re.M | re.S)
+    (tmp_path / "ddp_steps.py").write_text(script)
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                              "ddp_steps.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.count("True") == 6 and "False" not in process.stdout
+
+
+@pytest.mark.slow
 def test_every_command_that_can_run_offline_runs(tmp_path):
     """In a folder with input.txt, the files that the commands name, and a run of two steps as log/shakespeare."""
     shutil.copy(os.path.join(ROOT, "input.txt"), tmp_path)
