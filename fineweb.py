@@ -10,11 +10,12 @@ document. The default dataset is FineWeb-Edu (Penedo et al. 2024, https://arxiv.
     python fineweb.py --dataset roneneldan/TinyStories --name default --out tinystories
     python fineweb.py --input my_texts/ --out my_shards     # parquet, jsonl, txt (.gz, .zst) and folders; no network
     python fineweb.py --prepared kjj0/finewebedu10B-gpt2 --out edu_fineweb10B     # downloads tokenized shards
+    python fineweb.py --val first-shard                     # FineWeb-Edu in build-nanogpt's shards, byte for byte
     python fineweb.py --verify edu_fineweb10B               # checks all counts and hashes
 
 Writes edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... and manifest.json:
 
-    version, tokenizer, source, shard_size, val_tokens, max_tokens, format, text_column, skip_bad_files: the settings
+    version, tokenizer, source, shard_size, val, val_tokens, max_tokens, format, text_column, skip_bad_files: the settings
     shards      [{file, split, tokens, documents (number that begin in the shard), sha256}, ...] in order
     next        start of the next shard: split; file, number (of the piece in the file, see sources.py), token (in the
                 piece), all counted from 0; skipped: number of documents before that piece that were empty or not text
@@ -89,46 +90,50 @@ def encode(texts, begins=True):
         return data.encode(joined, {END_OF_TEXT})
 
 
-def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
+def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="documents"):
     """Yields (split, tokens, split of the next shard): the stream in shards of at most shard_size tokens.
 
     chunks: the stream as uint16 arrays of any length; EOT begins a document. The val split comes first. It ends at a
-    document boundary: the last one before val_tokens in the shard that reaches val_tokens, or else the next one after it.
+    document boundary: the last one in the shard that reaches val_tokens, of at most val_tokens, or else the next one after
+    it. With val="first-shard" it is the first shard_size tokens, which end within a document.
     split, val_total: split of the next token and number of tokens in the val split so far, to resume.
     Raises ValueError if no tokens are left for the train split.
     Example: chunks [[EOT 1 2 EOT 3 4 EOT 5]], 5, 5 -> val [EOT 1 2], train [EOT 3 4 EOT 5]
     """
     shard, n = np.empty(shard_size, dtype=np.uint16), 0  # the current shard and the number of tokens in it
     for chunk in chunks:
-        while len(chunk):
+        while len(chunk):  # the next token is known: whether a document, or the val split, ends before it
+            end, next_split = n if n == shard_size else None, split  # the shard's length, None while there is room in it
+            if split == "val" and val == "first-shard":
+                next_split = split if end is None else "train"
+            elif split == "val" and val_total >= val_tokens and chunk[0] == EOT:
+                end, next_split = n, "train"
+            elif split == "val" and val_total == val_tokens:
+                boundaries = np.flatnonzero(shard[:n] == EOT)
+                boundaries = boundaries[boundaries > n - val_total]  # not the start of the stream
+                end, next_split = (boundaries[-1], "train") if len(boundaries) else (end, split)
+            if end is not None:
+                if end > 0:
+                    yield split, shard[:end], next_split
+                rest, split = shard[end:n], next_split
+                shard, n = np.empty(shard_size, dtype=np.uint16), len(rest)
+                shard[:n] = rest
             part = chunk[:shard_size - n]  # the tokens to append to the shard
-            val_end = None                 # length of the shard without the tokens after the end of the val split
-            crossing = split == "val" and val_total < val_tokens <= val_total + len(part)
-            if crossing:
+            if split == "val" and val == "documents" and val_total < val_tokens:
                 part = part[:val_tokens - val_total]
-            elif split == "val" and val_total >= val_tokens and EOT in part:
+            elif split == "val" and val == "documents" and EOT in part:
                 part = part[:np.argmax(part == EOT)]
-                val_end = n + len(part)
             shard[n:n + len(part)] = part
             chunk, n = chunk[len(part):], n + len(part)
             val_total += len(part) if split == "val" else 0
-            if crossing:
-                boundaries = np.flatnonzero(shard[:n] == EOT)
-                boundaries = boundaries[boundaries > n - val_total]  # not the start of the stream
-                val_end = boundaries[-1] if len(boundaries) else None
-            if val_end is not None or n == shard_size:
-                end = n if val_end is None else val_end
-                rest, next_split = shard[end:n], split if val_end is None else "train"
-                if end > 0:
-                    yield split, shard[:end], next_split
-                shard, split, n = np.empty(shard_size, dtype=np.uint16), next_split, len(rest)
-                shard[:n] = rest
     if split == "val" and val_total == 0:
         raise ValueError("the source contains no text: all of its documents are empty or not text; check --text-column")
     if split == "val":
-        raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val split, which ends at a"
-                         f" document boundary. Delete the output folder and use a smaller --val-tokens (now {val_tokens:,})"
-                         " or more documents. To train on a single text, use train_gpt2.py --data FILE")
+        end, flag = (("ends at a document boundary", f"--val-tokens (now {val_tokens:,})") if val == "documents" else
+                     ("is the first shard", f"--shard-size (now {shard_size:,})"))
+        raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val split, which {end}. Delete"
+                         f" the output folder and use a smaller {flag} or more documents. To train on a single text, use"
+                         " train_gpt2.py --data FILE")
     if n > 0:
         yield split, shard[:n], split
 
@@ -286,6 +291,7 @@ def open_manifest(out, settings):
     if manifest is None or not manifest["shards"]:
         return {"version": data.MANIFEST_VERSION, **settings, "shards": [], "bad_files": [], "complete": False,
                 "next": {"split": "val", "file": 0, "number": 0, "token": 0, "skipped": 0}}
+    manifest.setdefault("val", "documents")  # which earlier versions did not record
     was, now = ({**{key: m.get(key) for key in settings}, **m["source"]} for m in (manifest, settings))
     different = [f"{key} was {reprlib.repr(was.get(key))}, is {reprlib.repr(now.get(key))}" for key in {**was, **now}
                  if key != "source" and was.get(key) != now.get(key)]
@@ -353,6 +359,7 @@ def make_shards(source, settings, out, workers, locked=False):
     limit = settings["max_tokens"] or 1 << 62  # all of the source
     total = min(limit, estimate_tokens(source, settings["text_column"]))
     val_tokens = settings["val_tokens"] or max(1, min(settings["shard_size"], total // 10))
+    val_tokens = settings["shard_size"] if settings["val"] == "first-shard" else val_tokens
     manifest = open_manifest(out, {**settings, "val_tokens": val_tokens})
     os.makedirs(out, exist_ok=True)
     # a folder that was renamed keeps the names of its shards
@@ -378,7 +385,7 @@ def make_shards(source, settings, out, workers, locked=False):
     with ThreadPoolExecutor(1) as writer, bar:
         written = writer.submit(int)  # nothing yet
         for split, tokens, next_split in pack(stream.chunks(limit - done), manifest["shard_size"], val_tokens,
-                                              manifest["next"]["split"], done):
+                                              manifest["next"]["split"], done, settings["val"]):
             position += len(tokens)
             name, index = f"{prefix}_{split}_{index:06d}.{manifest['format']}", index + 1
             written.result()  # raises if the shard before could not be written
@@ -487,6 +494,9 @@ def parse_args(argv=None):
     add("--val-tokens", type=number(int, 1), metavar="N",
         help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
         " of the estimated total if that is less)")
+    add("--val", choices=("documents", "first-shard"), default="documents",
+        help="documents: the val split ends with a document (default); first-shard: it is the first --shard-size tokens, as in"
+        " the lecture, so that the shards of FineWeb-Edu are build-nanogpt's byte for byte")
     add("--workers", type=number(int, 0, 1024), default=0, metavar="N", help="tokenizer threads (default: one per core)")
     add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
     add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
@@ -498,6 +508,8 @@ def parse_args(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
     if args.input and args.prepared:
         raise ValueError("--input and --prepared exclude each other; use one of them")
+    if args.val == "first-shard" and args.val_tokens:
+        raise ValueError("--val first-shard takes the first --shard-size tokens; omit --val-tokens")
     if args.dataset == DATASET:
         args.name = args.name or NAME
         if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):
@@ -524,8 +536,8 @@ def main():
             same = all(was.get(key) == getattr(args, key) for key in ("dataset", "name", "split", "revision"))
             source = hub_source(args.dataset, args.name, args.split, args.revision, was.get("commit") if same else None)
         settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256}, "source": source.description,
-                    "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
-                    "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
+                    **{key: getattr(args, key) for key in ("shard_size", "val", "val_tokens", "max_tokens", "format",
+                                                           "text_column", "skip_bad_files")}}
         manifest = make_shards(source, settings, args.out, args.workers, locked)
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; python train_gpt2.py --data {args.out}")

@@ -463,6 +463,8 @@ FINEWEB = [
     ([*IN, "--max-tokens", "nan"], "--max-tokens nan: must be an integer"),
     ([*IN, "--max-tokens", str(2**70)], "must be an integer"),
     ([*IN, "--val-tokens", "0"], "--val-tokens 0: must be an integer, 1 or more"),
+    ([*IN, "--val", "shard"], "--val invalid choice: 'shard'"),
+    ([*IN, "--val", "first-shard", "--val-tokens", "5"], "--val first-shard takes the first --shard-size tokens; omit"),
     ([*IN, "--format", "parquet"], "invalid choice: 'parquet'"),
     ([*IN, "--text_colum", "body"], "unknown flag --text-colum: did you mean --text-column?"),
     ([*IN, "--prepared", "a/b"], "--input and --prepared exclude each other"),

@@ -7,6 +7,7 @@ fineweb.py and sources.py: packing, tokenization, input formats, resume, damaged
 Needs no network: texts are created in tmp_path, and the Hub is an HTTP server in this file on 127.0.0.1. The results
 are compared with tiktoken, one document at a time, and with a naive packing of Python lists.
 """
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -99,10 +100,10 @@ def naive_pack(stream, shard_size, val_tokens):
     """[(split, tokens), ...] as pack's docstring defines them, computed on a list; None if train would be empty."""
     boundaries = [i for i, t in enumerate(stream) if t == EOT]
     end = None
-    if len(stream) >= val_tokens:
+    if len(stream) > val_tokens:
         first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
-        inside = [b for b in boundaries if first <= b < val_tokens and b > 0]
-        after = [b for b in boundaries if b >= val_tokens]
+        inside = [b for b in boundaries if first <= b <= val_tokens and b > 0]
+        after = [b for b in boundaries if b > val_tokens]
         end = inside[-1] if inside else after[0] if after else None
     if end is None:
         return None
@@ -141,6 +142,100 @@ def test_pack_matches_its_docstring_example():
     chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
     shards = [(split, tokens.tolist()) for split, tokens, _ in fineweb.pack([chunk], 5, 5)]
     assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
+
+
+def test_a_document_that_ends_at_val_tokens_is_in_the_val_split():
+    """It went to train, whether or not the val split ends with a shard there."""
+    chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
+    for shard_size in (3, 6, 8):
+        val = [tokens for split, tokens, _ in fineweb.pack([chunk[:6], chunk[6:]], shard_size, 6) if split == "val"]
+        assert np.concatenate(val).tolist() == chunk[:6].tolist()
+
+
+# -----------------------------------------------------------------------------
+# --val first-shard
+
+def lecture_shards(documents, shard_size):
+    """[(split, tokens), ...]: the loop of build-nanogpt's fineweb.py.
+
+    There, a document longer than the rest of its shard and the next one is an error of NumPy's; here its middle is a shard.
+    """
+    shards, all_tokens, token_count = [], np.empty(shard_size, dtype=np.uint16), 0
+
+    def write():
+        shards.append(("val" if not shards else "train", all_tokens[:token_count].copy()))
+    for tokens in documents:
+        while token_count + len(tokens) >= shard_size:
+            remainder = shard_size - token_count
+            all_tokens[token_count:] = tokens[:remainder]
+            token_count = shard_size
+            write()
+            tokens, token_count = tokens[remainder:], 0
+        all_tokens[token_count:token_count + len(tokens)] = tokens
+        token_count += len(tokens)
+    if token_count:
+        write()
+    return shards
+
+
+FIRST_SHARD = ("--val", "first-shard", "--shard-size")
+
+
+@pytest.mark.parametrize("texts, shard_size", [
+    (make_texts(30, seed=11), 1000), (make_texts(30, seed=11), 197),  # documents of several shards
+    (["x y z"] * 5, 4), (["x y z"] * 15, 16), (["x y z"] * 15, 18), (["x y z"] * 15, 59)])
+def test_first_shard_gives_the_files_of_the_lecture(tmp_path, monkeypatch, texts, shard_size):
+    write_parquet(tmp_path / "a.parquet", texts, rows=7)
+    documents = [np.array(true_tokens([text]), dtype=np.uint16) for text in texts]
+    expected = lecture_shards(documents, shard_size)
+    os.makedirs(tmp_path / "lecture")
+    for i, (split, tokens) in enumerate(expected):
+        np.save(tmp_path / "lecture" / f"edufineweb_{split}_{i:06d}", tokens)
+    for workers in (1, 3):
+        out = tmp_path / str(workers) / "edufineweb"  # the default dataset's shards have this name in any folder
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", out, *FIRST_SHARD, shard_size, "--workers", workers)
+        made = contents(out)
+        assert json.loads(made.pop("manifest.json"))["val"] == "first-shard"
+        assert made == contents(tmp_path / "lecture") and len(made) > 1
+        run(monkeypatch, "--verify", out)
+
+
+def test_a_first_shard_run_that_is_interrupted_after_each_shard_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
+    flags = ("--input", corpus[0], *FIRST_SHARD, 2500, "--out")
+    run(monkeypatch, *flags, tmp_path / "whole" / "o")
+    whole = contents(tmp_path / "whole" / "o")
+    for _ in whole.keys() - {"manifest.json"}:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            with contextlib.suppress(OSError):
+                run(patch, *flags, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole and len(whole) > 4
+    with pytest.raises(ValueError, match="val was 'first-shard', is 'documents'"):
+        run(monkeypatch, "--input", corpus[0], "--shard-size", 2500, "--out", tmp_path / "o")
+
+
+def test_a_manifest_without_val_is_of_a_run_with_documents(corpus, tmp_path, monkeypatch):
+    """Earlier versions did not record it."""
+    flags = ("--input", corpus[0], "--shard-size", 1000, "--val-tokens", 1000, "--out", tmp_path / "o")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 2)
+        run(patch, *flags)
+    manifest = data.load_manifest(tmp_path / "o")
+    del manifest["val"]
+    fineweb.save_manifest(tmp_path / "o", manifest)
+    with pytest.raises(ValueError, match="val was 'documents', is 'first-shard'"):
+        run(monkeypatch, "--input", corpus[0], *FIRST_SHARD, 1000, "--out", tmp_path / "o")
+    run(monkeypatch, *flags)
+    assert sum(read_stream(tmp_path / "o"), []) == true_tokens(corpus[1])
+
+
+def test_first_shard_of_a_source_of_one_shard_is_an_error(tmp_path, monkeypatch):
+    """The lecture then writes a val shard alone, which nothing can be trained on."""
+    write_parquet(tmp_path / "a.parquet", ["x y z"] * 10)
+    for shard_size in (40, 41):
+        with pytest.raises(ValueError, match="all 40 are in the val split, which is the first shard.*smaller --shard-size"):
+            run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "o", *FIRST_SHARD, shard_size)
+    assert not (tmp_path / "o").exists()
 
 
 # -----------------------------------------------------------------------------
