@@ -55,7 +55,8 @@ import data
 import files
 from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
 from runtime import ArgumentParser, exit_now, free_memory, number, run_main
-from sources import estimate_tokens, hub_source, is_damage, local_source, pieces, with_retries
+from sources import (estimate_tokens, hub_hash, hub_shards, hub_source, is_damage, local_source, map_in_order, pieces,
+                     with_retries)
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
@@ -140,26 +141,6 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
 
 # -----------------------------------------------------------------------------
 # the pipeline
-
-def map_in_order(function, items, workers, ahead):
-    """Yields function(item) for every item, in order, computed by threads; an exception in function is raised here.
-
-    At most `ahead` items are read in advance, so memory stays bounded.
-    """
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            try:
-                waiting.append(pool.submit(function, item))
-            except RuntimeError as e:  # "can't start new thread"
-                raise ValueError(f"{workers} threads cannot be started ({e}); use a smaller --workers") from e
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
 
 def tokenize(piece):
     """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged)."""
@@ -435,43 +416,44 @@ def verify(out):
 def download_prepared(repo, out, revision, max_tokens):
     """Downloads the .bin and .npy shards of a dataset on the Hub into folder out, and writes a manifest of them.
 
-    Shards in the manifest of an earlier run are downloaded again only if their size has changed. If max_tokens is not 0,
-    stops once the shards hold that many tokens.
+    Shards in the manifest of an earlier run are downloaded again only if their size or hash is not the Hub's. If max_tokens
+    is not 0, stops once the shards hold that many tokens and both splits have one.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     manifest = load_manifest(out) or {"version": data.MANIFEST_VERSION, "source": {"prepared": repo}, "shards": [],
                                       "bad_files": [], "next": {"skipped": 0}, "complete": False}
     source, listed = manifest["source"], {shard["file"]: shard for shard in manifest["shards"]}
     if source.get("prepared") != repo or source.setdefault("revision", revision) != revision:
         raise ValueError(f"{out} was created from {reprlib.repr(source)}, not {repo} at {revision}; choose another --out")
-    info = with_retries(lambda: HfApi().dataset_info(repo, revision=source.get("commit", revision), files_metadata=True), True)
-    source.setdefault("commit", info.sha)
-    found = {f.rfilename: f for f in info.siblings if re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename)}
-    if not found:
-        raise ValueError(f"{repo} has no shards (*_train_000001.bin, *_val_000000.bin or .npy); use --dataset for text")
+    commit, found = hub_shards(repo, revision, source.get("commit"))
+    source.setdefault("commit", commit)
+    if gone := sorted(listed.keys() - found.keys()):  # a manifest without the commit, of an earlier version
+        raise ValueError(f"{out} has shards that {repo} no longer has ({gone[0]}, ...); choose another --out")
     data.check_unlisted(out, manifest, found)
     total = 0
-    for name in tqdm(sorted(found, key=lambda name: (name.rsplit("_", 2)[1] != "val", name)), unit="shard", disable=None):
-        path = os.path.join(out, name)
-        size = os.path.getsize(path) if os.path.exists(path) else None
-        if name in listed and size == found[name].size:
-            total += listed[name]["tokens"]
+    for name, (size, digest, is_lfs) in tqdm(found.items(), unit="shard", disable=None):
+        path, split = os.path.join(out, name), name.rsplit("_", 2)[1]
+        exists = os.path.exists(path)
+        if not exists and name not in listed and max_tokens and total >= max_tokens and any(
+                shard["split"] == split for shard in listed.values()):
             continue
-        if name not in listed and max_tokens and total >= max_tokens:
-            continue
-        if size is not None and size != found[name].size:
-            if name not in listed:
-                raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
-            os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
-        if not os.path.exists(path):
+        same = exists and os.path.getsize(path) == size and digest == (
+            listed[name]["sha256"] if name in listed and is_lfs else hub_hash(path, is_lfs))
+        if exists and not same and name not in listed:
+            raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
+        if not same:
+            if exists:
+                os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
             with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=source["commit"],
                                                            local_dir=out))
-        listed[name] = shard_entry(out, name, name.rsplit("_", 2)[1], read_shard(path))
-        if found[name].lfs and found[name].lfs.sha256 != listed[name]["sha256"]:
-            raise ValueError(f"{path} has another sha256 than the shard of {repo}; delete it, then run the same command again")
+            if hub_hash(path, is_lfs) != digest:
+                raise ValueError(f"{path} was damaged by the download: its hash is not that of {repo}'s shard. Delete the file,"
+                                 " then run the same command again")
+        if not same or name not in listed:
+            listed[name] = shard_entry(out, name, split, read_shard(path))
+            save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": False})
+            print_progress(f"{name}: {listed[name]['tokens']:,} tokens")
         total += listed[name]["tokens"]
-        save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": False})
-        print_progress(f"{name}: {listed[name]['tokens']:,} tokens")
     save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": True})
 
 

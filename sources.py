@@ -14,6 +14,7 @@ network errors.
 """
 import codecs
 import functools
+import hashlib
 import io
 import json
 import operator
@@ -21,6 +22,8 @@ import os
 import re
 import socket
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -188,6 +191,26 @@ def pieces(source, column, bad_files, file=0, number=0):
             yield Piece(i, last + 1, read_damaged)
 
 
+def map_in_order(function, items, workers, ahead):
+    """Yields function(item) for every item, in order, computed by threads; an exception in function is raised here.
+
+    At most `ahead` items are read in advance, so memory stays bounded.
+    """
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            try:
+                waiting.append(pool.submit(function, item))
+            except RuntimeError as e:  # "can't start new thread"
+                raise ValueError(f"{workers} threads cannot be started ({e}); use a smaller --workers") from e
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 # -----------------------------------------------------------------------------
 # sources
 
@@ -290,6 +313,33 @@ def hub_source(dataset, name, split, revision, commit=None):
         cache = "none" if path.endswith(".parquet") else "readahead"  # parquet: one request per row group
         return HfFileSystem().open(f"datasets/{dataset}@{commit}/{path}", "rb", cache_type=cache)
     return Source(description, paths, [sizes[path] for path in paths], open_file, with_retries)
+
+
+def hub_shards(repo, revision, commit=None):
+    """(commit, {name: (size, hash, whether it is in Git LFS)}) of the .bin and .npy shards of a dataset on the Hub, val first.
+
+    hash: that of hub_hash. Shards in subfolders are not counted. Raises ValueError unless there are val and train shards.
+    """
+    from huggingface_hub import HfApi
+    info = with_retries(lambda: HfApi().dataset_info(repo, revision=commit or revision, files_metadata=True), first=True)
+    found = {"val": {}, "train": {}}
+    for f in sorted(info.siblings, key=lambda f: f.rfilename):
+        if match := re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename):
+            found[match[1]][f.rfilename] = f.size, f.lfs.sha256 if f.lfs else f.blob_id, bool(f.lfs)
+    for split, shards in found.items():
+        if not shards:
+            raise ValueError(f"{repo} has no {split} shards (*_{split}_000001.bin or .npy, not in a subfolder); training needs"
+                             " train and val shards. Use --dataset for text")
+    return info.sha, found["val"] | found["train"]
+
+
+def hub_hash(path, is_lfs):
+    """The hash of a local file by which the Hub identifies it: sha256 in Git LFS, else that of a git blob."""
+    with open(path, "rb") as f:
+        if is_lfs:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        contents = f.read()  # a few MB at most
+    return hashlib.sha1(b"blob %d\0" % len(contents) + contents).hexdigest()
 
 
 def estimate_tokens(source, column):

@@ -408,7 +408,7 @@ def test_an_unusable_token_count_is_ignored(tmp_path, counts):
 def test_workers_that_cannot_be_started_are_one_error(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
     with pytest.raises(ValueError, match="100 threads cannot be started .can't start new thread.; use a smaller --workers"):
-        list(fineweb.map_in_order(str, range(3), 100, 200))
+        list(sources.map_in_order(str, range(3), 100, 200))
 
 
 def test_progress_is_printed_without_a_terminal(corpus, tmp_path, monkeypatch, capsys):
@@ -768,7 +768,7 @@ def test_map_in_order_keeps_the_order_and_reads_a_bounded_number_of_items_ahead(
     def work(i):
         time.sleep(delays[i])
         return i * i
-    for n, result in enumerate(fineweb.map_in_order(work, items(), 4, 7)):
+    for n, result in enumerate(sources.map_in_order(work, items(), 4, 7)):
         assert result == n * n and len(read) <= n + 8
 
 
@@ -800,6 +800,11 @@ configs:
   data_files: [{split: train, path: sample/10BT/*}]
 ---
 """
+
+
+def git_hash(body):
+    """As `git hash-object`: the Hub's identifier of a file that is not in Git LFS."""
+    return hashlib.sha1(f"blob {len(body)}\0".encode() + body).hexdigest()
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
@@ -858,7 +863,7 @@ class FakeHubHandler(http.server.BaseHTTPRequestHandler):
                 entries = [e for e in entries if os.path.dirname(e["path"]) == folder]
             return self.answer(json.dumps(entries).encode()) if entries else self.answer(b"", 404, X_Error_Code="EntryNotFound")
         if path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name, "size": len(body)} for name, body in hub.files.items()]
+            siblings = [{"rfilename": name, "size": len(body), "blobId": git_hash(body)} for name, body in hub.files.items()]
             return self.answer(json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": siblings, "tags": [],
                                            "private": False, "downloads": 0, "likes": 0}).encode())
         if not path.startswith(resolve):
@@ -1024,7 +1029,7 @@ class FakeInfo:
     sha = COMMIT
 
     def __init__(self, files, monkeypatch):
-        self.files, self.asked, self.downloaded = files, [], []
+        self.files, self.lfs, self.asked, self.downloaded = files, True, [], []
         monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
 
@@ -1034,7 +1039,8 @@ class FakeInfo:
 
     @property
     def siblings(self):
-        return [SimpleNamespace(rfilename=name, size=len(body), lfs=SimpleNamespace(sha256=hashlib.sha256(body).hexdigest()))
+        return [SimpleNamespace(rfilename=name, size=len(body), blob_id=git_hash(body),
+                                lfs=SimpleNamespace(sha256=hashlib.sha256(body).hexdigest()) if self.lfs else None)
                 for name, body in self.files.items()]
 
     def download(self, repo, name, repo_type, revision, local_dir):
@@ -1043,8 +1049,8 @@ class FakeInfo:
             f.write(self.files[name])
 
 
-def shard_bytes(tmp_path, n):
-    data.write_shard(str(tmp_path / "x.bin"), np.array([EOT, *range(n)], dtype=np.uint16))
+def shard_bytes(tmp_path, n, first=EOT):
+    data.write_shard(str(tmp_path / "x.bin"), np.array([first, *range(n)], dtype=np.uint16))
     return (tmp_path / "x.bin").read_bytes()
 
 
@@ -1066,10 +1072,9 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
         (tmp_path / "out" / name).write_text("mine")
         refused(message)
         os.remove(tmp_path / "out" / name)
-    (tmp_path / "out" / names[0]).write_bytes(shard_bytes(tmp_path, 499) + b"\0\0")  # of the right size
-    refused("fw_val_000000.bin should hold")
-    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]][:-2] + b"\0\0")
-    refused("fw_val_000000.bin has another sha256 than the shard of a/b")
+    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]][:-2] + b"\0\0")  # of the right size
+    for hub.lfs in (False, True):
+        refused("fw_val_000000.bin exists already and is not the shard of a/b")
     (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]])  # left by a killed process
     run(monkeypatch, *flags, "--max-tokens", 502)
     assert hub.downloaded == ["fw_train_000001.bin"] and hub.asked[-1] == "main"
@@ -1083,6 +1088,81 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
     run(monkeypatch, *flags)
     run(monkeypatch, "--verify", tmp_path / "out")
     assert hub.downloaded == ["fw_train_000001.bin", "fw_train_000002.bin", "fw_train_000001.bin"]
+
+
+def test_a_download_into_a_folder_of_tokenized_text_is_refused(corpus, tmp_path, monkeypatch):
+    flags = ("--input", corpus[0], "--out", tmp_path / "fw", *FLAGS, "--format", "bin")
+    run(monkeypatch, *flags)
+    before = contents(tmp_path / "fw")
+    hub = FakeInfo({name: body for name, body in before.items() if name.endswith(".bin")}, monkeypatch)
+    with pytest.raises(ValueError, match="fw was created from {'files': .*not a/b at main; choose another --out"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "fw")
+    assert contents(tmp_path / "fw") == before and hub.asked == []
+
+
+@pytest.mark.parametrize("lfs", [True, False])
+def test_listed_shards_of_another_revision_are_downloaded_again(tmp_path, monkeypatch, lfs):
+    """Manifests of earlier versions lack the commit. Files of equal size were kept, with the new commit in the manifest."""
+    names = ("fw_val_000000.bin", "fw_train_000001.bin")
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    hub.lfs, flags = lfs, ("--prepared", "a/b", "--out", tmp_path / "out")
+    run(monkeypatch, *flags)
+    manifest = data.load_manifest(tmp_path / "out")
+    del manifest["source"]["commit"]
+    fineweb.save_manifest(tmp_path / "out", manifest)
+    hub.files[names[1]] = shard_bytes(tmp_path, 500, first=7)
+    run(monkeypatch, *flags)
+    assert hub.downloaded == [*names, names[1]] and (tmp_path / "out" / names[1]).read_bytes() == hub.files[names[1]]
+    run(monkeypatch, "--verify", tmp_path / "out")
+    del manifest["source"]["revision"], hub.files[names[1]]
+    fineweb.save_manifest(tmp_path / "out", manifest)
+    hub.files["fw_train_000002.bin"] = shard_bytes(tmp_path, 500)
+    with pytest.raises(ValueError, match="shards that a/b no longer has .fw_train_000001.bin, "):
+        run(monkeypatch, *flags)
+
+
+def test_a_damaged_download_is_an_error(tmp_path, monkeypatch):
+    hub = FakeInfo({f"fw_{name}.bin": shard_bytes(tmp_path, 500) for name in ("val_000000", "train_000001")}, monkeypatch)
+    download = hub.download
+
+    def damaged(repo, name, repo_type, revision, local_dir):
+        download(repo, name, repo_type, revision, local_dir)
+        (tmp_path / "out" / name).write_bytes(shard_bytes(tmp_path, 500, first=7))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", damaged)
+    with pytest.raises(ValueError, match="fw_val_000000.bin was damaged by the download: .* Delete the file"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names, missing", [
+    (["data/fw_val_000000.bin", "data/fw_train_000001.bin"], "val"), (["fw_val_000000.bin", "a/fw_train_000001.bin"], "train"),
+    (["fw_train_000001.bin"], "val"), ([], "val")])
+def test_a_dataset_without_both_splits_is_an_error_before_the_download(tmp_path, monkeypatch, names, missing):
+    """The folder was complete and could not be trained on."""
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    with pytest.raises(ValueError, match=f"a/b has no {missing} shards .*not in a subfolder"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    assert hub.downloaded == [] and not (tmp_path / "out").exists()
+
+
+def test_fewer_max_tokens_than_the_val_split_has_download_one_train_shard(tmp_path, monkeypatch):
+    """Without it the folder was complete and could not be trained on; nor could one with a shard that the manifest lacks."""
+    names = ["fw_val_000000.bin", *(f"fw_train_{i:06d}.bin" for i in (1, 2, 3))]
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    flags = ("--prepared", "a/b", "--out", tmp_path / "out", "--max-tokens", 5)
+    run(monkeypatch, *flags)
+    assert hub.downloaded == names[:2] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 1
+    (tmp_path / "out" / names[2]).write_bytes(hub.files[names[2]])  # of a run without --max-tokens that was killed
+    run(monkeypatch, *flags)
+    assert hub.downloaded == names[:2] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 2
+
+
+def test_shards_without_an_end_of_text_token_are_downloaded_and_verified(tmp_path, monkeypatch, capsys):
+    """--verify ended with "zero-size array to reduction operation"."""
+    names = ("fw_val_000000.bin", "fw_train_000001.bin")
+    FakeInfo({name: shard_bytes(tmp_path, 500, first=7) for name in names}, monkeypatch)
+    run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    run(monkeypatch, "--verify", tmp_path / "out")
+    assert "train: 0 documents, 501 tokens" in capsys.readouterr().out
 
 
 def test_an_interrupted_download_is_incomplete_in_the_manifest(tmp_path, monkeypatch):
