@@ -83,12 +83,16 @@ def encode(texts, begins=True):
     if joined.count(END_OF_TEXT) != len(texts) - (not begins):  # a text contains "<|endoftext|>", which is ordinary text there
         if len(texts) > 1:
             return np.concatenate([encode([text], begins or i > 0) for i, text in enumerate(texts)])
-        return np.concatenate([np.full(int(begins), EOT, dtype=np.uint16), data.encode(texts[0])])
+        return np.concatenate([np.full(int(begins), EOT, dtype=np.uint16), encode_joined(texts[0], frozenset())])
+    return encode_joined(joined, {END_OF_TEXT})
+
+
+def encode_joined(text, special):
+    """data.encode; unpaired surrogates, from JSON, are replaced, as tiktoken's encode_ordinary does."""
     try:
-        return data.encode(joined, {END_OF_TEXT})
-    except UnicodeError:  # an unpaired surrogate, from JSON: replaced, as tiktoken's encode_ordinary does
-        joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return data.encode(joined, {END_OF_TEXT})
+        return data.encode(text, special)
+    except UnicodeError:
+        return data.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), special)
 
 
 def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="documents"):
@@ -143,8 +147,11 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
 # the pipeline
 
 def tokenize(piece):
-    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged)."""
-    parts, skipped = [np.empty(0, dtype=np.uint16)], 0
+    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged).
+
+    The tokens of a damaged piece are those of the documents before the damage.
+    """
+    parts, skipped, error = [np.empty(0, dtype=np.uint16)], 0, None
     try:
         for texts in piece.read():
             kept = [text for text in texts if isinstance(text, str) and text]
@@ -160,8 +167,8 @@ def tokenize(piece):
     except Exception as e:
         if not is_damage(e):
             raise
-        return piece, parts[0], 0, e
-    return piece, np.concatenate(parts), skipped, None
+        error = e
+    return piece, np.concatenate(parts), skipped, error
 
 
 class TokenizedSource:
@@ -186,11 +193,11 @@ class TokenizedSource:
         todo = pieces(self.source, self.manifest["text_column"], bad, first["file"], first["number"])
         for piece, tokens, skipped, error in map_in_order(
                 lambda piece: self.source.retry(lambda: tokenize(piece)), todo, self.workers, self.workers + 4):
-            if error is not None and piece.file not in bad:
-                self.skip_file(piece.file, error)
-                bad.add(piece.file)
             if piece.file in bad:
                 continue
+            if error is not None:
+                self.skip_file(piece.file, error)
+                bad.add(piece.file)
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position, self.skipped = self.position + len(tokens), self.skipped + skipped

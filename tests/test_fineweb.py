@@ -33,7 +33,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -244,6 +244,7 @@ def test_first_shard_of_a_source_of_one_shard_is_an_error(tmp_path, monkeypatch)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(min_size=1) | st.sampled_from([" <|endoftext|> ", "<|endoftext|", "|>", "a \n", " b", "\ud800"]),
                 min_size=1, max_size=6))
+@example(["\ud800 and <|endoftext|>", "b"])  # was skipped as not encodable
 def test_encoding_documents_together_equals_tiktoken_one_by_one(texts):
     assert fineweb.encode(texts).tolist() == true_tokens(texts)
 
@@ -318,12 +319,12 @@ def test_a_large_row_group_is_split_into_pieces(corpus, tmp_path, monkeypatch):
 
 
 def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypatch):
-    good = ["says <|endoftext|> in a text", "long " * 3000, "b" * 50]
+    good = ["says <|endoftext|> in a \ud800 text", "long " * 3000, "b" * 50]
     with open(tmp_path / "a.jsonl", "w") as f:
         for value in [good[0], None, "", 7, good[1], ["x"], good[2]]:
             f.write(json.dumps({"text": value}) + "\n")
         f.write('{"other": 1}\n\n')
-    write_parquet(tmp_path / "b.parquet", [None, "", *good, " " * 1_000_000])
+    write_parquet(tmp_path / "b.parquet", [None, "", *(text.replace("\ud800", "\ufffd") for text in good), " " * 1_000_000])
     run(monkeypatch, "--input", tmp_path / "a.jsonl", tmp_path / "b.parquet", "--out", tmp_path / "out", "--shard-size", 500,
         "--val-tokens", 100)
     manifest = fineweb.load_manifest(tmp_path / "out")
@@ -378,12 +379,14 @@ def test_an_unreadable_folder_or_file_is_an_error_before_the_work(tmp_path, monk
         sources.local_source([str(tmp_path)])
 
 
-def test_links_to_folders_are_followed_and_manifests_are_not_text(tmp_path):
+def test_links_to_folders_are_followed_and_manifests_and_hidden_folders_are_not_text(tmp_path):
     """Linked folders were skipped; the manifest in --out, if that is below --input, made the second run another source."""
     os.makedirs(tmp_path / "elsewhere" / "sub")
     os.makedirs(tmp_path / "in" / "out")
     (tmp_path / "elsewhere" / "sub" / "x.txt").write_text("text")
     (tmp_path / "in" / "out" / "manifest.json").write_text("{}")
+    os.makedirs(tmp_path / "in" / ".tokens")
+    (tmp_path / "in" / ".tokens" / "y.txt").write_text("hidden")
     os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "link.txt")
     assert sources.local_source([str(tmp_path / "in")]).description == {"files": [["link.txt/sub/x.txt", 4]]}
 
@@ -403,6 +406,42 @@ def test_an_unusable_token_count_is_ignored(tmp_path, counts):
     write_parquet(tmp_path / "a.parquet", ["a text of 21 characters"] * 9, token_count=pa.array(counts, kind))
     source = sources.local_source([str(tmp_path / "a.parquet")])
     assert 0 < sources.estimate_tokens(source, "text") <= sum(source.sizes)
+
+
+@pytest.mark.parametrize("first", ["damaged", "no rows", "empty texts"])
+def test_a_first_file_without_text_does_not_make_the_estimate_zero(tmp_path, monkeypatch, first):
+    """The estimate was 0 tokens: the val split was one document, and the check for disk space passed."""
+    texts = make_texts(200, seed=12)
+    write_parquet(tmp_path / "a.parquet", ["", None] if first == "empty texts" else [])
+    write_parquet(tmp_path / "b.parquet", texts)
+    if first == "damaged":
+        (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    flags = ("--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--out", tmp_path / "out", "--skip-bad-files")
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        with pytest.raises(ValueError, match="0.00 GB of free disk space"):
+            run(patch, *flags)
+    run(monkeypatch, *flags)
+    val, train = read_stream(tmp_path / "out")
+    assert val + train == true_tokens(texts) and len(val) > 0.04 * len(train)
+
+
+def test_a_token_count_that_arrow_cannot_convert_is_ignored(tmp_path):
+    """Two columns were a KeyError, and a date outside of Python's range an OverflowError."""
+    text = pa.array(["a text of 21 characters"] * 9)
+    for columns in ([pa.array(range(9)), pa.array(range(9))], [pa.array([10**18] * 9, pa.timestamp("us"))]):
+        names = ["text"] + ["token_count"] * len(columns)
+        pq.write_table(pa.Table.from_arrays([text, *columns], names), tmp_path / "a.parquet")
+        assert sources.estimate_tokens(sources.local_source([str(tmp_path / "a.parquet")]), "text") > 0
+
+
+def test_a_column_with_a_dot_is_not_taken_for_a_field_of_a_struct(tmp_path, monkeypatch):
+    """The struct's values were read instead: no tokens."""
+    texts = make_texts(30)
+    table = pa.table({"a": pa.array([{"b": 1}] * 30), "a.b": pa.array(texts)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    run(monkeypatch, "--input", tmp_path / "a.parquet", "--text-column", "a.b", "--out", tmp_path / "out", *FLAGS)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
 
 
 def test_workers_that_cannot_be_started_are_one_error(corpus, tmp_path, monkeypatch):
@@ -462,6 +501,43 @@ def test_documents_before_the_damage_are_kept_and_later_ones_skipped(tmp_path, m
     run(monkeypatch, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--out", tmp_path / "out", *FLAGS,
         "--skip-bad-files")
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
+
+
+def test_the_documents_before_a_bad_line_of_the_same_piece_are_kept(tmp_path, monkeypatch):
+    """They were dropped. 200,000 brackets are a RecursionError."""
+    texts = make_texts(30, seed=13)
+    lines = [json.dumps({"text": text}) for text in texts]
+    bad = [*lines[:20], "[" * 200_000, *lines[20:]]
+    (tmp_path / "a.jsonl").write_text("\n".join(bad))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    flags = ("--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--skip-bad-files", *FLAGS, "--out")
+    run(monkeypatch, *flags, tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
+    # a run that is resumed within the damaged piece
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 1)
+        run(patch, *flags, tmp_path / "again" / "out")
+    assert data.load_manifest(tmp_path / "again" / "out")["next"]["file"] == 0
+    run(monkeypatch, *flags, tmp_path / "again" / "out", "--workers", 1)
+    assert contents(tmp_path / "again" / "out") == contents(tmp_path / "out")
+
+
+def test_the_documents_before_the_damage_in_a_row_group_are_kept(tmp_path, monkeypatch):
+    rng = random.Random(14)
+    texts = [f"{i} " + rng.randbytes(200).hex() for i in range(64)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, data_page_size=4000, compression="snappy")
+    write_parquet(tmp_path / "b.parquet", texts)
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = raw.index(b"40 ")  # a page after that of the first list of documents
+    raw[start - 60:start] = bytes(60)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    run(monkeypatch, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--skip-bad-files", *FLAGS, "--out",
+        tmp_path / "out")
+    stream, whole = sum(read_stream(tmp_path / "out"), []), true_tokens(texts)
+    kept = stream.count(EOT) - len(texts)
+    assert 16 <= kept < len(texts) and kept % 16 == 0
+    assert stream == true_tokens(texts[:kept]) + whole
 
 
 def test_a_folder_of_other_settings_is_not_resumed_and_the_difference_is_printed(corpus, tmp_path, monkeypatch):
