@@ -139,11 +139,24 @@ def json_texts(lines, name, first, column):
 
 
 def jsonl_pieces(f, name, column):
-    """Yields (function that reads a piece, True) for every BLOCK_BYTES of whole lines."""
-    first = 1
-    while lines := f.readlines(BLOCK_BYTES):
-        yield functools.partial(json_texts, lines, name, first, column), True
-        first += len(lines)
+    """Yields (function that reads a piece, True) for every BLOCK_BYTES of whole lines, also before damage, which is raised."""
+    first, error = 1, None
+    while error is None:
+        lines, size = [], 0
+        try:
+            while size < BLOCK_BYTES and (line := f.readline()):  # readlines loses those that it has read before an error
+                lines.append(line)
+                size += len(line)
+        except Exception as e:
+            if not is_damage(e):
+                raise
+            error = e
+        if lines:
+            yield functools.partial(json_texts, lines, name, first, column), True
+            first += len(lines)
+        elif error is None:
+            return
+    raise error
 
 
 def txt_pieces(f):
@@ -176,7 +189,7 @@ def file_pieces(source, name, column):
     with open_file() as f:
         if suffix in CODECS:
             f, suffix = pa.CompressedInputStream(f, CODECS[suffix]), os.path.splitext(stem)[1]
-        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readlines(limit)
+        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readline
         yield from txt_pieces(f) if suffix == ".txt" else jsonl_pieces(f, name, column)
 
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -522,6 +523,19 @@ def test_the_documents_before_a_bad_line_of_the_same_piece_are_kept(tmp_path, mo
     assert contents(tmp_path / "again" / "out") == contents(tmp_path / "out")
 
 
+def test_the_lines_before_the_end_of_a_truncated_archive_are_kept(tmp_path, monkeypatch):
+    """Up to a megabyte of them was dropped."""
+    texts = make_texts(60, seed=15)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    archive = gzip.compress(lines)[:-2000]
+    kept = zlib.decompressobj(wbits=31).decompress(archive).count(b"\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(archive)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    run(monkeypatch, "--input", tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl", "--skip-bad-files", *FLAGS, "--out",
+        tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:kept] + texts) and 20 < kept < 60
+
+
 def test_the_documents_before_the_damage_in_a_row_group_are_kept(tmp_path, monkeypatch):
     rng = random.Random(14)
     texts = [f"{i} " + rng.randbytes(200).hex() for i in range(64)]
@@ -774,9 +788,10 @@ def test_a_run_that_reaches_max_tokens_does_not_wait_for_its_threads(endless, tm
 
 
 @pytest.mark.slow
-def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_rewritten(tmp_path, monkeypatch):
+@pytest.mark.parametrize("val", [["--val-tokens", 6000], ["--val", "first-shard"]])
+def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_rewritten(tmp_path, monkeypatch, val):
     write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
-    flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
+    flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, *val, "--out"]
     os.makedirs(tmp_path / "w")
     start = time.time()
     run(monkeypatch, *flags, tmp_path / "w" / "out")
