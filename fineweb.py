@@ -10,11 +10,12 @@ document. The default dataset is FineWeb-Edu (Penedo et al. 2024, https://arxiv.
     python fineweb.py --dataset roneneldan/TinyStories --name default --out tinystories
     python fineweb.py --input my_texts/ --out my_shards     # parquet, jsonl, txt (.gz, .zst) and folders; no network
     python fineweb.py --prepared kjj0/finewebedu10B-gpt2 --out edu_fineweb10B     # downloads tokenized shards
+    python fineweb.py --val first-shard                     # FineWeb-Edu in build-nanogpt's shards, byte for byte
     python fineweb.py --verify edu_fineweb10B               # checks all counts and hashes
 
 Writes edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... and manifest.json:
 
-    version, tokenizer, source, shard_size, val_tokens, max_tokens, format, text_column, skip_bad_files: the settings
+    version, tokenizer, source, shard_size, val, val_tokens, max_tokens, format, text_column, skip_bad_files: the settings
     shards      [{file, split, tokens, documents (number that begin in the shard), sha256}, ...] in order
     next        start of the next shard: split; file, number (of the piece in the file, see sources.py), token (in the
                 piece), all counted from 0; skipped: number of documents before that piece that were empty or not text
@@ -54,7 +55,8 @@ import data
 import files
 from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
 from runtime import ArgumentParser, exit_now, free_memory, number, run_main
-from sources import estimate_tokens, hub_source, is_damage, local_source, pieces, with_retries
+from sources import (estimate_tokens, hub_hash, hub_shards, hub_source, is_damage, local_source, map_in_order, pieces,
+                     with_retries)
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
@@ -81,54 +83,62 @@ def encode(texts, begins=True):
     if joined.count(END_OF_TEXT) != len(texts) - (not begins):  # a text contains "<|endoftext|>", which is ordinary text there
         if len(texts) > 1:
             return np.concatenate([encode([text], begins or i > 0) for i, text in enumerate(texts)])
-        return np.concatenate([np.full(int(begins), EOT, dtype=np.uint16), data.encode(texts[0])])
+        return np.concatenate([np.full(int(begins), EOT, dtype=np.uint16), encode_joined(texts[0], frozenset())])
+    return encode_joined(joined, {END_OF_TEXT})
+
+
+def encode_joined(text, special):
+    """data.encode; unpaired surrogates, from JSON, are replaced, as tiktoken's encode_ordinary does."""
     try:
-        return data.encode(joined, {END_OF_TEXT})
-    except UnicodeError:  # an unpaired surrogate, from JSON: replaced, as tiktoken's encode_ordinary does
-        joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return data.encode(joined, {END_OF_TEXT})
+        return data.encode(text, special)
+    except UnicodeError:
+        return data.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), special)
 
 
-def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
+def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="documents"):
     """Yields (split, tokens, split of the next shard): the stream in shards of at most shard_size tokens.
 
     chunks: the stream as uint16 arrays of any length; EOT begins a document. The val split comes first. It ends at a
-    document boundary: the last one before val_tokens in the shard that reaches val_tokens, or else the next one after it.
+    document boundary: the last one in the shard that reaches val_tokens, of at most val_tokens, or else the next one after
+    it. With val="first-shard" it is the first shard_size tokens, which end within a document.
     split, val_total: split of the next token and number of tokens in the val split so far, to resume.
     Raises ValueError if no tokens are left for the train split.
     Example: chunks [[EOT 1 2 EOT 3 4 EOT 5]], 5, 5 -> val [EOT 1 2], train [EOT 3 4 EOT 5]
     """
     shard, n = np.empty(shard_size, dtype=np.uint16), 0  # the current shard and the number of tokens in it
     for chunk in chunks:
-        while len(chunk):
+        while len(chunk):  # the next token is known: whether a document, or the val split, ends before it
+            end, next_split = n if n == shard_size else None, split  # the shard's length, None while there is room in it
+            if split == "val" and val == "first-shard":
+                next_split = split if end is None else "train"
+            elif split == "val" and val_total >= val_tokens and chunk[0] == EOT:
+                end, next_split = n, "train"
+            elif split == "val" and val_total == val_tokens:
+                boundaries = np.flatnonzero(shard[:n] == EOT)
+                boundaries = boundaries[boundaries > n - val_total]  # not the start of the stream
+                end, next_split = (boundaries[-1], "train") if len(boundaries) else (end, split)
+            if end is not None:
+                if end > 0:
+                    yield split, shard[:end], next_split
+                rest, split = shard[end:n], next_split
+                shard, n = np.empty(shard_size, dtype=np.uint16), len(rest)
+                shard[:n] = rest
             part = chunk[:shard_size - n]  # the tokens to append to the shard
-            val_end = None                 # length of the shard without the tokens after the end of the val split
-            crossing = split == "val" and val_total < val_tokens <= val_total + len(part)
-            if crossing:
+            if split == "val" and val == "documents" and val_total < val_tokens:
                 part = part[:val_tokens - val_total]
-            elif split == "val" and val_total >= val_tokens and EOT in part:
+            elif split == "val" and val == "documents" and EOT in part:
                 part = part[:np.argmax(part == EOT)]
-                val_end = n + len(part)
             shard[n:n + len(part)] = part
             chunk, n = chunk[len(part):], n + len(part)
             val_total += len(part) if split == "val" else 0
-            if crossing:
-                boundaries = np.flatnonzero(shard[:n] == EOT)
-                boundaries = boundaries[boundaries > n - val_total]  # not the start of the stream
-                val_end = boundaries[-1] if len(boundaries) else None
-            if val_end is not None or n == shard_size:
-                end = n if val_end is None else val_end
-                rest, next_split = shard[end:n], split if val_end is None else "train"
-                if end > 0:
-                    yield split, shard[:end], next_split
-                shard, split, n = np.empty(shard_size, dtype=np.uint16), next_split, len(rest)
-                shard[:n] = rest
     if split == "val" and val_total == 0:
         raise ValueError("the source contains no text: all of its documents are empty or not text; check --text-column")
     if split == "val":
-        raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val split, which ends at a"
-                         f" document boundary. Delete the output folder and use a smaller --val-tokens (now {val_tokens:,})"
-                         " or more documents. To train on a single text, use train_gpt2.py --data FILE")
+        end, flag = (("ends at a document boundary", f"--val-tokens (now {val_tokens:,})") if val == "documents" else
+                     ("is the first shard", f"--shard-size (now {shard_size:,})"))
+        raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val split, which {end}. Delete"
+                         f" the output folder and use a smaller {flag} or more documents. To train on a single text, use"
+                         " train_gpt2.py --data FILE")
     if n > 0:
         yield split, shard[:n], split
 
@@ -136,29 +146,12 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0):
 # -----------------------------------------------------------------------------
 # the pipeline
 
-def map_in_order(function, items, workers, ahead):
-    """Yields function(item) for every item, in order, computed by threads; an exception in function is raised here.
-
-    At most `ahead` items are read in advance, so memory stays bounded.
-    """
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            try:
-                waiting.append(pool.submit(function, item))
-            except RuntimeError as e:  # "can't start new thread"
-                raise ValueError(f"{workers} threads cannot be started ({e}); use a smaller --workers") from e
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def tokenize(piece):
-    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged)."""
-    parts, skipped = [np.empty(0, dtype=np.uint16)], 0
+    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable; None, or the error if damaged).
+
+    The tokens of a damaged piece are those of the documents before the damage.
+    """
+    parts, skipped, error = [np.empty(0, dtype=np.uint16)], 0, None
     try:
         for texts in piece.read():
             kept = [text for text in texts if isinstance(text, str) and text]
@@ -174,8 +167,8 @@ def tokenize(piece):
     except Exception as e:
         if not is_damage(e):
             raise
-        return piece, parts[0], 0, e
-    return piece, np.concatenate(parts), skipped, None
+        error = e
+    return piece, np.concatenate(parts), skipped, error
 
 
 class TokenizedSource:
@@ -200,11 +193,11 @@ class TokenizedSource:
         todo = pieces(self.source, self.manifest["text_column"], bad, first["file"], first["number"])
         for piece, tokens, skipped, error in map_in_order(
                 lambda piece: self.source.retry(lambda: tokenize(piece)), todo, self.workers, self.workers + 4):
-            if error is not None and piece.file not in bad:
-                self.skip_file(piece.file, error)
-                bad.add(piece.file)
             if piece.file in bad:
                 continue
+            if error is not None:
+                self.skip_file(piece.file, error)
+                bad.add(piece.file)
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position, self.skipped = self.position + len(tokens), self.skipped + skipped
@@ -286,6 +279,7 @@ def open_manifest(out, settings):
     if manifest is None or not manifest["shards"]:
         return {"version": data.MANIFEST_VERSION, **settings, "shards": [], "bad_files": [], "complete": False,
                 "next": {"split": "val", "file": 0, "number": 0, "token": 0, "skipped": 0}}
+    manifest.setdefault("val", "documents")  # which earlier versions did not record
     was, now = ({**{key: m.get(key) for key in settings}, **m["source"]} for m in (manifest, settings))
     different = [f"{key} was {reprlib.repr(was.get(key))}, is {reprlib.repr(now.get(key))}" for key in {**was, **now}
                  if key != "source" and was.get(key) != now.get(key)]
@@ -353,6 +347,7 @@ def make_shards(source, settings, out, workers, locked=False):
     limit = settings["max_tokens"] or 1 << 62  # all of the source
     total = min(limit, estimate_tokens(source, settings["text_column"]))
     val_tokens = settings["val_tokens"] or max(1, min(settings["shard_size"], total // 10))
+    val_tokens = settings["shard_size"] if settings["val"] == "first-shard" else val_tokens
     manifest = open_manifest(out, {**settings, "val_tokens": val_tokens})
     os.makedirs(out, exist_ok=True)
     # a folder that was renamed keeps the names of its shards
@@ -378,7 +373,7 @@ def make_shards(source, settings, out, workers, locked=False):
     with ThreadPoolExecutor(1) as writer, bar:
         written = writer.submit(int)  # nothing yet
         for split, tokens, next_split in pack(stream.chunks(limit - done), manifest["shard_size"], val_tokens,
-                                              manifest["next"]["split"], done):
+                                              manifest["next"]["split"], done, settings["val"]):
             position += len(tokens)
             name, index = f"{prefix}_{split}_{index:06d}.{manifest['format']}", index + 1
             written.result()  # raises if the shard before could not be written
@@ -428,43 +423,44 @@ def verify(out):
 def download_prepared(repo, out, revision, max_tokens):
     """Downloads the .bin and .npy shards of a dataset on the Hub into folder out, and writes a manifest of them.
 
-    Shards in the manifest of an earlier run are downloaded again only if their size has changed. If max_tokens is not 0,
-    stops once the shards hold that many tokens.
+    Shards in the manifest of an earlier run are downloaded again only if their size or hash is not the Hub's. If max_tokens
+    is not 0, stops once the shards hold that many tokens and both splits have one.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     manifest = load_manifest(out) or {"version": data.MANIFEST_VERSION, "source": {"prepared": repo}, "shards": [],
                                       "bad_files": [], "next": {"skipped": 0}, "complete": False}
     source, listed = manifest["source"], {shard["file"]: shard for shard in manifest["shards"]}
     if source.get("prepared") != repo or source.setdefault("revision", revision) != revision:
         raise ValueError(f"{out} was created from {reprlib.repr(source)}, not {repo} at {revision}; choose another --out")
-    info = with_retries(lambda: HfApi().dataset_info(repo, revision=source.get("commit", revision), files_metadata=True), True)
-    source.setdefault("commit", info.sha)
-    found = {f.rfilename: f for f in info.siblings if re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename)}
-    if not found:
-        raise ValueError(f"{repo} has no shards (*_train_000001.bin, *_val_000000.bin or .npy); use --dataset for text")
+    commit, found = hub_shards(repo, revision, source.get("commit"))
+    source.setdefault("commit", commit)
+    if gone := sorted(listed.keys() - found.keys()):  # a manifest without the commit, of an earlier version
+        raise ValueError(f"{out} has shards that {repo} no longer has ({gone[0]}, ...); choose another --out")
     data.check_unlisted(out, manifest, found)
     total = 0
-    for name in tqdm(sorted(found, key=lambda name: (name.rsplit("_", 2)[1] != "val", name)), unit="shard", disable=None):
-        path = os.path.join(out, name)
-        size = os.path.getsize(path) if os.path.exists(path) else None
-        if name in listed and size == found[name].size:
-            total += listed[name]["tokens"]
+    for name, (size, digest, is_lfs) in tqdm(found.items(), unit="shard", disable=None):
+        path, split = os.path.join(out, name), name.rsplit("_", 2)[1]
+        exists = os.path.exists(path)
+        if not exists and name not in listed and max_tokens and total >= max_tokens and any(
+                shard["split"] == split for shard in listed.values()):
             continue
-        if name not in listed and max_tokens and total >= max_tokens:
-            continue
-        if size is not None and size != found[name].size:
-            if name not in listed:
-                raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
-            os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
-        if not os.path.exists(path):
+        same = exists and os.path.getsize(path) == size and digest == (
+            listed[name]["sha256"] if name in listed and is_lfs else hub_hash(path, is_lfs))
+        if exists and not same and name not in listed:
+            raise ValueError(f"{path} exists already and is not the shard of {repo}; move it to another folder")
+        if not same:
+            if exists:
+                os.remove(path)  # huggingface_hub accepts a file of any size if it wrote it less than a second ago
             with_retries(lambda name=name: hf_hub_download(repo, name, repo_type="dataset", revision=source["commit"],
                                                            local_dir=out))
-        listed[name] = shard_entry(out, name, name.rsplit("_", 2)[1], read_shard(path))
-        if found[name].lfs and found[name].lfs.sha256 != listed[name]["sha256"]:
-            raise ValueError(f"{path} has another sha256 than the shard of {repo}; delete it, then run the same command again")
+            if hub_hash(path, is_lfs) != digest:
+                raise ValueError(f"{path} was damaged by the download: its hash is not that of {repo}'s shard. Delete the file,"
+                                 " then run the same command again")
+        if not same or name not in listed:
+            listed[name] = shard_entry(out, name, split, read_shard(path))
+            save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": False})
+            print_progress(f"{name}: {listed[name]['tokens']:,} tokens")
         total += listed[name]["tokens"]
-        save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": False})
-        print_progress(f"{name}: {listed[name]['tokens']:,} tokens")
     save_manifest(out, {**manifest, "shards": list(listed.values()), "complete": True})
 
 
@@ -487,6 +483,9 @@ def parse_args(argv=None):
     add("--val-tokens", type=number(int, 1), metavar="N",
         help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
         " of the estimated total if that is less)")
+    add("--val", choices=("documents", "first-shard"), default="documents",
+        help="documents: the val split ends with a document (default); first-shard: it is the first --shard-size tokens, as in"
+        " the lecture, so that the shards of FineWeb-Edu are build-nanogpt's byte for byte")
     add("--workers", type=number(int, 0, 1024), default=0, metavar="N", help="tokenizer threads (default: one per core)")
     add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
     add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
@@ -498,6 +497,8 @@ def parse_args(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
     if args.input and args.prepared:
         raise ValueError("--input and --prepared exclude each other; use one of them")
+    if args.val == "first-shard" and args.val_tokens:
+        raise ValueError("--val first-shard takes the first --shard-size tokens; omit --val-tokens")
     if args.dataset == DATASET:
         args.name = args.name or NAME
         if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):
@@ -524,8 +525,8 @@ def main():
             same = all(was.get(key) == getattr(args, key) for key in ("dataset", "name", "split", "revision"))
             source = hub_source(args.dataset, args.name, args.split, args.revision, was.get("commit") if same else None)
         settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256}, "source": source.description,
-                    "shard_size": args.shard_size, "val_tokens": args.val_tokens, "max_tokens": args.max_tokens,
-                    "format": args.format, "text_column": args.text_column, "skip_bad_files": args.skip_bad_files}
+                    **{key: getattr(args, key) for key in ("shard_size", "val", "val_tokens", "max_tokens", "format",
+                                                           "text_column", "skip_bad_files")}}
         manifest = make_shards(source, settings, args.out, args.workers, locked)
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {tokens:,} tokens; python train_gpt2.py --data {args.out}")

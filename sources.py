@@ -14,6 +14,7 @@ network errors.
 """
 import codecs
 import functools
+import hashlib
 import io
 import json
 import operator
@@ -21,6 +22,8 @@ import os
 import re
 import socket
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -81,6 +84,9 @@ def read_footer(open_file, name, column):
     with open_file() as f:
         metadata = pq.ParquetFile(f).metadata
     schema = metadata.schema.to_arrow_schema()
+    if schema.names.count(column) > 1:
+        raise ValueError(f"{name} has {schema.names.count(column)} columns {column!r}; rename all but one, or choose another"
+                         " with --text-column")
     if column not in schema.names:
         raise ValueError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}: choose one with --text-column")
     kind = schema.field(column).type
@@ -96,7 +102,7 @@ def read_row_group(open_file, metadata, i, column):
         file = pq.ParquetFile(f, metadata=metadata, pre_buffer=False,
                               buffer_size=BLOCK_BYTES if text_bytes(metadata, column, i) > PIECE_BYTES else 0)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[i], columns=[column], use_threads=False):
-            yield batch.column(0).to_pylist()
+            yield batch.column(column).to_pylist()  # by name: columns=["a.b"] also reads the field b of a struct a
 
 
 def parquet_pieces(open_file, metadata, column):
@@ -110,25 +116,47 @@ def parquet_pieces(open_file, metadata, column):
 
 
 def json_texts(lines, name, first, column):
-    """[texts] of JSON lines, numbered from first. BadFile if a line is not an object; ValueError if line 1 lacks column."""
-    texts = []
+    """Yields the texts of JSON lines, numbered from first, in one list.
+
+    If a line is not an object, the list ends before it and BadFile is raised. ValueError if the file's first object lacks
+    the column.
+    """
+    texts, checked = [], first > 1
     for number, line in enumerate(lines, first):
+        if not line.strip():
+            texts.append(None)
+            continue
         try:
-            row = json.loads(line) if line.strip() else {column: None}
+            row = json.loads(line)
             texts.append(row.get(column))
         except (ValueError, AttributeError, RecursionError) as e:
+            yield texts
             raise BadFile(f"line {number} is not a JSON object ({e}); each line must be one") from e
-        if number == 1 and column not in row:
+        if not checked and column not in row:
             raise ValueError(f"{name} has no field {column!r}; it has {', '.join(row)}: choose one with --text-column")
-    return [texts]
+        checked = True
+    yield texts
 
 
 def jsonl_pieces(f, name, column):
-    """Yields (function that reads a piece, True) for every BLOCK_BYTES of whole lines."""
-    first = 1
-    while lines := f.readlines(BLOCK_BYTES):
-        yield functools.partial(json_texts, lines, name, first, column), True
-        first += len(lines)
+    """Yields (function that reads a piece, True) for every BLOCK_BYTES of whole lines, also before damage, which is raised."""
+    first, error = 1, None
+    while error is None:
+        lines, size = [], 0
+        try:
+            while size < BLOCK_BYTES and (line := f.readline()):  # readlines loses those that it has read before an error
+                lines.append(line)
+                size += len(line)
+        except Exception as e:
+            if not is_damage(e):
+                raise
+            error = e
+        if lines:
+            yield functools.partial(json_texts, lines, name, first, column), True
+            first += len(lines)
+        elif error is None:
+            return
+    raise error
 
 
 def txt_pieces(f):
@@ -161,7 +189,7 @@ def file_pieces(source, name, column):
     with open_file() as f:
         if suffix in CODECS:
             f, suffix = pa.CompressedInputStream(f, CODECS[suffix]), os.path.splitext(stem)[1]
-        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readlines(limit)
+        f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readline
         yield from txt_pieces(f) if suffix == ".txt" else jsonl_pieces(f, name, column)
 
 
@@ -188,15 +216,39 @@ def pieces(source, column, bad_files, file=0, number=0):
             yield Piece(i, last + 1, read_damaged)
 
 
+def map_in_order(function, items, workers, ahead):
+    """Yields function(item) for every item, in order, computed by threads; an exception in function is raised here.
+
+    At most `ahead` items are read in advance, so memory stays bounded.
+    """
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            try:
+                waiting.append(pool.submit(function, item))
+            except RuntimeError as e:  # "can't start new thread"
+                raise ValueError(f"{workers} threads cannot be started ({e}); use a smaller --workers") from e
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 # -----------------------------------------------------------------------------
 # sources
 
 def find_files(path):
-    """Paths of the files below a folder, sorted; symbolic links are followed. Raises OSError for an unreadable folder."""
+    """Paths of the files below a folder, sorted, without hidden ones; symbolic links are followed.
+
+    Raises OSError for an unreadable folder.
+    """
     def stop(error):
         raise error
     files, seen = [], set()
-    for folder, _, names in os.walk(path, onerror=stop, followlinks=True):
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]  # .git, .tokens, .ipynb_checkpoints
         if (place := os.path.realpath(folder)) in seen:
             raise ValueError(f"--input {folder} is a link to {place}, which is read already; remove the link")
         seen.add(place)
@@ -292,30 +344,62 @@ def hub_source(dataset, name, split, revision, commit=None):
     return Source(description, paths, [sizes[path] for path in paths], open_file, with_retries)
 
 
+def hub_shards(repo, revision, commit=None):
+    """(commit, {name: (size, hash, whether it is in Git LFS)}) of the .bin and .npy shards of a dataset on the Hub, val first.
+
+    hash: that of hub_hash. Shards in subfolders are not counted. Raises ValueError unless there are val and train shards.
+    """
+    from huggingface_hub import HfApi
+    info = with_retries(lambda: HfApi().dataset_info(repo, revision=commit or revision, files_metadata=True), first=True)
+    found = {"val": {}, "train": {}}
+    for f in sorted(info.siblings, key=lambda f: f.rfilename):
+        if match := re.fullmatch(r"[^/]*_(train|val)_\d+\.(npy|bin)", f.rfilename):
+            found[match[1]][f.rfilename] = f.size, f.lfs.sha256 if f.lfs else f.blob_id, bool(f.lfs)
+    for split, shards in found.items():
+        if not shards:
+            raise ValueError(f"{repo} has no {split} shards (*_{split}_000001.bin or .npy, not in a subfolder); training needs"
+                             " train and val shards. Use --dataset for text")
+    return info.sha, found["val"] | found["train"]
+
+
+def hub_hash(path, is_lfs):
+    """The hash of a local file by which the Hub identifies it: sha256 in Git LFS, else that of a git blob."""
+    with open(path, "rb") as f:
+        if is_lfs:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        contents = f.read()  # a few MB at most
+    return hashlib.sha1(b"blob %d\0" % len(contents) + contents).hexdigest()
+
+
 def estimate_tokens(source, column):
-    """Estimated number of tokens in a source, from its first file; a low estimate."""
-    name, tokens_per_byte = source.names[0], TOKENS_PER_BYTE
-    if name.endswith(".parquet"):
-        try:
-            tokens = source.retry(functools.partial(estimate_parquet, functools.partial(source.open, name), name, column))
-        except Exception as e:
-            if not is_damage(e):
-                raise
-            return 0  # fineweb.make_shards reports the damage
-        tokens_per_byte = tokens / source.sizes[0]
-    elif name.endswith(tuple(CODECS)):
-        tokens_per_byte *= 2  # text compresses to half its size or less
-    return int(tokens_per_byte * sum(source.sizes))
+    """Estimated number of tokens in a source, from its first files with about a megabyte of text; a low estimate."""
+    tokens = size = 0
+    for name, file_size in zip(source.names, source.sizes):
+        if name.endswith(".parquet"):
+            try:
+                tokens += source.retry(functools.partial(estimate_parquet, functools.partial(source.open, name), name, column))
+            except Exception as e:
+                if not is_damage(e):
+                    raise
+                continue  # fineweb.make_shards reports the damage
+        else:  # text compresses to half its size or less
+            tokens += TOKENS_PER_BYTE * file_size * (2 if name.endswith(tuple(CODECS)) else 1)
+        size += file_size
+        if tokens > TOKENS_PER_BYTE * BLOCK_BYTES:
+            break
+    return int(tokens / max(1, size) * sum(source.sizes))
 
 
 def estimate_parquet(open_file, name, column):
     """Estimated number of tokens in a parquet file, from FineWeb's column token_count (GPT-2's tokens) if it has one."""
     metadata, tokens_per_byte = read_footer(open_file, name, column), TOKENS_PER_BYTE
     sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
-    if sizes and "token_count" in metadata.schema.to_arrow_schema().names:
+    schema = metadata.schema.to_arrow_schema()
+    i = schema.get_field_index("token_count")  # -1 also if two columns have this name
+    if sizes and i >= 0 and pa.types.is_integer(schema.field(i).type):
         with open_file() as f:
             counts = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])["token_count"].to_pylist()
-        # null, another type or an absurd number (a token has at least one byte): not FineWeb's
-        total = sum(count for count in counts if isinstance(count, int))
+        total = sum(filter(None, counts))
+        # nulls or an absurd number (a token has at least one byte): not FineWeb's
         tokens_per_byte = total / sizes[0] if 0 < total <= sizes[0] else tokens_per_byte
     return tokens_per_byte * sum(sizes)

@@ -5,6 +5,8 @@
 #   ./test.sh --all             all tests
 #   ./test.sh tests/test_data.py -k permute     other arguments go to pytest
 #   ENV=active ./test.sh        in the active environment; nothing is installed
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh, which is dash on Debian
+[ ! -L "$0" ] || exec bash "$(readlink -f "$0")" "$@"  # a symbolic link to this file
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements-dev.txt

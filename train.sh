@@ -7,6 +7,8 @@
 #   ENV=active ./train.sh                    in the active environment (conda, a container); nothing is installed
 #
 # edu_fineweb10B/, log/ and relative paths are those of the folder from which it is called; .venv is beside this file.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh, which is dash on Debian
+[ ! -L "$0" ] || exec bash "$(readlink -f "$0")" "$@"  # a symbolic link to this file
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements.txt

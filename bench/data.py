@@ -29,8 +29,8 @@ def time_fineweb(paths, out, workers):
     """(seconds, tokens) of fineweb.py from parquet files to shards in folder out."""
     def run():
         source = fineweb.local_source(paths)
-        settings = {"source": source.description, "shard_size": SHARD_SIZE, "val_tokens": SHARD_SIZE, "max_tokens": 0,
-                    "format": "npy", "text_column": "text", "skip_bad_files": False}
+        settings = {"source": source.description, "shard_size": SHARD_SIZE, "val": "documents", "val_tokens": SHARD_SIZE,
+                    "max_tokens": 0, "format": "npy", "text_column": "text", "skip_bad_files": False}
         manifest = fineweb.make_shards(source, settings, os.path.join(out, "shards"), workers)
         return sum(shard["tokens"] for shard in manifest["shards"])
     return timed(run)

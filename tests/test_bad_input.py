@@ -176,6 +176,14 @@ def parquet(name, values, kind=None):
     return prepare
 
 
+def duplicate_columns(folder):
+    """Writes a.parquet with two columns, both named text."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+
+
 def manifest(**changes):
     """Changes fields of shards/manifest.json; a function gets the old value."""
     def change(old):
@@ -466,6 +474,8 @@ FINEWEB = [
     ([*IN, "--max-tokens", "nan"], "--max-tokens nan: must be an integer"),
     ([*IN, "--max-tokens", str(2**70)], "must be an integer"),
     ([*IN, "--val-tokens", "0"], "--val-tokens 0: must be an integer, 1 or more"),
+    ([*IN, "--val", "shard"], "--val invalid choice: 'shard'"),
+    ([*IN, "--val", "first-shard", "--val-tokens", "5"], "--val first-shard takes the first --shard-size tokens; omit"),
     ([*IN, "--format", "parquet"], "invalid choice: 'parquet'"),
     ([*IN, "--text_colum", "body"], "unknown flag --text-colum: did you mean --text-column?"),
     ([*IN, "--prepared", "a/b"], "--input and --prepared exclude each other"),
@@ -543,6 +553,7 @@ FINEWEB = [
         (JSON + '{"text": "cut', "line 2 is not a JSON object"), (JSON + "[" * 100_000, "line 2 is not a JSON object"),
         (JSON + '{"text":' * 100_000, "recursion"), ('[\n  {"text": "a"}\n]\n', "each line must be one"),
         ("plain text\n", "line 1 is not a JSON object"), ('{"body": "a"}\n', "has no field 'text'; it has body"),
+        ('\n \n{"body": "a"}\n', "has no field 'text'; it has body"),
         ('{"text": null}\n{"text": ["a"]}\n{"text": {"text": "a"}}\n\n', "the source contains no text"),
         (JSON + b"\0".decode() * 5000, "line 2 is not"), (JSON + "1" * 5000, "line 2 is not a JSON object (Exceeds")]),
     (["--input", "a.jsonl", *NEW, "--text-column", "body"], "has no field 'body'; it has text", write("a.jsonl", JSON)),
@@ -557,6 +568,7 @@ FINEWEB = [
     (["--input", "a.parquet", *NEW], "column 'text' of a.parquet holds struct<", parquet("a.parquet", [{"text": "a"}])),
     (["--input", "a.parquet", *NEW], "column 'text' of a.parquet holds int64", parquet("a.parquet", [1, 2])),
     (["--input", "a.parquet", *NEW, "--text-column", "body"], "no column 'body'; it has text", parquet("a.parquet", ["a"])),
+    (["--input", "a.parquet", *NEW], "a.parquet has 2 columns 'text'; rename all but one", duplicate_columns),
     (["--input", "a.parquet", *NEW], "the source contains no text", parquet("a.parquet", [None, ""], "string")),
     (["--input", "a.parquet", *NEW], "the source contains no text", parquet("a.parquet", [], "string")),
 ]

@@ -7,6 +7,7 @@ fineweb.py and sources.py: packing, tokenization, input formats, resume, damaged
 Needs no network: texts are created in tmp_path, and the Hub is an HTTP server in this file on 127.0.0.1. The results
 are compared with tiktoken, one document at a time, and with a naive packing of Python lists.
 """
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -99,10 +101,10 @@ def naive_pack(stream, shard_size, val_tokens):
     """[(split, tokens), ...] as pack's docstring defines them, computed on a list; None if train would be empty."""
     boundaries = [i for i, t in enumerate(stream) if t == EOT]
     end = None
-    if len(stream) >= val_tokens:
+    if len(stream) > val_tokens:
         first = (val_tokens - 1) // shard_size * shard_size  # the shard in which val_tokens is reached
-        inside = [b for b in boundaries if first <= b < val_tokens and b > 0]
-        after = [b for b in boundaries if b >= val_tokens]
+        inside = [b for b in boundaries if first <= b <= val_tokens and b > 0]
+        after = [b for b in boundaries if b > val_tokens]
         end = inside[-1] if inside else after[0] if after else None
     if end is None:
         return None
@@ -143,12 +145,107 @@ def test_pack_matches_its_docstring_example():
     assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
 
 
+def test_a_document_that_ends_at_val_tokens_is_in_the_val_split():
+    """It went to train, whether or not the val split ends with a shard there."""
+    chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
+    for shard_size in (3, 6, 8):
+        val = [tokens for split, tokens, _ in fineweb.pack([chunk[:6], chunk[6:]], shard_size, 6) if split == "val"]
+        assert np.concatenate(val).tolist() == chunk[:6].tolist()
+
+
+# -----------------------------------------------------------------------------
+# --val first-shard
+
+def lecture_shards(documents, shard_size):
+    """[(split, tokens), ...]: the loop of build-nanogpt's fineweb.py.
+
+    There, a document longer than the rest of its shard and the next one is an error of NumPy's; here its middle is a shard.
+    """
+    shards, all_tokens, token_count = [], np.empty(shard_size, dtype=np.uint16), 0
+
+    def write():
+        shards.append(("val" if not shards else "train", all_tokens[:token_count].copy()))
+    for tokens in documents:
+        while token_count + len(tokens) >= shard_size:
+            remainder = shard_size - token_count
+            all_tokens[token_count:] = tokens[:remainder]
+            token_count = shard_size
+            write()
+            tokens, token_count = tokens[remainder:], 0
+        all_tokens[token_count:token_count + len(tokens)] = tokens
+        token_count += len(tokens)
+    if token_count:
+        write()
+    return shards
+
+
+FIRST_SHARD = ("--val", "first-shard", "--shard-size")
+
+
+@pytest.mark.parametrize("texts, shard_size", [
+    (make_texts(30, seed=11), 1000), (make_texts(30, seed=11), 197),  # documents of several shards
+    (["x y z"] * 5, 4), (["x y z"] * 15, 16), (["x y z"] * 15, 18), (["x y z"] * 15, 59)])
+def test_first_shard_gives_the_files_of_the_lecture(tmp_path, monkeypatch, texts, shard_size):
+    write_parquet(tmp_path / "a.parquet", texts, rows=7)
+    documents = [np.array(true_tokens([text]), dtype=np.uint16) for text in texts]
+    expected = lecture_shards(documents, shard_size)
+    os.makedirs(tmp_path / "lecture")
+    for i, (split, tokens) in enumerate(expected):
+        np.save(tmp_path / "lecture" / f"edufineweb_{split}_{i:06d}", tokens)
+    for workers in (1, 3):
+        out = tmp_path / str(workers) / "edufineweb"  # the default dataset's shards have this name in any folder
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", out, *FIRST_SHARD, shard_size, "--workers", workers)
+        made = contents(out)
+        assert json.loads(made.pop("manifest.json"))["val"] == "first-shard"
+        assert made == contents(tmp_path / "lecture") and len(made) > 1
+        run(monkeypatch, "--verify", out)
+
+
+def test_a_first_shard_run_that_is_interrupted_after_each_shard_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
+    flags = ("--input", corpus[0], *FIRST_SHARD, 2500, "--out")
+    run(monkeypatch, *flags, tmp_path / "whole" / "o")
+    whole = contents(tmp_path / "whole" / "o")
+    for _ in whole.keys() - {"manifest.json"}:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            with contextlib.suppress(OSError):
+                run(patch, *flags, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole and len(whole) > 4
+    with pytest.raises(ValueError, match="val was 'first-shard', is 'documents'"):
+        run(monkeypatch, "--input", corpus[0], "--shard-size", 2500, "--out", tmp_path / "o")
+
+
+def test_a_manifest_without_val_is_of_a_run_with_documents(corpus, tmp_path, monkeypatch):
+    """Earlier versions did not record it."""
+    flags = ("--input", corpus[0], "--shard-size", 1000, "--val-tokens", 1000, "--out", tmp_path / "o")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 2)
+        run(patch, *flags)
+    manifest = data.load_manifest(tmp_path / "o")
+    del manifest["val"]
+    fineweb.save_manifest(tmp_path / "o", manifest)
+    with pytest.raises(ValueError, match="val was 'documents', is 'first-shard'"):
+        run(monkeypatch, "--input", corpus[0], *FIRST_SHARD, 1000, "--out", tmp_path / "o")
+    run(monkeypatch, *flags)
+    assert sum(read_stream(tmp_path / "o"), []) == true_tokens(corpus[1])
+
+
+def test_first_shard_of_a_source_of_one_shard_is_an_error(tmp_path, monkeypatch):
+    """The lecture then writes a val shard alone, which nothing can be trained on."""
+    write_parquet(tmp_path / "a.parquet", ["x y z"] * 10)
+    for shard_size in (40, 41):
+        with pytest.raises(ValueError, match="all 40 are in the val split, which is the first shard.*smaller --shard-size"):
+            run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "o", *FIRST_SHARD, shard_size)
+    assert not (tmp_path / "o").exists()
+
+
 # -----------------------------------------------------------------------------
 # tokens
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(min_size=1) | st.sampled_from([" <|endoftext|> ", "<|endoftext|", "|>", "a \n", " b", "\ud800"]),
                 min_size=1, max_size=6))
+@example(["\ud800 and <|endoftext|>", "b"])  # was skipped as not encodable
 def test_encoding_documents_together_equals_tiktoken_one_by_one(texts):
     assert fineweb.encode(texts).tolist() == true_tokens(texts)
 
@@ -223,12 +320,12 @@ def test_a_large_row_group_is_split_into_pieces(corpus, tmp_path, monkeypatch):
 
 
 def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypatch):
-    good = ["says <|endoftext|> in a text", "long " * 3000, "b" * 50]
+    good = ["says <|endoftext|> in a \ud800 text", "long " * 3000, "b" * 50]
     with open(tmp_path / "a.jsonl", "w") as f:
         for value in [good[0], None, "", 7, good[1], ["x"], good[2]]:
             f.write(json.dumps({"text": value}) + "\n")
         f.write('{"other": 1}\n\n')
-    write_parquet(tmp_path / "b.parquet", [None, "", *good, " " * 1_000_000])
+    write_parquet(tmp_path / "b.parquet", [None, "", *(text.replace("\ud800", "\ufffd") for text in good), " " * 1_000_000])
     run(monkeypatch, "--input", tmp_path / "a.jsonl", tmp_path / "b.parquet", "--out", tmp_path / "out", "--shard-size", 500,
         "--val-tokens", 100)
     manifest = fineweb.load_manifest(tmp_path / "out")
@@ -283,12 +380,14 @@ def test_an_unreadable_folder_or_file_is_an_error_before_the_work(tmp_path, monk
         sources.local_source([str(tmp_path)])
 
 
-def test_links_to_folders_are_followed_and_manifests_are_not_text(tmp_path):
+def test_links_to_folders_are_followed_and_manifests_and_hidden_folders_are_not_text(tmp_path):
     """Linked folders were skipped; the manifest in --out, if that is below --input, made the second run another source."""
     os.makedirs(tmp_path / "elsewhere" / "sub")
     os.makedirs(tmp_path / "in" / "out")
     (tmp_path / "elsewhere" / "sub" / "x.txt").write_text("text")
     (tmp_path / "in" / "out" / "manifest.json").write_text("{}")
+    os.makedirs(tmp_path / "in" / ".tokens")
+    (tmp_path / "in" / ".tokens" / "y.txt").write_text("hidden")
     os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "link.txt")
     assert sources.local_source([str(tmp_path / "in")]).description == {"files": [["link.txt/sub/x.txt", 4]]}
 
@@ -310,10 +409,46 @@ def test_an_unusable_token_count_is_ignored(tmp_path, counts):
     assert 0 < sources.estimate_tokens(source, "text") <= sum(source.sizes)
 
 
+@pytest.mark.parametrize("first", ["damaged", "no rows", "empty texts"])
+def test_a_first_file_without_text_does_not_make_the_estimate_zero(tmp_path, monkeypatch, first):
+    """The estimate was 0 tokens: the val split was one document, and the check for disk space passed."""
+    texts = make_texts(200, seed=12)
+    write_parquet(tmp_path / "a.parquet", ["", None] if first == "empty texts" else [])
+    write_parquet(tmp_path / "b.parquet", texts)
+    if first == "damaged":
+        (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    flags = ("--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--out", tmp_path / "out", "--skip-bad-files")
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        with pytest.raises(ValueError, match="0.00 GB of free disk space"):
+            run(patch, *flags)
+    run(monkeypatch, *flags)
+    val, train = read_stream(tmp_path / "out")
+    assert val + train == true_tokens(texts) and len(val) > 0.04 * len(train)
+
+
+def test_a_token_count_that_arrow_cannot_convert_is_ignored(tmp_path):
+    """Two columns were a KeyError, and a date outside of Python's range an OverflowError."""
+    text = pa.array(["a text of 21 characters"] * 9)
+    for columns in ([pa.array(range(9)), pa.array(range(9))], [pa.array([10**18] * 9, pa.timestamp("us"))]):
+        names = ["text"] + ["token_count"] * len(columns)
+        pq.write_table(pa.Table.from_arrays([text, *columns], names), tmp_path / "a.parquet")
+        assert sources.estimate_tokens(sources.local_source([str(tmp_path / "a.parquet")]), "text") > 0
+
+
+def test_a_column_with_a_dot_is_not_taken_for_a_field_of_a_struct(tmp_path, monkeypatch):
+    """The struct's values were read instead: no tokens."""
+    texts = make_texts(30)
+    table = pa.table({"a": pa.array([{"b": 1}] * 30), "a.b": pa.array(texts)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    run(monkeypatch, "--input", tmp_path / "a.parquet", "--text-column", "a.b", "--out", tmp_path / "out", *FLAGS)
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts)
+
+
 def test_workers_that_cannot_be_started_are_one_error(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
     with pytest.raises(ValueError, match="100 threads cannot be started .can't start new thread.; use a smaller --workers"):
-        list(fineweb.map_in_order(str, range(3), 100, 200))
+        list(sources.map_in_order(str, range(3), 100, 200))
 
 
 def test_progress_is_printed_without_a_terminal(corpus, tmp_path, monkeypatch, capsys):
@@ -367,6 +502,56 @@ def test_documents_before_the_damage_are_kept_and_later_ones_skipped(tmp_path, m
     run(monkeypatch, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--out", tmp_path / "out", *FLAGS,
         "--skip-bad-files")
     assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
+
+
+def test_the_documents_before_a_bad_line_of_the_same_piece_are_kept(tmp_path, monkeypatch):
+    """They were dropped. 200,000 brackets are a RecursionError."""
+    texts = make_texts(30, seed=13)
+    lines = [json.dumps({"text": text}) for text in texts]
+    bad = [*lines[:20], "[" * 200_000, *lines[20:]]
+    (tmp_path / "a.jsonl").write_text("\n".join(bad))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    flags = ("--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--skip-bad-files", *FLAGS, "--out")
+    run(monkeypatch, *flags, tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:20] + texts)
+    # a run that is resumed within the damaged piece
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        interrupt_after(patch, 1)
+        run(patch, *flags, tmp_path / "again" / "out")
+    assert data.load_manifest(tmp_path / "again" / "out")["next"]["file"] == 0
+    run(monkeypatch, *flags, tmp_path / "again" / "out", "--workers", 1)
+    assert contents(tmp_path / "again" / "out") == contents(tmp_path / "out")
+
+
+def test_the_lines_before_the_end_of_a_truncated_archive_are_kept(tmp_path, monkeypatch):
+    """Up to a megabyte of them was dropped."""
+    texts = make_texts(60, seed=15)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    archive = gzip.compress(lines)[:-2000]
+    kept = zlib.decompressobj(wbits=31).decompress(archive).count(b"\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(archive)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    run(monkeypatch, "--input", tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl", "--skip-bad-files", *FLAGS, "--out",
+        tmp_path / "out")
+    assert sum(read_stream(tmp_path / "out"), []) == true_tokens(texts[:kept] + texts) and 20 < kept < 60
+
+
+def test_the_documents_before_the_damage_in_a_row_group_are_kept(tmp_path, monkeypatch):
+    rng = random.Random(14)
+    texts = [f"{i} " + rng.randbytes(200).hex() for i in range(64)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, data_page_size=4000, compression="snappy")
+    write_parquet(tmp_path / "b.parquet", texts)
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = raw.index(b"40 ")  # a page after that of the first list of documents
+    raw[start - 60:start] = bytes(60)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    run(monkeypatch, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--skip-bad-files", *FLAGS, "--out",
+        tmp_path / "out")
+    stream, whole = sum(read_stream(tmp_path / "out"), []), true_tokens(texts)
+    kept = stream.count(EOT) - len(texts)
+    assert 16 <= kept < len(texts) and kept % 16 == 0
+    assert stream == true_tokens(texts[:kept]) + whole
 
 
 def test_a_folder_of_other_settings_is_not_resumed_and_the_difference_is_printed(corpus, tmp_path, monkeypatch):
@@ -603,9 +788,10 @@ def test_a_run_that_reaches_max_tokens_does_not_wait_for_its_threads(endless, tm
 
 
 @pytest.mark.slow
-def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_rewritten(tmp_path, monkeypatch):
+@pytest.mark.parametrize("val", [["--val-tokens", 6000], ["--val", "first-shard"]])
+def test_after_twenty_sigkills_the_output_is_bitwise_identical_and_no_shard_was_rewritten(tmp_path, monkeypatch, val):
     write_parquet(tmp_path / "a.parquet", make_texts(6000, seed=6), rows=50)
-    flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, "--val-tokens", 6000, "--out"]
+    flags = ["--input", tmp_path / "a.parquet", "--shard-size", 4000, *val, "--out"]
     os.makedirs(tmp_path / "w")
     start = time.time()
     run(monkeypatch, *flags, tmp_path / "w" / "out")
@@ -673,7 +859,7 @@ def test_map_in_order_keeps_the_order_and_reads_a_bounded_number_of_items_ahead(
     def work(i):
         time.sleep(delays[i])
         return i * i
-    for n, result in enumerate(fineweb.map_in_order(work, items(), 4, 7)):
+    for n, result in enumerate(sources.map_in_order(work, items(), 4, 7)):
         assert result == n * n and len(read) <= n + 8
 
 
@@ -705,6 +891,11 @@ configs:
   data_files: [{split: train, path: sample/10BT/*}]
 ---
 """
+
+
+def git_hash(body):
+    """As `git hash-object`: the Hub's identifier of a file that is not in Git LFS."""
+    return hashlib.sha1(f"blob {len(body)}\0".encode() + body).hexdigest()
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
@@ -763,7 +954,7 @@ class FakeHubHandler(http.server.BaseHTTPRequestHandler):
                 entries = [e for e in entries if os.path.dirname(e["path"]) == folder]
             return self.answer(json.dumps(entries).encode()) if entries else self.answer(b"", 404, X_Error_Code="EntryNotFound")
         if path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name, "size": len(body)} for name, body in hub.files.items()]
+            siblings = [{"rfilename": name, "size": len(body), "blobId": git_hash(body)} for name, body in hub.files.items()]
             return self.answer(json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": siblings, "tags": [],
                                            "private": False, "downloads": 0, "likes": 0}).encode())
         if not path.startswith(resolve):
@@ -929,7 +1120,7 @@ class FakeInfo:
     sha = COMMIT
 
     def __init__(self, files, monkeypatch):
-        self.files, self.asked, self.downloaded = files, [], []
+        self.files, self.lfs, self.asked, self.downloaded = files, True, [], []
         monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
 
@@ -939,7 +1130,8 @@ class FakeInfo:
 
     @property
     def siblings(self):
-        return [SimpleNamespace(rfilename=name, size=len(body), lfs=SimpleNamespace(sha256=hashlib.sha256(body).hexdigest()))
+        return [SimpleNamespace(rfilename=name, size=len(body), blob_id=git_hash(body),
+                                lfs=SimpleNamespace(sha256=hashlib.sha256(body).hexdigest()) if self.lfs else None)
                 for name, body in self.files.items()]
 
     def download(self, repo, name, repo_type, revision, local_dir):
@@ -948,8 +1140,8 @@ class FakeInfo:
             f.write(self.files[name])
 
 
-def shard_bytes(tmp_path, n):
-    data.write_shard(str(tmp_path / "x.bin"), np.array([EOT, *range(n)], dtype=np.uint16))
+def shard_bytes(tmp_path, n, first=EOT):
+    data.write_shard(str(tmp_path / "x.bin"), np.array([first, *range(n)], dtype=np.uint16))
     return (tmp_path / "x.bin").read_bytes()
 
 
@@ -971,10 +1163,9 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
         (tmp_path / "out" / name).write_text("mine")
         refused(message)
         os.remove(tmp_path / "out" / name)
-    (tmp_path / "out" / names[0]).write_bytes(shard_bytes(tmp_path, 499) + b"\0\0")  # of the right size
-    refused("fw_val_000000.bin should hold")
-    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]][:-2] + b"\0\0")
-    refused("fw_val_000000.bin has another sha256 than the shard of a/b")
+    (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]][:-2] + b"\0\0")  # of the right size
+    for hub.lfs in (False, True):
+        refused("fw_val_000000.bin exists already and is not the shard of a/b")
     (tmp_path / "out" / names[0]).write_bytes(hub.files[names[0]])  # left by a killed process
     run(monkeypatch, *flags, "--max-tokens", 502)
     assert hub.downloaded == ["fw_train_000001.bin"] and hub.asked[-1] == "main"
@@ -988,6 +1179,81 @@ def test_a_download_overwrites_no_file_that_it_did_not_write(tmp_path, monkeypat
     run(monkeypatch, *flags)
     run(monkeypatch, "--verify", tmp_path / "out")
     assert hub.downloaded == ["fw_train_000001.bin", "fw_train_000002.bin", "fw_train_000001.bin"]
+
+
+def test_a_download_into_a_folder_of_tokenized_text_is_refused(corpus, tmp_path, monkeypatch):
+    flags = ("--input", corpus[0], "--out", tmp_path / "fw", *FLAGS, "--format", "bin")
+    run(monkeypatch, *flags)
+    before = contents(tmp_path / "fw")
+    hub = FakeInfo({name: body for name, body in before.items() if name.endswith(".bin")}, monkeypatch)
+    with pytest.raises(ValueError, match="fw was created from {'files': .*not a/b at main; choose another --out"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "fw")
+    assert contents(tmp_path / "fw") == before and hub.asked == []
+
+
+@pytest.mark.parametrize("lfs", [True, False])
+def test_listed_shards_of_another_revision_are_downloaded_again(tmp_path, monkeypatch, lfs):
+    """Manifests of earlier versions lack the commit. Files of equal size were kept, with the new commit in the manifest."""
+    names = ("fw_val_000000.bin", "fw_train_000001.bin")
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    hub.lfs, flags = lfs, ("--prepared", "a/b", "--out", tmp_path / "out")
+    run(monkeypatch, *flags)
+    manifest = data.load_manifest(tmp_path / "out")
+    del manifest["source"]["commit"]
+    fineweb.save_manifest(tmp_path / "out", manifest)
+    hub.files[names[1]] = shard_bytes(tmp_path, 500, first=7)
+    run(monkeypatch, *flags)
+    assert hub.downloaded == [*names, names[1]] and (tmp_path / "out" / names[1]).read_bytes() == hub.files[names[1]]
+    run(monkeypatch, "--verify", tmp_path / "out")
+    del manifest["source"]["revision"], hub.files[names[1]]
+    fineweb.save_manifest(tmp_path / "out", manifest)
+    hub.files["fw_train_000002.bin"] = shard_bytes(tmp_path, 500)
+    with pytest.raises(ValueError, match="shards that a/b no longer has .fw_train_000001.bin, "):
+        run(monkeypatch, *flags)
+
+
+def test_a_damaged_download_is_an_error(tmp_path, monkeypatch):
+    hub = FakeInfo({f"fw_{name}.bin": shard_bytes(tmp_path, 500) for name in ("val_000000", "train_000001")}, monkeypatch)
+    download = hub.download
+
+    def damaged(repo, name, repo_type, revision, local_dir):
+        download(repo, name, repo_type, revision, local_dir)
+        (tmp_path / "out" / name).write_bytes(shard_bytes(tmp_path, 500, first=7))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", damaged)
+    with pytest.raises(ValueError, match="fw_val_000000.bin was damaged by the download: .* Delete the file"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names, missing", [
+    (["data/fw_val_000000.bin", "data/fw_train_000001.bin"], "val"), (["fw_val_000000.bin", "a/fw_train_000001.bin"], "train"),
+    (["fw_train_000001.bin"], "val"), ([], "val")])
+def test_a_dataset_without_both_splits_is_an_error_before_the_download(tmp_path, monkeypatch, names, missing):
+    """The folder was complete and could not be trained on."""
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    with pytest.raises(ValueError, match=f"a/b has no {missing} shards .*not in a subfolder"):
+        run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    assert hub.downloaded == [] and not (tmp_path / "out").exists()
+
+
+def test_fewer_max_tokens_than_the_val_split_has_download_one_train_shard(tmp_path, monkeypatch):
+    """Without it the folder was complete and could not be trained on; nor could one with a shard that the manifest lacks."""
+    names = ["fw_val_000000.bin", *(f"fw_train_{i:06d}.bin" for i in (1, 2, 3))]
+    hub = FakeInfo({name: shard_bytes(tmp_path, 500) for name in names}, monkeypatch)
+    flags = ("--prepared", "a/b", "--out", tmp_path / "out", "--max-tokens", 5)
+    run(monkeypatch, *flags)
+    assert hub.downloaded == names[:2] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 1
+    (tmp_path / "out" / names[2]).write_bytes(hub.files[names[2]])  # of a run without --max-tokens that was killed
+    run(monkeypatch, *flags)
+    assert hub.downloaded == names[:2] and len(data.prepare_data(str(tmp_path / "out"))[0]) == 2
+
+
+def test_shards_without_an_end_of_text_token_are_downloaded_and_verified(tmp_path, monkeypatch, capsys):
+    """--verify ended with "zero-size array to reduction operation"."""
+    names = ("fw_val_000000.bin", "fw_train_000001.bin")
+    FakeInfo({name: shard_bytes(tmp_path, 500, first=7) for name in names}, monkeypatch)
+    run(monkeypatch, "--prepared", "a/b", "--out", tmp_path / "out")
+    run(monkeypatch, "--verify", tmp_path / "out")
+    assert "train: 0 documents, 501 tokens" in capsys.readouterr().out
 
 
 def test_an_interrupted_download_is_incomplete_in_the_manifest(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NO_NETWORK = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "",
               "PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": ""}
+VERSION = "Python {}.{}".format(*sys.version_info)
 SCRIPTS = ("train.sh", "test.sh", "setup_venv.sh", "requirements.txt", "requirements-dev.txt", "constraints.txt")
 
 
@@ -37,14 +38,17 @@ def clone(tmp_path):
         shutil.copy(os.path.join(ROOT, name), clone)
     (clone / "train_gpt2.py").write_text("import sys, os\nprint('trains', sys.argv[1:], os.getcwd())\n")
     write_python(clone / ".venv" / "bin" / "python")
+    (clone / ".venv" / "bin" / "activate").touch()
     text = (clone / "requirements.txt").read_text() * 2 + (clone / "constraints.txt").read_text()
-    (clone / ".venv" / "installed-requirements.txt").write_text(text)
+    (clone / ".venv" / "installed-requirements.txt").write_text(f"{text}{VERSION}\n")
+    os.mkdir(clone / "stubs")  # in place of PyTorch, which takes a second to import
+    (clone / "stubs" / "torch.py").write_text("class cuda: device_count = staticmethod(lambda: 0)\n")
     return clone
 
 
 def run(clone, *arguments, cwd="/", **env):
     return subprocess.run([str(clone / "train.sh"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
-                          env={**NO_NETWORK, **env})
+                          env={**NO_NETWORK, "PYTHONPATH": str(clone / "stubs"), **env})
 
 
 def test_a_second_call_needs_no_network_and_forwards_its_arguments(clone, tmp_path):
@@ -64,6 +68,121 @@ def test_changed_requirements_are_installed_again(clone, changed):
         process = run(clone)
         assert "installing requirements.txt" in process.stdout and "tiktoken" in process.stderr
         assert process.returncode != 0 and "trains" not in process.stdout
+
+
+# a Python for which `-m venv` writes what the real one writes, in this order, and `-m pip` succeeds
+BASE = f"""
+case "$*" in
+  "-m venv --clear "*)
+    rm -rf "$4"; mkdir -p "$4/bin"; : > "$4/pyvenv.cfg"; cp "$0" "$4/bin/python"
+    if [ -n "$INTERRUPTED" ]; then exit 1; fi
+    : > "$4/bin/activate" ;;
+  "-m pip --version") if [ -n "$NO_PIP" ]; then exit 1; fi ;;
+  "-m ensurepip") if [ "$NO_PIP" = 2 ]; then exit 1; fi; echo ensurepip >> "$LOG" ;;
+  "-m pip"*) echo pip >> "$LOG" ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac"""
+
+
+def vanished(venv):
+    os.remove(venv / "bin" / "python")
+    os.symlink("/nowhere/python3.11", venv / "bin" / "python")
+
+
+def changed(venv):
+    """.venv/bin/python is a link to the base Python, which is now another version than that of the packages in lib."""
+    vanished(venv)
+    os.remove(venv / "bin" / "python")
+    os.symlink(os.path.realpath(sys.executable), venv / "bin" / "python")
+    (venv / "pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\nversion = 3.10.1\n")
+    os.makedirs(venv / "lib" / "python3.10" / "site-packages")
+
+
+def interrupted(venv):
+    os.remove(venv / "bin" / "activate")
+    (venv / "pyvenv.cfg").touch()
+    for stamp in venv.glob("installed-*"):
+        os.remove(stamp)
+
+
+@pytest.mark.parametrize("fault", [vanished, changed, interrupted])
+def test_an_environment_that_cannot_be_used_is_created_again(clone, tmp_path, fault):
+    """Every start failed until .venv was deleted. The new one is created until it succeeds, and then used."""
+    fault(clone / ".venv")
+    env = {"PYTHON": write_python(tmp_path / "base", BASE), "LOG": str(tmp_path / "log")}
+    process = run(clone, **env, INTERRUPTED="1")
+    assert process.returncode == 2 and "trains" not in process.stdout
+    assert re.fullmatch(r"error: \S+/.venv was not created with \S+/base \(on Debian .* python3-venv\)\n", process.stderr)
+    process = run(clone, **env)
+    assert process.returncode == 0 and "creating" in process.stdout and "trains" in process.stdout, process.stderr
+    process = run(clone, **env)
+    assert "creating" not in process.stdout and "installing" not in process.stdout and "trains" in process.stdout
+    assert (tmp_path / "log").read_text() == "pip\n"
+
+
+def test_a_stamp_of_another_python_is_not_valid(clone, tmp_path):
+    """Two versions of Python can share .venv, in lib/python3.11 and lib/python3.12."""
+    write_python(clone / ".venv" / "bin" / "python", BASE)
+    stamp = clone / ".venv" / "installed-requirements.txt"
+    stamp.write_text(stamp.read_text().replace(VERSION, "Python 3.2"))
+    process = run(clone, LOG=str(tmp_path / "log"))
+    assert "installing" in process.stdout and "trains" in process.stdout and stamp.read_text().endswith(f"{VERSION}\n")
+
+
+def test_an_environment_without_pip_gets_it(clone, tmp_path):
+    """Those of uv have none; it is not ours to delete."""
+    write_python(clone / ".venv" / "bin" / "python", BASE)
+    os.remove(clone / ".venv" / "installed-requirements.txt")
+    process = run(clone, NO_PIP="2", LOG=str(tmp_path / "log"))
+    assert process.returncode == 2 and re.search(r"^error: \S+/.venv has no pip; install it there", process.stderr)
+    process = run(clone, NO_PIP="1", LOG=str(tmp_path / "log"))
+    assert process.returncode == 0 and (tmp_path / "log").read_text() == "ensurepip\npip\n"
+
+
+@pytest.mark.slow
+def test_a_real_environment_is_created_again_by_its_own_python(clone, tmp_path):
+    """With .venv activated, python3 is the one that is replaced."""
+    for name in ("requirements.txt", "constraints.txt"):
+        (clone / name).write_text("")
+    shutil.rmtree(clone / ".venv")
+    (clone / "train_gpt2.py").write_text("import sys\nprint(sys.prefix)")
+    env = {"PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    assert run(clone, **env).stdout.endswith(f"{clone / '.venv'}\n")
+    os.rename(next((clone / ".venv" / "lib").iterdir()), clone / ".venv" / "lib" / "python3.10")  # as after an upgrade
+    process = run(clone, **env)
+    assert "creating" in process.stdout and process.stdout.endswith(f"{clone / '.venv'}\n"), process
+    assert not (clone / ".venv" / "lib" / "python3.10").exists()
+    process = run(clone, **env)
+    assert "setup:" not in process.stdout and process.stdout.endswith(f"{clone / '.venv'}\n")
+
+
+@pytest.mark.parametrize("shell", ["", "sh", "dash", "bash"])
+def test_train_sh_starts_under_any_shell_and_through_a_link(clone, shell):
+    """dash has no pipefail, and setup_venv.sh is not beside a link."""
+    if shell and not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    os.mkdir(clone / "link")
+    os.symlink("../train.sh", clone / "link" / "train")
+    for script in ("./train.sh", "link/train"):
+        process = subprocess.run([*shell.split(), script, "--prompt", "two  words"], cwd=clone, capture_output=True, text=True,
+                                 env={**NO_NETWORK, "PYTHONPATH": str(clone / "stubs")}, timeout=60)
+        assert process.returncode == 0, process.stderr
+        assert f"trains ['--prompt', 'two  words'] {clone}\n" in process.stdout
+
+
+def test_sruns_tasks_have_the_cpus_of_the_job(clone, tmp_path):
+    """Since Slurm 22.05 srun does not inherit --cpus-per-task: all ranks of a node had one core."""
+    shutil.copy(os.path.join(ROOT, "train.sbatch"), clone)
+    os.mkdir(tmp_path / "slurm")
+    write_python(tmp_path / "slurm" / "srun", 'for word; do echo "$word"; done')
+    write_python(tmp_path / "slurm" / "scontrol", "echo node1")
+    env = {**os.environ, "PATH": f"{tmp_path / 'slurm'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1",
+           "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    for cpus, first in (({"SLURM_CPUS_PER_TASK": "64"}, "--cpus-per-task=64"), ({}, ".venv/bin/python")):
+        process = subprocess.run(["bash", "train.sbatch", "--preset", "gpt2-124M"], cwd=clone, env=env | cpus,
+                                 capture_output=True, text=True, timeout=60)
+        assert process.returncode == 0 and process.stdout.startswith(f"{first}\n"), process.stderr
+        assert process.stdout.endswith("train_gpt2.py\n--preset\ngpt2-124M\n")
 
 
 def test_a_python_that_is_too_old_or_missing_is_one_line(clone):
