@@ -42,7 +42,7 @@ COMMON = ["--preset", "gpt2-124M", "--block-size", "128", "--batch-size", "8", "
           "--hella-every", "0", "--sample-every", "0", "--save-every", "0", "--dtype", "bfloat16",
           "--compile", "off", "--device", "cpu"]
 # (learning rate of the blocks' matrices, of the embeddings), at the smallest size
-SWEEP = {"adamw": [(5e-4, 12e-3), (1e-3, 12e-3), (2e-3, 12e-3), (4e-3, 12e-3), (1e-3, 6e-3), (2e-3, 6e-3)],
+SWEEP = {"adamw": [(2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-3), (2e-3, 12e-3), (4e-3, 12e-3), (5e-4, 6e-3), (5e-4, 24e-3)],
          "muon": [(6e-3, 12e-3), (12e-3, 12e-3), (24e-3, 12e-3), (12e-3, 6e-3)]}
 
 
