@@ -20,6 +20,8 @@ LAYERS = [
     {"model", "files", "runtime", "sources"},
     {"data"},
     {"checkpoint", "fineweb"},
+    {"reference"},
+    {"report"},
     {"convert", "parallel"},
     {"config", "sample", "scoring", "plots"},
     {"hellaswag"},
