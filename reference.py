@@ -62,7 +62,8 @@ def corpus_of(path):
     It is in fineweb.py's manifest.json. Without one, the names of the folder (edu_fineweb10B, fineweb10B) and of the shards
     (edufineweb_train_000001.npy), which are build-nanogpt's and llm.c's, decide.
     """
-    name, files = os.path.basename(os.path.normpath(str(path))), os.listdir(path) if os.path.isdir(path) else []
+    path = str(path)
+    name, files = os.path.basename(os.path.normpath(path)), os.listdir(path) if os.path.isdir(path) else []
     if manifest := load_manifest(path) if files else None:
         source = manifest["source"]
         name, files = f"{source.get('dataset', '')} {source.get('name', '')} {source.get('prepared', '')}", []
@@ -114,9 +115,9 @@ def curve_of_run(run_dir):
 
 def facts_of(config):
     """A run's settings, from TrainConfig or config.json, with its corpus."""
-    for name in ("n_layer", "n_embd", "total_batch_size", "val_tokens", "max_steps"):
-        if type(value := config.get(name, 1)) is not int or not 0 <= value < 2**53:
-            raise ValueError(f"{name} in config.json is {value!r:.100}, must be an integer of 0 or more")
+    for name, low in (("n_layer", 1), ("n_embd", 1), ("total_batch_size", 1), ("val_tokens", 1), ("max_steps", 0)):
+        if type(value := config.get(name, 1)) is not int or not low <= value < 2**53:
+            raise ValueError(f"{name} in config.json is {value!r:.100}, must be an integer of {low} or more")
     return {**config, "corpus": corpus_of(config.get("data", ""))}
 
 
@@ -288,8 +289,7 @@ def scatter(a, b, centered):
 def interpolate(values, step):
     """(value, error) of {step: value} at a step between two of its steps; None outside.
 
-    A loss curve falls more slowly than a straight line over the step, and early faster than one over the step's logarithm:
-    the value is halfway between the two lines, the error half their distance.
+    The value is halfway between the straight lines over the step and over its logarithm, the error their distance.
     """
     steps = sorted(values)
     if not steps or not steps[0] <= step <= steps[-1]:
@@ -299,7 +299,7 @@ def interpolate(values, step):
     y = [values[s] for s in steps]
     linear = np.interp(step, steps, y)
     logarithmic = np.interp(math.log1p(step), np.log1p(steps), y)
-    return float(linear + logarithmic) / 2, float(abs(linear - logarithmic)) / 2
+    return float(linear + logarithmic) / 2, float(abs(linear - logarithmic))
 
 
 def explanation(facts, reference, outcome):
@@ -321,14 +321,14 @@ def verdict(run_dir, names=()):
     """Text that says whether a run agrees with a reference: names are values of --reference, none the published curve
     that fits."""
     run, lines = curve_of_run(run_dir), []
-    try:
-        reference = Reference(run.facts, names)
-    except NotComparable as e:
-        return f"{run.name} is not compared with {'the reference' if names else 'published runs'}: {e}"
     if has_fingerprint(run.facts):
         fingerprint, train = Fingerprint(run.facts), run.streams.get("train", {})
         texts = [fingerprint(step, train[step], run.streams.get("norm", {}).get(step)) for step in range(11) if step in train]
         lines += [text for text in texts if text]
+    try:
+        reference = Reference(run.facts, names)
+    except NotComparable as e:
+        return "\n".join([*lines, f"{run.name} is not compared with {'the reference' if names else 'published runs'}: {e}"])
     judged = [v for step, val in run.streams.get("val", {}).items() if (v := reference.verdict(step, val))]
     if not judged:
         first = f"from step {FIRST_STEP} on" if reference.published else f"up to step {reference.last}"
@@ -357,7 +357,10 @@ NORM_TOLERANCE = 0.05  # of the gradient norm 15.342 at step 0: 0.3% (choice)
 
 def has_fingerprint(facts):
     """Whether a run repeats the lecture's, so that its first losses are known."""
-    return facts.get("preset") == LECTURE and obstacle(facts, published(FINGERPRINT).facts) is None
+    if facts.get("preset") != LECTURE:
+        return False
+    known = published(FINGERPRINT).facts
+    return obstacle({**facts, "val_tokens": known["val_tokens"]}, known) is None
 
 
 class Fingerprint:
@@ -388,7 +391,8 @@ class Fingerprint:
 
     def causes(self, step, name):
         """What is likely to be wrong if a run departs first at this step."""
-        settings = "".join(f"{difference}; " for difference in differences(self.facts, self.curve.facts)[:3])
+        known = {key: value for key, value in self.curve.facts.items() if key != "val_tokens"}
+        settings = "".join(f"{difference}; " for difference in differences(self.facts, known)[:3])
         if name != "loss":
             return settings + "the loss agrees, so it is the backward pass: gradient accumulation, or the mean over ranks"
         if step == 0:
@@ -407,34 +411,39 @@ class Comparison:
         text = comparison(step, train=loss, norm=norm)     # after an update
         if text: print0(text)
 
-    It never raises: whatever fails is a line, once, and the comparison ends.
+    It never raises: a run that is not comparable, and whatever fails (a damaged or missing reference/, an edited
+    manifest.json), is one line, at the first validation.
     """
 
     def __init__(self, config, first_step):
-        self.config, self.first_step = config, first_step
-        self.reference = self.fingerprint = None
-        self.started = self.ended = False
+        self.reference = self.fingerprint = self.reason = None
         self.outcome = None  # of the last validation
+        try:
+            self.facts = facts_of(config)
+            if first_step == 0 and has_fingerprint(self.facts):
+                self.fingerprint = Fingerprint(self.facts)
+            self.reference = Reference(self.facts)
+        except Exception as e:
+            self.fail(e)
+
+    def fail(self, error):
+        """Ends the comparison; the next validation says why."""
+        self.reference = None
+        self.reason = f"not compared with published runs: {error if isinstance(error, ValueError) else first_line(error)}"
 
     def __call__(self, step, val=None, train=None, norm=None):
-        if self.ended:
-            return None
         try:
-            if not self.started:
-                self.start()
-            if train is not None:
-                return self.fingerprint and self.fingerprint(step, train, norm)
-            return self.judge(step, val) if val is not None else None
-        except Exception as e:  # a damaged or missing reference/, a manifest.json that was edited: training continues
-            self.ended = True
-            return f"not compared with published runs: {e if isinstance(e, ValueError) else first_line(e)}"
-
-    def start(self):
-        """Finds the reference; ValueError if there is none."""
-        self.facts = facts_of(self.config)
-        self.reference, self.started = Reference(self.facts), True
-        if self.first_step == 0 and has_fingerprint(self.facts):
-            self.fingerprint = Fingerprint(self.facts)
+            if train is not None and self.fingerprint:
+                return self.fingerprint(step, train, norm)
+            if val is not None and self.reference:
+                return self.judge(step, val)
+        except Exception as e:
+            self.fingerprint = None
+            self.fail(e)
+        if val is not None:
+            reason, self.reason = self.reason, None
+            return reason
+        return None
 
     def judge(self, step, val):
         """The line of a validation; with its likely causes where the run leaves the band."""

@@ -43,8 +43,10 @@ def with_error(score):
     The log does not contain n: a score that is no multiple of 1 / HELLASWAG_EXAMPLES is of fewer examples, or was rounded.
     """
     count = score * HELLASWAG_EXAMPLES
-    if not 0 <= score <= 1 or abs(count - round(count)) > 1e-6 * HELLASWAG_EXAMPLES:
-        return f"{score:.4f} (not of all {HELLASWAG_EXAMPLES:,} examples: not comparable with published scores)"
+    if not 0 <= score <= 1:  # NaN: the activations overflowed
+        return f"{score:.4f}"
+    if abs(count - round(count)) > 1e-6 * HELLASWAG_EXAMPLES:
+        return f"{score:.4f} (rounded, or of fewer than the set's {HELLASWAG_EXAMPLES:,} examples)"
     return f"{score:.4f} ± {math.sqrt(score * (1 - score) / HELLASWAG_EXAMPLES):.4f}"
 
 
@@ -91,7 +93,7 @@ def run_settings(run_dir, step=None, price=None):
     speeds = streams.get("tok_per_sec", [])
     if batch and speeds and min(speed for _, speed in speeds) > 0:
         hours = float(clock(*np.array(speeds).T, batch)[1][-1])
-        settings["time"] = (f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes") + ", without evaluations"
+        settings["time"] = (f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes") + " (evaluations not counted)"
         if price is not None and processes:
             settings["cost"] = f"${hours * processes * price:,.2f}: {hours * processes:.2f} device-hours at ${price:.2f}"
     for name in SETTINGS:
@@ -153,12 +155,13 @@ def report(run_dir, names=(), price=None):
     """The text of report.md; names are values of --reference, for the verdict. FileNotFoundError without a log.txt."""
     checked, run = verdict(run_dir, names), read_description(run_dir)
     lines = [f"# {printable(os.path.basename(os.path.abspath(run_dir)))}", "", *introduction(run_dir),
-             "![loss and other curves](loss.png)", "", "## Is the curve right?", "", "```", checked, "```", "",
-             *sections(run_dir, price=price)]
+             "![loss and other curves](loss.png)", "", "## Is the curve right?", "",
+             "Its validation losses beside those of right runs; docs/reference.md explains the band (±).", "",
+             "```", checked, "```", "", *sections(run_dir, price=price)]
     if isinstance(run.get("command"), list):
         processes = run.get("world_size", 1)
         lines += ["## Command", "", "```", "python " + printable(shlex.join(map(str, run["command"]))), "```", "",
-                  *([f"by torchrun, with {processes} processes."] if processes != 1 else []),
+                  *([f"torchrun started it on {processes} processes."] if processes != 1 else []),
                   "All settings are in config.json, all values in log.txt."]
     return "\n".join(lines).rstrip() + "\n"
 
