@@ -454,10 +454,10 @@ def main():
     sizes |= {read_config(run_dir).get("total_batch_size") for run_dir in args.source}
     by = args.by or ("tokens" if references and len(sizes) > 1 else "step")
     figure = curves_figure(args.source, by, args.baselines, references)
-    # the picture itself may go to stdout
-    print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
     if args.report:
         print("wrote", write_report(source, args.reference or (), args.price))
+    # the picture itself may go to stdout
+    print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
 
 
 if __name__ == "__main__":
