@@ -42,12 +42,12 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from checkpoint import (check_finite, check_tensors, check_weights, load_file, model_contents, paths, read_config, read_log,
-                        save_file, steps_of)
+import report
+from checkpoint import check_finite, check_tensors, check_weights, load_file, model_contents, paths, save_file, steps_of
 from data import EOT, NUM_TOKENS, get_tokenizer
 from files import check_output, check_regular, is_special
 from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
-from runtime import ArgumentParser, printable, run_main
+from runtime import ArgumentParser, run_main
 
 # -----------------------------------------------------------------------------
 # torch.save's files: ours, build-nanogpt's, nanoGPT's
@@ -254,44 +254,11 @@ def config_files(config, dtype):
     return {"config.json": json.dumps(model, indent=2), "generation_config.json": json.dumps(tokens, indent=2)}
 
 
-def run_settings(run_dir):
-    """{name: value} of the settings for the model card, without paths or the command, as cards are public."""
-    path, settings = os.path.join(run_dir, "config.json"), {}
-    config = read_config(run_dir)
-    if "data" in config:
-        settings["training data"] = os.path.basename(os.path.normpath(str(config["data"])))
-    for name in ("optimizer", "lr", "weight_decay", "total_batch_size", "sequence_length", "seed"):
-        if name in config:
-            settings[name.replace("_", " ") + (", tokens" if name.endswith(("size", "length")) else "")] = config[name]
-    if config:
-        with open(path, encoding="utf-8") as f:
-            run = json.load(f)
-        settings |= {name: run[name] for name in ("dtype", "device", "world_size", "torch", "commit") if run.get(name)}
-    return settings
-
-
-def run_scores(run_dir, step):
-    """{name: value} of the last scores in a run's log.txt up to a step (None: of all steps); {} without the file."""
-    path = os.path.join(run_dir, "log.txt")
-    streams = read_log(path) if os.path.isfile(path) else {}
-    names = {"val": "validation loss (nats per token)", "hella": "HellaSwag acc_norm, completion style",
-             "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style"}
-    scores = {}
-    for stream, name in names.items():
-        values = [value for at, value in streams.get(stream, []) if step is None or at <= step]
-        if values:
-            scores[name] = f"{values[-1]:.4f}"
-    return scores
-
-
 def model_card(model, name, dtype, info):
     """README.md for the Hub. info is load_model's; settings and scores are read from the folder of its path."""
-    config, run_dir, step = model.config, os.path.dirname(info.get("path", "")), info.get("step")
-    settings = {"step": f"{step:,}"} if step is not None else {}
-    settings |= run_settings(run_dir) if info.get("path") else {}
-    scores = run_scores(run_dir, step) if info.get("path") else {}
+    config, scores = model.config, {}
     if info.get("val_loss") is not None:
-        scores["validation loss (nats per token)"] = f"{info['val_loss']:.4f}"
+        scores[report.SCORES["val"]] = f"{info['val_loss']:.4f}"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "---", f"# {name}", "",
              f"A GPT-2: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, a context of"
              f" {config.block_size} tokens, GPT-2's vocabulary of {NUM_TOKENS}; {model.num_params():,} parameters as trained,"
@@ -299,10 +266,8 @@ def model_card(model, name, dtype, info):
              "```python", "from transformers import pipeline",
              'generate = pipeline("text-generation", model="PATH_OR_REPOSITORY")',
              'print(generate("Hello, I\'m a language model,", max_new_tokens=30)[0]["generated_text"])', "```", ""]
-    for title, table in (("Scores", scores), ("Training", settings)):
-        if table:
-            lines += [f"## {title}", "", "| | |", "| --- | --- |"]
-            lines += [f"| {name} | {printable(' '.join(str(value).split()))} |" for name, value in table.items()] + [""]
+    if info.get("path"):
+        lines += report.sections(os.path.dirname(info["path"]), info.get("step"), scores=scores)
     return "\n".join(lines)
 
 

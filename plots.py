@@ -3,12 +3,15 @@ Curves of runs, and pictures of a model's weights and attention.
 
     python plots.py log/shakespeare                  # writes log/shakespeare/loss.png
     python plots.py log/gpt2-124M --baselines        # a run on FineWeb-Edu, with the loss of OpenAI's GPT-2
+    python plots.py log/gpt2-124M --reference        # beside the published curve that fits, or a NAME of reference/
+    python plots.py log/gpt2-124M --verdict          # prints whether its losses agree with that curve
+    python plots.py log/gpt2-124M --report --price 2.50    # writes report.md and loss.png there
     python plots.py log/a log/b --by hours --out comparison.png
     python plots.py --weights log/shakespeare        # writes wpe.png, c_attn.png, norms.png, attention_0.png ... there
     python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was tired"
 
 Curves are read from log.txt, one `step stream value` per line. The streams are train, val, hella (acc_norm, completion
-style), hella_lm_eval, lr, norm, tok_per_sec and epoch; step is the number of updates made before the measurement.
+style), hella_lm_eval, val_bpb, lr, norm, tok_per_sec and epoch; step is the number of updates made before the measurement.
 """
 import signal
 
@@ -30,17 +33,10 @@ from checkpoint import read_config, read_log, saved_steps
 from convert import load_model
 from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
 from files import atomic_write, check_output, is_special
-from runtime import ArgumentParser, first_line, printable, run_main
-
-# Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".
-# Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).
-GPT2_LOSS = {"edu": {"124M": 3.2924}, "fineweb": {"124M": 3.4250, "350M": 3.0831, "774M": 3.0006, "1558M": 2.8313}}
-CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}
-# HellaSwag val, acc_norm. GPT-2: completion style (build-nanogpt's hellaswag.py, llm.c's vislog) and lm-eval style
-# (lm-evaluation-harness). GPT-3: its paper, appendix H.
-GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
-GPT2_HELLASWAG_LM_EVAL = {"124M": 0.3114, "1558M": 0.5089}
-GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+from reference import (CORPORA, GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
+                       find_curves, fitting, size_of, verdict)
+from report import clock, write_report
+from runtime import ArgumentParser, first_line, number, printable, run_main
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
 STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}  # of the small panels
@@ -77,13 +73,6 @@ def as_label(name):
 # -----------------------------------------------------------------------------
 # curves
 
-def size_of(config):
-    """The key of the published results for a run's settings, the nearest in parameters; "124M" without settings."""
-    n_layer, n_embd = config.get("n_layer", 12), config.get("n_embd", 768)
-    n = 12 * n_layer * n_embd ** 2 + 50257 * n_embd
-    return min(GPT2_HELLASWAG, key=lambda size: abs(math.log(n / (float(size[:-1]) * 1e6))))
-
-
 def smooth(values, half):
     """Centered running mean over each value and `half` values on each side. Same length as values.
 
@@ -93,16 +82,6 @@ def smooth(values, half):
     sums, i = np.cumsum([0.0, *values]), np.arange(len(values))
     starts, ends = i - np.minimum(i, half), np.minimum(i + np.minimum(i, half) + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def clock(steps, speeds, total_batch_size):
-    """(steps, hours): hours of training before each step, and after the last one.
-
-    speeds: tokens per second of each step. A step that was not logged counts as long as the logged step before it.
-    Example: clock([0, 1], [100, 50], 3600) -> [0, 1, 2], [0, 0.01, 0.03]
-    """
-    steps = np.append(steps, steps[-1] + 1)
-    return steps, np.append(0.0, np.cumsum(np.diff(steps) * total_batch_size / speeds / 3600))
 
 
 class Curves(dict):
@@ -168,6 +147,17 @@ def draw_curve(panel, x, values, color, name=None, raw=True, noisy=True):
                label=name and f"{name}, {kind} (last {drawn[-1]:.3f})")
 
 
+def draw_published(panel, curves, stream, by, end):
+    """A stream of Curves of reference.py up to x = end, in shades of gray."""
+    for curve, color, linestyle in zip(curves, itertools.cycle(("0.25", "0.45", "0.65")), itertools.cycle(("--", "-.", ":"))):
+        factor = curve.facts["total_batch_size"] if by == "tokens" else 1
+        points = [(step * factor, value) for step, value in curve.streams.get(stream, {}).items() if step * factor <= end]
+        if points:
+            last = f" val (last {points[-1][1]:.3f})" if stream == "val" else f" (last {points[-1][1]:.4f})"
+            panel.plot(*zip(*points), color=color, linestyle=linestyle, linewidth=1.3, zorder=2.5,
+                       label=as_label(curve.name) + last)
+
+
 def draw_loss(panel, runs, baselines):
     """Training and validation loss of each run; GPT-2's loss on the corpus baselines, if given."""
     single, tops = len(runs) == 1, []
@@ -182,8 +172,9 @@ def draw_loss(panel, runs, baselines):
                              linewidth=0.8)
         if "val" in run:
             x, values = run["val"]
+            bits = f", {run['val_bpb'][1][-1]:.3f} bits per byte" if single and "val_bpb" in run else ""
             panel.plot(x, values, color="tab:orange" if single else run.color, marker="o", markersize=3, linewidth=1.5,
-                       label=f"{'val' if single else run.name} (last {values[-1]:.3f})")
+                       label=f"{'val' if single else run.name} (last {values[-1]:.3f}{bits})")
     for size in dict.fromkeys(size_of(run.config) for run in runs):
         if value := GPT2_LOSS.get(baselines, {}).get(size):
             draw_reference(panel, value, f"GPT-2 {size}\n{CORPORA[baselines]} val", "tab:red")
@@ -226,10 +217,11 @@ def draw_stream(panel, runs, stream):
                     fontsize=10)
 
 
-def curves_figure(run_dirs, by="step", baselines=None):
+def curves_figure(run_dirs, by="step", baselines=None, references=()):
     """A matplotlib Figure of one or more run folders over "step", "tokens" or "hours".
 
-    baselines: "edu" or "fineweb" adds GPT-2's loss on that corpus, which is comparable only to runs on it.
+    baselines: "edu" or "fineweb" adds GPT-2's loss on that corpus, which is comparable only to runs on it. references:
+    Curves of reference.py, drawn up to the end of the runs; not over hours.
     """
     colors = ["tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray"]
     runs = [Curves(run_dir, by, color) for run_dir, color in zip(run_dirs, itertools.cycle(colors))]
@@ -241,8 +233,11 @@ def curves_figure(run_dirs, by="step", baselines=None):
     figure = new_figure(13 if has_hella else 8.5, 4.2 + 1.9 * bool(small), dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1]) if small else (figure, None)
     panels = dict(zip(["loss", "hella"], top.subplots(1, 1 + has_hella, squeeze=False)[0]))
+    end = 1.01 * max(x[-1] for run in runs for x, _ in run.values())
+    draw_published(panels["loss"], references, "val", by, end)
     draw_loss(panels["loss"], runs, baselines)
     if has_hella:
+        draw_published(panels["hella"], references, "hella", by, end)
         draw_hellaswag(panels["hella"], runs)
     for name, panel in panels.items():
         panel.set_xlabel(AXES[by])
@@ -259,13 +254,22 @@ def curves_figure(run_dirs, by="step", baselines=None):
     return figure
 
 
-def plot_run(run_dir, baselines=False):
-    """Draws a run's curves into loss.png in its folder, with GPT-2's loss on FineWeb-Edu if baselines; returns the path.
+def fitting_references(run_dir):
+    """The published Curve that fits a run, in a list; [] if none does."""
+    try:
+        return [fitting(facts_of(read_config(run_dir)))]
+    except NotComparable:
+        return []
 
-    If that fails it returns the reason instead, because the run it is called from is complete.
+
+def plot_run(run_dir, baselines=False):
+    """Draws a run's curves into loss.png in its folder, with the published curve that fits; returns the path.
+
+    baselines: add GPT-2's loss on FineWeb-Edu. If drawing fails it returns the reason instead, because the run it is called
+    from is complete.
     """
     try:
-        figure = curves_figure([run_dir], baselines="edu" if baselines else None)
+        figure = curves_figure([run_dir], "step", "edu" if baselines else None, fitting_references(run_dir))
         return write_figure(figure, os.path.join(run_dir, "loss.png"))
     except Exception as e:  # a full disk, a log.txt that was edited, whatever matplotlib raises
         return f"not drawn, {first_line(e)}"
@@ -397,31 +401,61 @@ def draw_weights(source, folder, prompt):
 
 
 def main():
-    parser = ArgumentParser(description="Draw the curves of runs, or a model's weights and attention.")
+    parser = ArgumentParser(description="Draw, compare and report the curves of runs, or draw a model's weights.")
     parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
                         " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"
                         " the pictures (default: source, if it is a folder)")
-    parser.add_argument("--by", choices=list(AXES), default="step", help="the horizontal axis (default: step)")
+    parser.add_argument("--by", choices=list(AXES), help="the horizontal axis (default: step; with --reference tokens, if the"
+                        " numbers of tokens per step differ)")
     parser.add_argument("--baselines", nargs="?", const="edu", choices=list(GPT2_LOSS), metavar="CORPUS",
                         help="add GPT-2's loss on the run's corpus: edu (FineWeb-Edu, the default) or fineweb")
+    parser.add_argument("--reference", nargs="*", metavar="NAME_OR_RUN", help="add published curves, of reference/NAME.csv, or"
+                        " those of other runs (default: the published curve that fits the run)")
+    parser.add_argument("--verdict", action="store_true", help="print whether the run's losses agree with the published curve"
+                        " that fits, or with --reference, instead of drawing")
+    parser.add_argument("--report", action="store_true", help="write report.md and loss.png into the run folder: scores,"
+                        " verdict, settings, time")
+    parser.add_argument("--price", type=number(float, low=0), help="dollars per hour of one device, for the cost in --report")
     parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
     parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
     args = parser.parse_args()
     source = args.source[0]
-    if len(args.source) > 1 and (args.weights or args.out is None):
-        raise ValueError(f"got {len(args.source)} sources; " + ("--weights takes one" if args.weights else
+    alone = next((f"--{name}" for name in ("weights", "verdict", "report") if getattr(args, name)), None)
+    if len(args.source) > 1 and (alone or args.out is None):
+        raise ValueError(f"got {len(args.source)} sources; " + (f"{alone} takes one" if alone else
                          "name their common picture with --out FILE.png"))
     if args.weights:
         return draw_weights(source, args.out, args.prompt)
     if args.prompt is not None:
         raise ValueError("--prompt is the text of the attention pictures: add --weights")
+    if args.price is not None and not args.report:
+        raise ValueError("--price is for the cost in a report: add --report")
+    if args.out is not None and alone:
+        raise ValueError(f"--out is the name of a picture: {alone} " + (
+            "writes report.md and loss.png into the run folder" if args.report else "prints text"))
+    if args.verdict:
+        return print(verdict(source, args.reference or ()))
+    if args.by == "hours" and args.reference is not None:
+        raise ValueError("--by hours: the hours of --reference's curves are not known; use --by tokens")
     path = os.path.join(source, "loss.png") if args.out is None else args.out
     if args.out is not None:
         check_output(path)
         if not os.path.realpath(path).endswith(".png") and not is_special(path):
             raise ValueError(f"--out {path}: pictures are PNG files; choose a name that ends in .png")
-    figure = curves_figure(args.source, args.by, args.baselines)
+    references = find_curves(args.reference or ())
+    if args.reference == []:
+        references = [fitting(facts_of(read_config(source)))]
+    elif args.report and not references:
+        references = fitting_references(source)
+    sizes = {curve.facts.get("total_batch_size") for curve in references}
+    if None in sizes:
+        raise ValueError("--reference: the config.json of a run lacks total_batch_size")
+    sizes |= {read_config(run_dir).get("total_batch_size") for run_dir in args.source}
+    by = args.by or ("tokens" if references and len(sizes) > 1 else "step")
+    figure = curves_figure(args.source, by, args.baselines, references)
+    if args.report:
+        print("wrote", write_report(source, args.reference or (), args.price))
     # the picture itself may go to stdout
     print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
 

@@ -20,6 +20,8 @@ LAYERS = [
     {"model", "files", "runtime", "sources"},
     {"data"},
     {"checkpoint", "fineweb"},
+    {"reference"},
+    {"report"},
     {"convert", "parallel"},
     {"config", "plan", "sample", "scoring", "plots"},
     {"hellaswag"},

@@ -19,7 +19,7 @@ import plots
 from checkpoint import read_log, save_file
 from data import get_tokenizer
 from model import GPT, GPTConfig, SIZES
-from plots import clock, curves_figure, plot_run, short_count, size_of, smooth
+from plots import curves_figure, plot_run, short_count, size_of, smooth
 from runtime import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -135,14 +135,6 @@ def texts_of(figure, panel):
 def levels_of(figure, panel):
     """Heights of the horizontal lines in a panel, the published results."""
     return sorted(y[0] for _, x, y in lines_of(figure, panel) if x == [0, 1] and y[0] == y[1])
-
-
-def test_the_clock_is_the_sum_of_the_steps_durations():
-    steps, hours = clock([0, 1], [100.0, 50.0], 3600)
-    assert steps.tolist() == [0, 1, 2] and hours.tolist() == pytest.approx([0, 0.01, 0.03])
-    # steps 1 to 3 are not in the log: they count as long as step 0
-    steps, hours = clock([0, 4], [100.0, 50.0], 3600)
-    assert steps.tolist() == [0, 4, 5] and hours.tolist() == pytest.approx([0, 0.04, 0.06])
 
 
 @pytest.mark.parametrize("by, train_x, val_x", [("step", [0, 1, 2], [0, 3]), ("tokens", [0, 100, 200], [0, 300]),
@@ -273,6 +265,31 @@ def test_a_picture_that_cannot_be_drawn_or_written_fails_no_run(run_dir, monkeyp
         raise RuntimeError("In FT2Font: could not load glyph")
     monkeypatch.setattr(plots, "curves_figure", fail)
     assert plot_run(str(run_dir)) == "not drawn, RuntimeError: In FT2Font: could not load glyph"
+
+
+def test_published_curves_are_drawn_in_gray_up_to_the_end_of_the_run(tmp_path):
+    run = make_run(tmp_path / "a", total_batch_size=524288, val={0: 10.9, 500: 5.3}, hella={0: 0.25, 500: 0.25})
+    curve, = plots.find_curves(["edu-lecture-8gpu"])
+    for by, factor in (("step", 1), ("tokens", 524288)):
+        figure = curves_figure([run], by, None, [curve])
+        x, y = [0, 250 * factor, 500 * factor], [10.9514, 6.1443, 5.2742]
+        assert lines_of(figure)[0] == ("edu-lecture-8gpu val (last 5.274)", x, y)
+        assert lines_of(figure, 1)[0][0] == "edu-lecture-8gpu (last 0.2382)"
+
+
+def test_bits_per_byte_are_in_the_legend(tmp_path):
+    labels = [label for label, *_ in lines_of(curves_figure([make_run(tmp_path / "a", val_bpb={0: 3.0, 3: 1.25})]))]
+    assert "val (last 6.500, 1.250 bits per byte)" in labels
+
+
+def test_a_finished_run_is_drawn_beside_the_published_curve_that_fits_it(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a", total_batch_size=524288, val={0: 10.9, 500: 5.3})
+    assert plots.fitting_references(run) == []  # on an unknown corpus
+    settings = {"n_layer": 12, "n_embd": 768, "total_batch_size": 524288, "val_tokens": 10485760, "data": "edu_fineweb10B"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"config": settings}))
+    drawn, figure_of = [], plots.curves_figure
+    monkeypatch.setattr(plots, "curves_figure", lambda *args: drawn.append(args[-1]) or figure_of(*args))
+    assert plot_run(run) == f"{run}/loss.png" and [curve.name for curve in drawn[0]] == ["edu-lecture-8gpu"]
 
 
 # -----------------------------------------------------------------------------
@@ -459,3 +476,37 @@ def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_pl
     error = f"error: {path} is not a folder; name a folder for the pictures with --out\n"
     assert run_plots("--weights", path) == (2, "", error)
     assert run_plots("--weights", run, run) == (2, "", "error: got 2 sources; --weights takes one\n")
+
+
+def test_verdict_and_report_of_the_command_line(tmp_path, run_plots):
+    """The report's picture is drawn with it."""
+    run = make_run(tmp_path / "a", total_batch_size=524288)
+    status, out, _ = run_plots(run, "--verdict")
+    assert status == 0 and out.startswith("a is not compared with published runs: the data, unknown, are not known")
+    status, out, _ = run_plots(run, "--verdict", "--reference", run)
+    assert status == 0 and out.startswith("compared with a: 2 of 2 validations are within its band\n")
+    assert run_plots(run, "--report", "--price", "2") == (0, f"wrote {run}/report.md\nwrote {run}/loss.png\n", "")
+    assert "device-hours at $2.00" in (tmp_path / "a" / "report.md").read_text()
+
+
+def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, monkeypatch):
+    drawn, figure_of = [], plots.curves_figure
+    monkeypatch.setattr(plots, "curves_figure", lambda *args: drawn.append(args) or figure_of(*args))
+    for size in (524288, 100):
+        assert run_plots(make_run(tmp_path / str(size), total_batch_size=size), "--reference", "edu-lecture-8gpu")[0] == 0
+    assert [by for _, by, *_ in drawn] == ["step", "tokens"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--reference", "nope"], "--reference nope: neither a run folder nor a published curve, which are edu-lecture-1gpu,"),
+    (["--reference"], "the data, unknown, are not known to be FineWeb's"),
+    (["--reference", "edu-lecture-8gpu", "--by", "hours"], "the hours of --reference's curves are not known"),
+    (["--price", "2"], "--price is for the cost in a report: add --report"),
+    (["--report", "--price", "-1"], "--price -1: must be a number, 0 or more"),
+    (["--report", "--out", "a.png"], "--report writes report.md and loss.png into the run folder"),
+    (["--verdict", "--out", "a.png"], "--verdict prints text")])
+def test_flags_that_do_not_go_together_are_one_line(tmp_path, run_plots, arguments, words):
+    run = make_run(tmp_path / "a")
+    status, out, error = run_plots(run, *arguments)
+    assert status == 2 and out == "" and words in error and error.count("\n") == 1
+    assert sorted(os.listdir(run)) == ["config.json", "log.txt"]
