@@ -20,7 +20,7 @@ import numpy as np
 
 from checkpoint import read_config, read_log
 from data import load_manifest
-from runtime import first_line, printable
+from runtime import first_line, print0, printable
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference")
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}  # their samples of 10B tokens
@@ -408,9 +408,8 @@ class Comparison:
     """What train_gpt2.py prints about a run beside the published ones; config is TrainConfig as a dict.
 
         comparison = Comparison(asdict(config), first_step)
-        text = comparison(step, val=3.34)                  # at a validation
-        text = comparison(step, train=loss, norm=norm)     # after an update
-        if text: print0(text)
+        comparison.print(step, val=3.34)                  # at a validation
+        comparison.print(step, train=loss, norm=norm)     # after an update
 
     It never raises: a run that is not comparable, and whatever fails (a damaged or missing reference/, an edited
     manifest.json), is one line, at the first validation.
@@ -445,6 +444,11 @@ class Comparison:
             reason, self.reason = self.reason, None
             return reason
         return None
+
+    def print(self, step, **values):
+        """Prints what there is to say about the values of a step, on rank 0; values as in a call, which returns it."""
+        if text := self(step, **values):
+            print0(text)
 
     def judge(self, step, val):
         """The line of a validation; with its likely causes where the run leaves the band."""

@@ -39,6 +39,7 @@ import checkpoint
 import data
 import hellaswag
 import parallel
+import reference
 from config import FINEWEB_DIR, FINEWEB_TOKENS, config_from_flags
 from convert import load_model
 from model import GPT
@@ -296,7 +297,10 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
 
 
 def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
-    """The line that is printed after a step; dt and left in seconds."""
+    """The line that is printed after a step; dt and left in seconds.
+
+    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices, or None.
+    """
     return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
             f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
             + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
@@ -395,7 +399,7 @@ def main():
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
-    writer = checkpoint.Writer()
+    writer, comparison = checkpoint.Writer(), reference.Comparison(asdict(config), first_step)
     peak, seconds, stopping = peak_flops(device, dtype), 0.0, None  # seconds: of all steps so far
 
     def due(every, stream=None):
@@ -411,6 +415,7 @@ def main():
                 val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
                                          config.val_tokens, dtype, ranks)
                 log(step, val=val_loss, val_bpb=val_loss and val_loss * bits_per_byte)
+                comparison.print(step, val=val_loss)  # "within the spread of public runs"
 
             # once in a while: HellaSwag, in both styles of scoring
             if examples and due(config.hella_every, "hella"):
@@ -446,10 +451,10 @@ def main():
             dt = time.perf_counter() - t0  # seconds; train_step and evaluations wait for the GPU
             seconds, tok_per_sec = seconds + dt, config.total_batch_size / dt
             left = seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean speed
-            # model FLOPs utilization: the fraction of the peak of all devices
             mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)
             print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
+            comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"
             log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
         writer.wait()  # until the last checkpoint is on disk
         if stopping:

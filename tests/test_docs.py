@@ -30,6 +30,7 @@ NOT_RUN = {
     r"python fineweb\.py( --dataset .*| --prepared .*)?": "downloads from the Hub",
     r"python hellaswag\.py": "downloads the examples",
     r"python sample\.py gpt2-xl .*": "downloads OpenAI's weights",
+    r"python plots\.py log/gpt2-124M --reference .*": "needs a run on FineWeb-Edu",
     r"torchrun .*": "needs several GPUs or machines; tests/test_parallel.py runs two ranks",
     r"sbatch .*": "needs Slurm; tests/test_faults.py runs it with stand-ins",
     r"python -m bench .*": "takes minutes; tests/test_bench.py runs the package",

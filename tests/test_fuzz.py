@@ -220,7 +220,7 @@ def test_log_and_config_of_a_run(tmp_path_factory, log, contents):
         size, _ = checkpoint.kept_log(str(folder), 2)
     assert 0 <= size <= len(log)
     reads_or_explains(lambda: checkpoint.read_log(str(folder / "log.txt")), "log.txt")
-    reads_or_explains(lambda: report.run_settings(str(folder)), "config.json")
+    reads_or_explains(lambda: report.report(str(folder)), str(folder))  # reads both
     reads_or_explains(lambda: report.run_scores(str(folder), 2), "log.txt")
     for by in plots.AXES:
         reads_or_explains(lambda by=by: plots.Curves(str(folder), by), str(folder))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import reference
 import runtime
 import train_gpt2
 from config import PRESETS, TrainConfig
@@ -286,11 +287,16 @@ def check_run(cwd, folder, B, W):
 def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt2, "plot_run", lambda run_dir, baselines: None)  # takes a second
+    compared = []
+    monkeypatch.setattr(reference.Comparison, "print", lambda self, step, **values: compared.append((step, *values)))
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *FLAGS, "--data", shards, "--batch-size", str(B), "--compile", "off"])
     with pytest.raises(SystemExit) as end:
         runtime.run_main(train_gpt2.main)
     assert end.value.code == 0
     check_run(tmp_path, shards, B, 1)
+    # every validation and every update is shown to reference.py, in this order
+    assert compared[0] == (0, "val") and compared[1:26] == [(step, "train", "norm") for step in range(25)]
+    assert [step for step, *values in compared if values == ["val"]] == [0, 25, 50] and len(compared) == 53
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ def test_it_defines_nothing_that_the_scripts_have(committed):
 def test_the_committed_outputs_are_of_the_committed_code(executed, committed):
     assert [cell.source for cell in executed.cells][2:] == [cell.source for cell in committed.cells][2:]
     # output that depends neither on the machine nor on random numbers is the same
-    for name in ("h.0.attn.c_attn", "<|endoftext|>First Citizen", "GPT-3", "play is not compared with", "Hello, I'm a language model,"):
+    for name in ("h.0.attn.c_attn", "<|endoftext|>First Citizen", "GPT-3", "play is not compared with",
+                 "Hello, I'm a language model,"):
         again, there = ([line for line in printed(notebook).splitlines() if name in line] for notebook in (executed, committed))
         assert again == there and there
