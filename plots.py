@@ -10,8 +10,9 @@ Curves of runs, and pictures of a model's weights and attention.
     python plots.py --weights log/shakespeare        # writes wpe.png, c_attn.png, norms.png, attention_0.png ... there
     python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was tired"
 
-Curves are read from log.txt, one `step stream value` per line. The streams are train, val, hella (acc_norm, completion
-style), hella_lm_eval, val_bpb, lr, norm, tok_per_sec and epoch; step is the number of updates made before the measurement.
+Curves are read from log.txt, one `step stream value` per line. The streams are train, val, val_bpb, hella and hella_lm_eval
+(acc_norm in both styles), hella_acc and hella_lm_eval_acc (acc), lr, norm, tok_per_sec and epoch; step is the number of
+updates made before the measurement.
 """
 import signal
 
@@ -187,13 +188,19 @@ def draw_loss(panel, runs, baselines):
 
 
 def draw_hellaswag(panel, runs):
-    """HellaSwag's acc_norm with chance, GPT-2 and GPT-3 of the runs' sizes; several runs: completion style only."""
+    """HellaSwag's acc_norm with chance, GPT-2 and GPT-3 of the runs' sizes; several runs: completion style only.
+
+    A single run's acc, of which there are fewer published values, is drawn thinner.
+    """
     single = len(runs) == 1
+    streams = (("hella", "completion", "-"), ("hella_lm_eval", "lm-eval", ":"), ("hella_acc", "completion, acc", "-"),
+               ("hella_lm_eval_acc", "lm-eval, acc", ":"))
     for run in runs:
-        for stream, style, linestyle in (("hella", "completion", "-"), ("hella_lm_eval", "lm-eval", ":"))[:1 + single]:
+        for stream, style, linestyle in streams if single else streams[:1]:
             if stream in run:
-                x, values = run[stream]
-                panel.plot(x, values, color=run.color, linestyle=linestyle, marker="o", markersize=3,
+                (x, values), thin = run[stream], stream.endswith("acc")
+                panel.plot(x, values, color="tab:purple" if thin else run.color, linestyle=linestyle, markersize=3,
+                           linewidth=0.8 if thin else 1.5, marker=None if thin else "o",
                            label=f"{style if single else run.name} (last {values[-1]:.4f})")
     for size in dict.fromkeys(size_of(run.config) for run in runs):
         draw_reference(panel, GPT2_HELLASWAG[size], f"GPT-2 {size}, completion", "tab:red")
@@ -201,7 +208,7 @@ def draw_hellaswag(panel, runs):
         if single and "hella_lm_eval" in runs[0] and size in GPT2_HELLASWAG_LM_EVAL:
             draw_reference(panel, GPT2_HELLASWAG_LM_EVAL[size], f"GPT-2 {size}, lm-eval", "tab:red", ":")
     draw_reference(panel, 0.25, "chance", "0.5", "-")
-    panel.set(ylabel="acc_norm", title="HellaSwag val" if single else "HellaSwag val, completion style")
+    panel.set(ylabel="acc_norm (thin: acc)" if single else "acc_norm", title="HellaSwag val" if single else "HellaSwag val, completion style")
     panel.margins(y=0.08)
 
 

@@ -21,7 +21,9 @@ from runtime import printable
 
 HELLASWAG_EXAMPLES = 10042  # in val, the split whose scores are published
 SCORES = {"val": "validation loss (nats per token)", "val_bpb": "validation loss (bits per byte)",
-          "hella": "HellaSwag acc_norm, completion style", "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style"}
+          "hella": "HellaSwag acc_norm, completion style", "hella_acc": "HellaSwag acc, completion style",
+          "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style",
+          "hella_lm_eval_acc": "HellaSwag acc, lm-evaluation-harness style"}
 # of config.json's settings; the others do not change the result, or have rows of their own
 SETTINGS = ("optimizer", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip", "dropout", "init",
             "shuffle", "total_batch_size", "sequence_length", "seed")

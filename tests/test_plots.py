@@ -178,6 +178,17 @@ def test_hellaswag_is_beside_gpt2_and_gpt3_of_the_runs_sizes(tmp_path):
     assert "GPT-3 350M\n0.436" in texts_of(both, 1) and "GPT-2 124M, completion\n0.2955" in texts_of(both, 1)
 
 
+def test_both_accuracies_of_a_single_run_are_drawn_in_both_styles(tmp_path):
+    scores = {"hella": 0.30, "hella_acc": 0.28, "hella_lm_eval": 0.31, "hella_lm_eval_acc": 0.29}
+    run = make_run(tmp_path / "a", **{stream: {0: 0.25, 3: score} for stream, score in scores.items()})
+
+    def legend_of(*runs):
+        return {text.get_text() for text in curves_figure(list(runs)).axes[1].get_legend().get_texts()}
+    assert {"completion (last 0.3000)", "completion, acc (last 0.2800)", "lm-eval (last 0.3100)",
+            "lm-eval, acc (last 0.2900)"} <= legend_of(run)
+    assert legend_of(run, make_run(tmp_path / "b")) == {"a (last 0.3000)"}
+
+
 def test_the_loss_of_gpt2_is_drawn_for_the_corpus_it_was_measured_on(tmp_path):
     small, large = make_run(tmp_path / "s"), make_run(tmp_path / "l", n_layer=24, n_embd=1024)
     assert levels_of(curves_figure([small]), 0) == []
