@@ -208,7 +208,8 @@ def draw_hellaswag(panel, runs):
         if single and "hella_lm_eval" in runs[0] and size in GPT2_HELLASWAG_LM_EVAL:
             draw_reference(panel, GPT2_HELLASWAG_LM_EVAL[size], f"GPT-2 {size}, lm-eval", "tab:red", ":")
     draw_reference(panel, 0.25, "chance", "0.5", "-")
-    panel.set(ylabel="acc_norm (thin: acc)" if single else "acc_norm", title="HellaSwag val" if single else "HellaSwag val, completion style")
+    panel.set(ylabel="acc_norm (thin: acc)" if single else "acc_norm",
+              title="HellaSwag val" if single else "HellaSwag val, completion style")
     panel.margins(y=0.08)
 
 

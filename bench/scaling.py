@@ -10,7 +10,8 @@ that of the embeddings stays. Both are then halved and doubled at the middle siz
 of them, each with its own schedule; the saving is STEPS over the steps at which Muon's loss, interpolated over the logarithm of
 the steps, is AdamW's.
 
-Runs are train_gpt2.py's, with the flags in COMMON; results.json in the folder holds {name: validation loss}.
+Runs are train_gpt2.py's, with the flags in COMMON. scaling.json beside this file holds {run: validation loss} of the runs made
+so far on the textbook text of the figures in docs/speed.md; delete it for other shards.
 """
 import argparse
 import json
@@ -42,8 +43,9 @@ COMMON = ["--preset", "gpt2-124M", "--block-size", "128", "--batch-size", "8", "
           "--hella-every", "0", "--sample-every", "0", "--save-every", "0", "--dtype", "bfloat16",
           "--compile", "off", "--device", "cpu"]
 # (learning rate of the blocks' matrices, of the embeddings), at the smallest size
-SWEEP = {"adamw": [(2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-3), (2e-3, 12e-3), (4e-3, 12e-3), (5e-4, 6e-3), (5e-4, 24e-3)],
-         "muon": [(6e-3, 12e-3), (12e-3, 12e-3), (24e-3, 12e-3), (12e-3, 6e-3)]}
+SWEEP = {"adamw": [(1.25e-4, 12e-3), (2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-3), (2e-3, 12e-3), (4e-3, 12e-3), (5e-4, 6e-3),
+                   (5e-4, 24e-3), (2.5e-4, 24e-3), (2.5e-4, 6e-3)],
+         "muon": [(3e-3, 12e-3), (6e-3, 12e-3), (12e-3, 12e-3), (24e-3, 12e-3), (6e-3, 24e-3), (6e-3, 6e-3), (12e-3, 6e-3)]}
 
 
 # -----------------------------------------------------------------------------
@@ -96,7 +98,7 @@ class Study:
 
     def __init__(self, shards, folder, jobs):
         self.shards, self.folder, self.jobs = os.path.abspath(shards), os.path.abspath(folder), jobs
-        self.path, self.losses, self.lock = os.path.join(self.folder, "results.json"), {}, threading.Lock()
+        self.path, self.losses, self.lock = os.path.join(ROOT, "bench", "scaling.json"), {}, threading.Lock()
         os.makedirs(self.folder, exist_ok=True)
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8") as f:
