@@ -2,7 +2,7 @@
 Published training curves, and whether the losses of a run agree with them.
 
     reference/NAME.csv     a published curve: `# key: value` lines (what it is, its source and settings), then step,stream,value
-    comparison = Comparison(config)   # in train_gpt2.py, for one line per validation
+    comparison = Comparison(config, first_step)   # in train_gpt2.py, for one line per validation
     print(verdict("log/gpt2-124M"))               # python plots.py RUN --verdict
 
 Two runs are comparable if corpus, model size, tokens per step and validation tokens are the same. docs/reference.md explains
@@ -407,7 +407,7 @@ class Fingerprint:
 class Comparison:
     """What train_gpt2.py prints about a run beside the published ones; config is TrainConfig as a dict.
 
-        comparison = Comparison(asdict(config))
+        comparison = Comparison(asdict(config), first_step)
         comparison.print(step, val=3.34)                  # at a validation
         comparison.print(step, train=loss, norm=norm)     # after an update
 
@@ -415,12 +415,12 @@ class Comparison:
     manifest.json), is one line, at the first validation.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, first_step):
         self.reference = self.fingerprint = self.reason = None
         self.outcome = None  # of the last validation
         try:
             self.facts = facts_of(config)
-            if has_fingerprint(self.facts):
+            if first_step == 0 and has_fingerprint(self.facts):
                 self.fingerprint = Fingerprint(self.facts)
             self.reference = Reference(self.facts)
         except Exception as e:

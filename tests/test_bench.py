@@ -25,7 +25,7 @@ import bench.train
 import hellaswag
 import model as model_module
 import sample
-from bench import measure
+from bench import measure, scaling
 from bench.train import Variant, build_step
 from model import GPTConfig
 from parallel import Ranks
@@ -388,3 +388,57 @@ def test_the_command_prints_a_table(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["loader"]
     assert [row["loader"] for row in rows] == ["read and cast a batch", "wait for a batch", "training step"]
     assert process.stdout.splitlines()[-4].split() == ["loader", "ms/batch", "%", "of", "step"]
+
+
+# -----------------------------------------------------------------------------
+# the scaling study
+
+def one_step(kind, steps=1):
+    """(weights before, weights after) of a matrix with decay 0.5 and learning rate 0.1."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    before, grad = p.detach().clone(), torch.randn(6, 4) * torch.arange(1, 7)[:, None]
+    optimizer = kind([p], lr=0.1, weight_decay=0.5 if kind is not torch.optim.Muon else 0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(steps):
+        p.grad = grad
+        optimizer.step()
+    return before, p.detach()
+
+
+def test_cautious_weight_decay_applies_where_update_and_weight_have_the_same_sign():
+    before, plain = one_step(torch.optim.Muon)
+    _, cautious = one_step(scaling.Cautious)
+    same = (before - plain) * before > 0
+    assert 0 < same.sum() < same.numel()
+    assert torch.allclose(cautious, plain - 0.1 * 0.5 * before * same)
+
+
+def test_normuon_gives_rows_the_same_rms_and_the_update_muons_norm():
+    before, plain = one_step(torch.optim.Muon)
+    _, after = one_step(scaling.NorMuon)
+    update = before * (1 - 0.1 * 0.5) - after
+    rows = update.square().mean(dim=1).sqrt()
+    assert torch.allclose(rows, rows[0].expand(6), rtol=1e-4) and not torch.allclose(update, before - plain, rtol=0.01)
+    assert update.norm().item() == pytest.approx((before - plain).norm().item(), rel=1e-4)
+    assert not torch.equal(one_step(scaling.NorMuon, 3)[1], after)
+
+
+def test_the_saving_is_interpolated_over_the_logarithm_of_the_steps():
+    points = [(260, 6.4), (200, 6.5)]
+    assert scaling.steps_at(6.5, points) == pytest.approx(200) and scaling.steps_at(6.4, points) == pytest.approx(260)
+    assert scaling.steps_at(6.45, points) == pytest.approx((200 * 260) ** 0.5)
+    assert scaling.steps_at(6.35, points) == pytest.approx(260 * (260 / 200) ** 0.5)  # outside: the line goes on
+    assert scaling.rates_at("25M", "adamw", (8e-4, 1e-2)) == pytest.approx((3e-4, 1e-2))
+    assert scaling.rates_at("25M", "muon", (8e-3, 1e-2)) == pytest.approx((8e-3 * (192 / 512) ** 0.5, 1e-2))
+
+
+def test_a_finished_run_of_the_study_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "ROOT", str(tmp_path))
+    (tmp_path / "bench").mkdir()
+    name = "2M-muon-0.006-0.012-0.5-2"
+    (tmp_path / "bench" / "scaling.json").write_text(json.dumps({name: 6.5}))
+    study = scaling.Study(str(tmp_path), str(tmp_path / "runs"), 1)
+    assert study.run("2M", "muon", (6e-3, 12e-3), 0.5, 2) == 6.5
+    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "oh"))
+    with pytest.raises(RuntimeError, match="2M-muon-0.006-0.012-0.5-3 failed: oh"):
+        study.run("2M", "muon", (6e-3, 12e-3), 0.5, 3)
