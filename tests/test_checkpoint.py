@@ -754,7 +754,8 @@ def test_a_training_run_sends_every_value_of_its_log(tmp_path, text, monkeypatch
     assert calls[1] == ["metric", "*", "step"]
     sent = {(stream, value, values["step"]) for kind, values, *_ in calls if kind == "log"
             for stream, value in values.items() if stream != "step"}
-    assert sent == logged_values(tmp_path) and {stream for stream, *_ in sent} == {"train", "val", "lr", "norm", "tok_per_sec"}
+    assert sent == logged_values(tmp_path) and {stream for stream, *_ in sent} == {"train", "val", "val_bpb", "lr", "norm",
+                                                                                       "tok_per_sec"}
     assert (tmp_path / "log" / "shakespeare" / "wandb_id.txt").read_text() == "abc123"
 
 

@@ -334,7 +334,7 @@ def test_each_step_reads_its_windows_of_the_epochs_permutation_for_any_B_and_W(
 
 
 @given(shard_lengths, st.integers(1, 6), st.integers(0, 9), st.booleans(), st.data())
-@settings(quick, max_examples=20)
+@settings(quick, max_examples=10)
 def test_a_restored_loader_continues_at_the_saved_position_for_any_B_and_W(tmp_path_factory, lengths, T, k, shuffle, draw):
     stream, _ = make_stream(str(tmp_path_factory.mktemp("shards")), lengths)
     arrangements = st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (1, 2)])  # (B, W) for G = 4

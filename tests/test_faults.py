@@ -184,6 +184,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     survived("signal while the last checkpoint is written")
 
 
+@pytest.mark.slow  # test_checkpoint.py has a fast one, without train_gpt2.py
 def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(text, tmp_path):  # noqa: F811
     process = start(tmp_path, "--data", text, "--max-steps", "100000")
     wait_for(process, r"step +2/")
