@@ -261,9 +261,9 @@ class Log:
 
     def __call__(self, step, quiet=False, **values):
         values = {stream: value for stream, value in values.items() if value is not None}
+        if values and not quiet:
+            print0(" | ".join([f"step {step:5d}", *(f"{stream} {value:.4f}" for stream, value in values.items())]))
         for stream, value in values.items():
-            if not quiet:
-                print0(f"step {step:5d} | {stream} {value:.4f}")
             if self.file:
                 self.file.write(f"{step} {stream} {value}\n")
         if self.tracker and values:

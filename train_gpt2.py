@@ -265,8 +265,8 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
-    for stream, value in scores.items():
-        print0(f"step {step:5d} | {stream} {value:.4f}")
+    values = (f"{stream} {value:.4f}" for stream, value in scores.items())
+    print0(" | ".join([f"step {step:5d}", *values]))
 
 
 def build_model(config, saved, ranks, loss_chunks=1):

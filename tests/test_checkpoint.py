@@ -607,8 +607,7 @@ def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys)
     log.flush()
     assert (tmp_path / "log.txt").read_text() == ("0 val 3.25\n0 train 3.5\n0 lr 0.0006\n"
                                                   "250 hella 0.25\n250 hella_lm_eval 0.295\n")
-    assert capsys.readouterr().out == ("step     0 | val 3.2500\nstep   250 | hella 0.2500\n"
-                                       "step   250 | hella_lm_eval 0.2950\n")
+    assert capsys.readouterr().out == ("step     0 | val 3.2500\nstep   250 | hella 0.2500 | hella_lm_eval 0.2950\n")
 
 
 def test_log_does_nothing_for_an_evaluation_that_was_interrupted(tmp_path, capsys):

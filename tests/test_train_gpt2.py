@@ -658,7 +658,7 @@ def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(te
     assert status == 0 and "samples: python sample.py new/a" in out
     assert checkpoint.saved_steps("new/a") == [2]
     before = {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in glob.glob("new/**", recursive=True)}
-    val = re.search(r"step     2 \| val \d+\.\d{4}\nstep     2 \| val_bpb \d+\.\d{4}\n", out)[0]
+    val = re.search(r"step     2 \| val \d+\.\d{4} \| val_bpb \d+\.\d{4}\n", out)[0]
     for weights in (["--resume", "new/a"], [*TINY, "--data", text, "--init-from", "new/a"]):
         status, (out, err) = run("--eval-only", *weights)
         assert status == 0 and val.replace("step     2", f"step     {2 if '--resume' in weights else 0}") in out, err
