@@ -411,13 +411,14 @@ class Comparison:
         comparison.print(step, val=3.34)                  # at a validation
         comparison.print(step, train=loss, norm=norm)     # after an update
 
-    It never raises: a run that is not comparable, and whatever fails (a damaged or missing reference/, an edited
-    manifest.json), is one line, at the first validation.
+    It never raises: a run on shards that is not comparable, and whatever fails (a damaged or missing reference/, an edited
+    manifest.json), is one line, at the first validation. Nothing is said of a run on a text file.
     """
 
     def __init__(self, config, first_step):
         self.reference = self.fingerprint = self.reason = None
         self.outcome = None  # of the last validation
+        self.facts = config
         try:
             self.facts = facts_of(config)
             if first_step == 0 and has_fingerprint(self.facts):
@@ -429,7 +430,8 @@ class Comparison:
     def fail(self, error):
         """Ends the comparison; the next validation says why."""
         self.reference = None
-        self.reason = f"not compared with published runs: {error if isinstance(error, ValueError) else first_line(error)}"
+        if not os.path.isfile(str(self.facts.get("data", ""))):
+            self.reason = f"not compared with published runs: {error if isinstance(error, ValueError) else first_line(error)}"
 
     def __call__(self, step, val=None, train=None, norm=None):
         try:

@@ -51,40 +51,46 @@ SWEEP = {"adamw": [(1.25e-4, 12e-3), (2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-
 # -----------------------------------------------------------------------------
 # changes of Muon
 
-class Cautious(torch.optim.Muon):
+MUON = torch.optim.Muon  # main replaces the name in torch.optim
+
+
+def step_without_decay(muon):
+    """Muon's step without weight decay; yields (parameter, its value before, learning rate, weight decay)."""
+    groups, decays = muon.param_groups, [group["weight_decay"] for group in muon.param_groups]
+    before = {p: p.clone() for group in groups for p in group["params"]}
+    for group in groups:
+        group["weight_decay"] = 0.0
+    MUON.step(muon)
+    for group, decay in zip(groups, decays):
+        group["weight_decay"] = decay
+        for p in group["params"]:
+            yield p, before[p], group["lr"], decay
+
+
+class Cautious(MUON):
     """Weight decay only where it has the sign of the update (Chen et al. 2025, arXiv 2510.12402)."""
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            decay, group["weight_decay"] = group["weight_decay"], 0.0
-            before = [p.clone() for p in group["params"]]
-            super().step()
-            group["weight_decay"] = decay
-            for p, old in zip(group["params"], before):
-                same_sign = (old - p) * old > 0
-                p.sub_(old * same_sign, alpha=group["lr"] * decay)
+        for p, old, lr, decay in step_without_decay(self):
+            same_sign = (old - p) * old > 0
+            p.sub_(old * same_sign, alpha=lr * decay)
 
 
-class NorMuon(torch.optim.Muon):
+class NorMuon(MUON):
     """Divides each row of the orthogonalized update by a running RMS of it (Li et al. 2025, arXiv 2510.05491)."""
 
     @torch.no_grad()
     def step(self, beta2=0.95):
-        for group in self.param_groups:
-            decay, group["weight_decay"] = group["weight_decay"], 0.0
-            before = [p.clone() for p in group["params"]]
-            super().step()
-            group["weight_decay"] = decay
-            for p, old in zip(group["params"], before):
-                update = old - p
-                if (norm := update.norm()) == 0:
-                    continue
-                # of the update without its learning rate, which changes from step to step
-                squares = (update / group["lr"]).square().mean(dim=1, keepdim=True)
-                mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
-                update = update / (mean.sqrt() + 1e-12)
-                p.copy_(old * (1 - group["lr"] * decay) - update * (norm / update.norm()))
+        for p, old, lr, decay in step_without_decay(self):
+            update = old - p
+            if (norm := update.norm()) == 0:
+                continue
+            # of the update without its learning rate, which changes from step to step
+            squares = (update / lr).square().mean(dim=1, keepdim=True)
+            mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
+            update = update / (mean.sqrt() + 1e-12)
+            p.copy_(old * (1 - lr * decay) - update * (norm / update.norm()))
 
 
 VARIANTS = {"cautious": Cautious, "normuon": NorMuon}

@@ -292,8 +292,10 @@ def test_training_of_the_lectures_preset_checks_the_first_losses():
 
 
 def test_whatever_is_wrong_with_the_reference_training_gets_one_line(tmp_path, monkeypatch):
-    comparison = Comparison({**CONFIG, "data": "input.txt"}, 0)
+    comparison = Comparison({**CONFIG, "data": "my_shards"}, 0)
     assert [bool(comparison(step, val=4.0)) for step in (0, 250, 500)] == [True, False, False]
+    (tmp_path / "text.txt").write_text("to be")
+    assert Comparison({**CONFIG, "data": str(tmp_path / "text.txt")}, 0)(0, val=4.0) is None
     monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "missing"))
     text = Comparison(CONFIG, 0)(250, val=6.1)
     assert text.startswith("not compared with published runs: FileNotFoundError: there are no published curves")
