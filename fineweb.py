@@ -479,7 +479,8 @@ def parse_args(argv=None):
     add("--text-column", default="text", metavar="NAME", help="column or JSON field with the text (default text)")
     add("--out", metavar="DIR", help="output folder (default edu_fineweb10B, ... for FineWeb-Edu's samples)")
     add("--shard-size", type=number(int, 2), default=10**8, metavar="N", help="tokens per shard (default 100M)")
-    add("--max-tokens", type=number(int, 0), default=0, metavar="N", help="stop after this many tokens (default: no limit)")
+    add("--max-tokens", type=number(int, 0), default=0, metavar="N",
+        help="stop after this many tokens, 5B or 5e9 (default: no limit)")
     add("--val-tokens", type=number(int, 1), metavar="N",
         help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
         " of the estimated total if that is less)")
