@@ -224,7 +224,9 @@ def kept_log(run_dir, step):
 
 
 def check_tracker(name):
-    """Raises ValueError unless the package of a tracker is installed."""
+    """Raises ValueError unless name is one of TRACKERS, and the tracker's package is installed."""
+    if type(name) is not str or name not in TRACKERS:  # of a damaged checkpoint
+        raise ValueError(f"--tracker is {name!r:.100}, must be one of {', '.join(TRACKERS)}")
     spec = None if name == "none" else importlib.util.find_spec(name)
     if name != "none" and getattr(spec, "origin", None) is None:  # a folder of that name has a spec without a file
         raise ValueError(f"--tracker {name} needs the package {name}, which is not installed: pip install {name},"

@@ -708,6 +708,9 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
 def test_every_tracker_is_checked_and_none_needs_no_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert check_tracker("none") is None and Log.open_tracker("none", "", {}, 0) is None
+    for damaged in (None, 3, ["none"], torch.zeros(2), "os"):  # in a checkpoint; "os" is a package
+        with pytest.raises(ValueError, match="--tracker is .*, must be one of none, tensorboard, wandb"):
+            check_tracker(damaged)
     with pytest.raises(ValueError, match="--tracker tensorboard needs the package tensorboard"):
         check_tracker("tensorboard")
 
