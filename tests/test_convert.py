@@ -706,6 +706,7 @@ def hub():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_push_uploads_the_folder(exported, hub, tmp_path):
     out = tmp_path / "hf"
     done = start("export", exported[1], out, "--push", "me/mine", HF_HUB_OFFLINE="0", HF_TOKEN="hf_secret",

@@ -489,6 +489,7 @@ print((process.memory_info().rss - before) / 1e6)
 """
 
 
+@pytest.mark.slow
 def test_resident_memory_does_not_grow_with_the_tokens_read(tmp_path):
     path = tmp_path / "train.bin"
     with open(path, "wb") as f:

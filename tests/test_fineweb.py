@@ -768,6 +768,7 @@ def endless(tmp_path):
             "--workers", "8", "--out", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_at_once_while_threads_are_inside_arrow(endless):
     """Interpreter shutdown would wait for these threads forever; when they were daemon threads, it aborted the process."""
     for _ in range(2):  # the abort happened in two of three runs
@@ -863,6 +864,7 @@ def test_map_in_order_keeps_the_order_and_reads_a_bounded_number_of_items_ahead(
         assert result == n * n and len(read) <= n + 8
 
 
+@pytest.mark.slow
 def test_a_hundred_workers_use_less_than_1500_megabytes(tmp_path):
     """Threads share the interpreter, the tokenizer and the buffers; a hundred processes would use 10 GB."""
     write_parquet(tmp_path / "a.parquet", make_texts(1500, seed=8) + ["word " * 200_000] * 10, rows=500)
