@@ -233,6 +233,11 @@ def check_tracker(name):
                          " or --tracker none")
 
 
+def evaluation_line(step, values):
+    """The printed line of {stream: value}: "step   250 | val 3.2100 | val_bpb 0.9700"."""
+    return " | ".join([f"step {step:5d}", *(f"{stream} {value:.4f}" for stream, value in values.items())])
+
+
 class Log:
     """Writes log.txt, prints evaluations, and sends all values to TensorBoard or Weights & Biases, on rank 0 only.
 
@@ -264,7 +269,7 @@ class Log:
     def __call__(self, step, quiet=False, **values):
         values = {stream: value for stream, value in values.items() if value is not None}
         if values and not quiet:
-            print0(" | ".join([f"step {step:5d}", *(f"{stream} {value:.4f}" for stream, value in values.items())]))
+            print0(evaluation_line(step, values))
         for stream, value in values.items():
             if self.file:
                 self.file.write(f"{step} {stream} {value}\n")

@@ -124,9 +124,9 @@ class TrainConfig:
     timeout: float = flag(10.0, "minutes that a rank waits for the others", low=0.01, high=1e6)
     deterministic: bool = flag(False, "bitwise identical runs on a GPU and when compiled, at some cost in speed")
     dry_run: bool = flag(False, "print the plan of the run and exit")
-    price: float = flag(0.0, "dollars per hour of one GPU: the plan then has the cost of the run")
-    tok_per_sec: float = flag(0.0, "tokens per second of all processes, as measured in another run: the plan then has its"
-                              " hours; default from the peak of the GPU, if it is known")
+    price: float = flag(0.0, "dollars per hour of one GPU, to print the cost of the run in the plan")
+    tok_per_sec: float = flag(0.0, "measured tokens per second of all processes, to print the hours of the run in the plan"
+                              " (default: at half the GPU's peak, if it is known)")
     eval_only: bool = flag(False, "print the validation loss and HellaSwag score of the run's checkpoint, or of --init-from,"
                            " and exit; nothing is written")
 
@@ -336,6 +336,8 @@ def has_started(run_dir, resume):
 FIXED = ["preset", "init_from", "init", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length",
          "optimizer"]
 FORCED = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
+# How a process was started, which the next one does not take over.
+STARTED = ["dry_run", "eval_only", "force", "resume", "price", "tok_per_sec"]
 
 
 def config_from_flags(argv=None):
@@ -354,13 +356,12 @@ def config_from_flags(argv=None):
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
         return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source,
                               "log_dir": log_dir, "exp_name": exp_name}), None
-    # the run's settings, with defaults for flags that are newer than the run; how it was started is not a setting
+    # the run's settings, with defaults for flags that are newer than the run
     settings = {**saved.state["train_config"], **saved.model["config"]}
     known = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
     if unknown := saved.state["train_config"].keys() - known.keys():  # of another version of this file
         print0(printable(f"  ignored: the run's settings {', '.join(sorted(map(str, unknown)))}, which no longer exist"))
-    base = TrainConfig(**{**known, "dry_run": False, "eval_only": False, "force": False, "resume": "auto",
-                          "price": 0.0, "tok_per_sec": 0.0})
+    base = TrainConfig(**{**known, **{name: getattr(TrainConfig, name) for name in STARTED}})
     if os.path.basename(base.data) == "input.txt" and not os.path.exists(base.data):
         base.data = INPUT_TXT  # this clone has been moved; the data's fingerprint is compared later
     # the run's folder may have been moved, too
@@ -373,6 +374,6 @@ def config_from_flags(argv=None):
                          " starts over")
     print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
     for name in changed:
-        if name not in ("dry_run", "eval_only", "force", "resume", "exp_name", "log_dir", "price", "tok_per_sec"):
+        if name not in (*STARTED, "exp_name", "log_dir"):
             print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
     return config, saved

@@ -2,7 +2,7 @@
 Published training curves, and whether the losses of a run agree with them.
 
     reference/NAME.csv     a published curve: `# key: value` lines (what it is, its source and settings), then step,stream,value
-    comparison = Comparison(config, first_step)   # in train_gpt2.py, for one line per validation
+    comparison = Comparison(config)               # in train_gpt2.py, for one line per validation
     print(verdict("log/gpt2-124M"))               # python plots.py RUN --verdict
 
 Two runs are comparable if corpus, model size, tokens per step and validation tokens are the same. docs/reference.md explains
@@ -207,7 +207,7 @@ OTHER_TOKENS = 0.022   # nats; by how much the loss changes with the part of the
 
 
 class Verdict(NamedTuple):
-    """A validation loss beside the reference's, nats: expected, and the band around it within which right runs are."""
+    """A validation loss and the reference's, nats: expected, and the band around it, the spread of correct runs."""
     step: int
     val: float
     expected: float
@@ -407,21 +407,21 @@ class Fingerprint:
 class Comparison:
     """What train_gpt2.py prints about a run beside the published ones; config is TrainConfig as a dict.
 
-        comparison = Comparison(asdict(config), first_step)
+        comparison = Comparison(asdict(config))
         comparison.print(step, val=3.34)                  # at a validation
         comparison.print(step, train=loss, norm=norm)     # after an update
 
     It never raises: a run on shards that is not comparable, and whatever fails (a damaged or missing reference/, an edited
-    manifest.json), is one line, at the first validation. Nothing is said of a run on a text file.
+    manifest.json), is one line, at the first validation. Prints nothing for a run on a text file.
     """
 
-    def __init__(self, config, first_step):
+    def __init__(self, config):
         self.reference = self.fingerprint = self.reason = None
         self.outcome = None  # of the last validation
         self.facts = config
         try:
             self.facts = facts_of(config)
-            if first_step == 0 and has_fingerprint(self.facts):
+            if has_fingerprint(self.facts):
                 self.fingerprint = Fingerprint(self.facts)
             self.reference = Reference(self.facts)
         except Exception as e:

@@ -158,7 +158,7 @@ def report(run_dir, names=(), price=None):
     checked, run = verdict(run_dir, names), read_description(run_dir)
     lines = [f"# {printable(os.path.basename(os.path.abspath(run_dir)))}", "", *introduction(run_dir),
              "![loss and other curves](loss.png)", "", "## Is the curve right?", "",
-             "Its validation losses beside those of right runs; docs/reference.md explains the band (±).", "",
+             "Its validation losses compared with those of correct runs; docs/reference.md explains the band (±).", "",
              "```", checked, "```", "", *sections(run_dir, price=price)]
     if isinstance(run.get("command"), list):
         processes = run.get("world_size", 1)

@@ -219,6 +219,16 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
         print0(f"sample {i}: {gathered[i % ranks.world_size][i // ranks.world_size]!r}")
 
 
+def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
+    """The line that is printed after a step; dt and left in seconds.
+
+    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices, or None.
+    """
+    return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
+            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
+            + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
+
+
 # -----------------------------------------------------------------------------
 # what the run starts from
 
@@ -265,8 +275,7 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
-    values = (f"{stream} {value:.4f}" for stream, value in scores.items())
-    print0(" | ".join([f"step {step:5d}", *values]))
+    print0(checkpoint.evaluation_line(step, scores))
 
 
 def build_model(config, saved, ranks, loss_chunks=1):
@@ -294,16 +303,6 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     state = {"optimizers": optimizer_states, "scaler": scaler.state_dict(),
              "loader": loader.state_dict(), "rng": rng, "train_config": asdict(config)}
     return checkpoint.model_contents(raw_model, val_loss, weights), state
-
-
-def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
-    """The line that is printed after a step; dt and left in seconds.
-
-    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices, or None.
-    """
-    return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
-            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
-            + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
 
 
 def restore(saved, optimizers, scaler, config, ranks):
@@ -399,7 +398,7 @@ def main():
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
-    writer, comparison = checkpoint.Writer(), reference.Comparison(asdict(config), first_step)
+    writer, comparison = checkpoint.Writer(), reference.Comparison(asdict(config))
     peak, seconds, stopping = peak_flops(device, dtype), 0.0, None  # seconds: of all steps so far
 
     def due(every, stream=None):

@@ -1,19 +1,18 @@
 """
-The scaling study: how many tokens Muon saves against AdamW, at three sizes, and whether two changes of Muon save more.
+The scaling study: how many tokens Muon saves compared with AdamW at three sizes, and whether two variants of Muon save more.
 
     python -m bench.scaling SHARDS --folder scaling --jobs 2        # hours of CPU; the same command resumes
     python -m bench.scaling SHARDS --folder scaling --picture scaling.png
 
-AdamW and Muon are tuned at the smallest size, on one seed. The learning rates of the other sizes follow from it: the width's
-share in the norm of an update shrinks as 1/C for AdamW (Yang et al. 2022) and as 1/sqrt(C) for Muon scaled to AdamW's RMS;
-that of the embeddings stays. Both are then halved and doubled at the middle size. AdamW trains for STEPS steps, Muon for parts
-of them, each with its own schedule; the saving is STEPS over the steps at which Muon's loss, interpolated over the logarithm of
-the steps, is AdamW's.
+AdamW and Muon are tuned at the smallest size, on one seed, and the learning rates of the blocks are transferred to the others:
+they scale as 1/C for AdamW (Yang et al. 2022) and as 1/sqrt(C) for Muon scaled to AdamW's RMS, which keeps the spectral norm of
+an update; the embeddings' rate is constant. At the middle size half and twice the transferred rates are tried too. AdamW trains
+for STEPS steps, Muon for a fraction of them, each with its own schedule; the saving is STEPS divided by the number of steps at
+which Muon, interpolated linearly in the logarithm of the steps, reaches AdamW's loss.
 
 Runs are train_gpt2.py's, with the flags in COMMON. scaling.json beside this file holds {run: validation loss} of the runs made
 so far on the textbook text of the figures in docs/speed.md; delete it for other shards.
 """
-import argparse
 import json
 import math
 import os
@@ -31,13 +30,13 @@ import plots
 import runtime
 import train_gpt2
 from bench.measure import print_table
-from files import atomic_write
+from files import atomic_write, check_output
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #        n_layer n_head n_embd; parameters of the blocks
 SIZES = {"2M": (4, 3, 192), "8M": (7, 5, 320), "25M": (8, 8, 512)}
 STEPS, TOKENS_PER_STEP, SEEDS = 400, 1024, (1, 2, 3)
-PARTS = {"2M": (0.5, 0.65), "8M": (0.5, 0.65), "25M": (0.5, 0.65)}  # of STEPS, for Muon
+PARTS = (0.5, 0.65)  # fractions of STEPS, for Muon
 COMMON = ["--preset", "gpt2-124M", "--block-size", "128", "--batch-size", "8", "--total-batch-size", str(TOKENS_PER_STEP),
           "--warmup-steps", "40", "--min-lr-ratio", "0", "--val-tokens", "65536", "--val-every", "1000000",
           "--hella-every", "0", "--sample-every", "0", "--save-every", "0", "--dtype", "bfloat16",
@@ -49,7 +48,7 @@ SWEEP = {"adamw": [(1.25e-4, 12e-3), (2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-
 
 
 # -----------------------------------------------------------------------------
-# changes of Muon
+# variants of Muon
 
 MUON = torch.optim.Muon  # main replaces the name in torch.optim
 
@@ -72,6 +71,7 @@ class Cautious(MUON):
 
     @torch.no_grad()
     def step(self):
+        """One update of all parameters."""
         for p, old, lr, decay in step_without_decay(self):
             same_sign = (old - p) * old > 0
             p.sub_(old * same_sign, alpha=lr * decay)
@@ -82,6 +82,7 @@ class NorMuon(MUON):
 
     @torch.no_grad()
     def step(self, beta2=0.95):
+        """One update of all parameters."""
         for p, old, lr, decay in step_without_decay(self):
             update = old - p
             if (norm := update.norm()) == 0:
@@ -177,17 +178,17 @@ def study(s):
             losses = s.all([(size, optimizer, rates) for optimizer, rates in near])
             print("8M, seed 1: " + ", ".join(f"{o} {r[0]:.2g} {loss:.3f}" for (o, r), loss in zip(near, losses)), flush=True)
         targets = s.all([(size, "adamw", adamw, 1.0, seed) for seed in SEEDS])
-        runs = [(size, "muon", muon, part, seed) for seed in SEEDS for part in PARTS[size]]
+        runs = [(size, "muon", muon, part, seed) for seed in SEEDS for part in PARTS]
         losses = s.all(runs)
         savings = [STEPS / steps_at(target, [(STEPS * run[3], loss) for run, loss in zip(runs, losses) if run[4] == seed])
                    for seed, target in zip(SEEDS, targets)]
         mean, error = mean_and_error(savings)
         row = {"size": size, "AdamW": mean_and_error(targets)[0]}
-        for part in PARTS[size]:
+        for part in PARTS:
             row[f"Muon at {part:g}"] = statistics.mean(loss for run, loss in zip(runs, losses) if run[3] == part)
         rows.append({**row, "saving": round(mean, 3), "s.e.": round(error, 3), "seeds": " ".join(f"{x:.2f}" for x in savings)})
         print(rows[-1], flush=True)
-    size, part, muon = "8M", PARTS["8M"][-1], rates_at("8M", "muon", best["muon"])
+    size, part, muon = "8M", PARTS[-1], rates_at("8M", "muon", best["muon"])
     base, variants = s.all([(size, "muon", muon, part, seed) for seed in SEEDS]), []
     for variant in VARIANTS:
         differences = [a - b for a, b in zip(s.all([(size, variant, muon, part, seed) for seed in SEEDS]), base)]
@@ -216,12 +217,17 @@ def main():
         sys.argv = ["train_gpt2.py", *sys.argv[3:]]
         train_gpt2.plot_run = lambda *args, **kwargs: None
         return train_gpt2.main()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards")
-    parser.add_argument("--folder", default="scaling")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, on one core each (default 2)")
+    parser = runtime.ArgumentParser(prog="python -m bench.scaling", description="Measure how many tokens Muon saves.")
+    parser.add_argument("shards", help="folder of shards, as train_gpt2.py --data takes")
+    parser.add_argument("--folder", default="scaling", help="folder of the runs in progress (default scaling)")
+    parser.add_argument("--jobs", type=runtime.number(int, 1, os.cpu_count()), default=2,
+                        help="runs at a time, on one core each (default 2)")
     parser.add_argument("--picture", help="draw the savings into this PNG file")
     args = parser.parse_args()
+    if not os.path.isdir(args.shards):
+        raise FileNotFoundError(f"no folder of shards at {args.shards!r}; python fineweb.py creates one")
+    if args.picture is not None:
+        check_output(args.picture)
     rows, variants = study(Study(args.shards, args.folder, args.jobs))
     print_table(rows)
     print_table(variants)

@@ -1,10 +1,10 @@
 """
-Equal to the lecture: what build-nanogpt's train_gpt2.py computes, written here a second time, against train_gpt2.py itself.
+Equal to the lecture: an independent implementation of build-nanogpt's train_gpt2.py, against our train_gpt2.py.
 
     ./test.sh tests/test_lecture.py          # one process, and the loader
     ./test.sh --all tests/test_lecture.py    # also torch.compile, two gloo ranks, and the 124M model
 
-The second writing shares no code with ours: a network, a loader, a schedule, a loop. The golden numbers are its results with
+The implementation shares no code with ours: a network, a loader, a schedule, a loop. The golden numbers are its results with
 torch 2.13 on x86-64. Runs are in float32 on the CPU, where --preset gpt2-124M-lecture is made small by flags.
 """
 import itertools

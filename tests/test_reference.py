@@ -1,5 +1,5 @@
 """
-Published curves are what was published, runs are compared only with comparable ones, and a run that departs is told so.
+Published curves are what was published, runs are compared only with comparable ones, and a departure is reported.
 
     ./test.sh tests/test_reference.py     # no network, no GPU
 
@@ -270,7 +270,7 @@ def test_a_nan_a_wrong_norm_and_a_changed_setting_are_departures_too():
 # during training
 
 def test_training_prints_a_line_per_validation_and_the_causes_once():
-    comparison = Comparison({**CONFIG, "lr": 1.2e-3}, 0)
+    comparison = Comparison({**CONFIG, "lr": 1.2e-3})
     texts = [comparison(step, val=val) for step, val in shifted("edu-lecture-8gpu", 0.1).items()]
     assert texts[0] is None
     assert texts[1].splitlines()[0].endswith("; the published run is edu-lecture-8gpu, see docs/reference.md")
@@ -282,28 +282,28 @@ def test_training_prints_a_line_per_validation_and_the_causes_once():
 def test_training_of_the_lectures_preset_checks_the_first_losses():
     train = published("edu-lecture-8gpu").streams["train"]
     for first_step, lines in ((0, 1), (5, 0)):  # a resumed run has other first steps
-        comparison = Comparison(LECTURE, first_step)
+        comparison = Comparison(LECTURE)
         texts = [comparison(step, train=train[step], norm=15.342 if step == 0 else 1.0) for step in range(first_step, 11)]
         assert len([text for text in texts if text]) == lines
-    comparison = Comparison({**LECTURE, "val_tokens": 8192}, 0)  # too few to compare validations
+    comparison = Comparison({**LECTURE, "val_tokens": 8192})  # too few to compare validations
     assert comparison(0, val=10.95).startswith("not compared with published runs: it validates on 8,192 tokens")
     assert comparison(0, train=11.5, norm=15.342).startswith("step 0: loss 11.5000, published 10.9550: departs")
-    assert Comparison({**LECTURE, "n_layer": 2}, 0)(0, train=9.0, norm=1.0) is None
+    assert Comparison({**LECTURE, "n_layer": 2})(0, train=9.0, norm=1.0) is None
 
 
 def test_whatever_is_wrong_with_the_reference_training_gets_one_line(tmp_path, monkeypatch):
-    comparison = Comparison({**CONFIG, "data": "my_shards"}, 0)
+    comparison = Comparison({**CONFIG, "data": "my_shards"})
     assert [bool(comparison(step, val=4.0)) for step in (0, 250, 500)] == [True, False, False]
     (tmp_path / "text.txt").write_text("to be")
-    assert Comparison({**CONFIG, "data": str(tmp_path / "text.txt")}, 0)(0, val=4.0) is None
+    assert Comparison({**CONFIG, "data": str(tmp_path / "text.txt")})(0, val=4.0) is None
     monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "missing"))
-    text = Comparison(CONFIG, 0)(250, val=6.1)
+    text = Comparison(CONFIG)(250, val=6.1)
     assert text.startswith("not compared with published runs: FileNotFoundError: there are no published curves")
     shutil.copytree(os.path.join(os.path.dirname(reference.__file__), "reference"), tmp_path / "edited")
     (tmp_path / "edited" / "edu-lecture-8gpu.csv").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "edited"))
-    text = Comparison(CONFIG, 0)(250, val=6.1)
+    text = Comparison(CONFIG)(250, val=6.1)
     assert "edu-lecture-8gpu.csv is damaged" in text and "\n" not in text
     monkeypatch.undo()
-    text = Comparison({**CONFIG, "val_tokens": None}, 0)(250, val=6.1)
+    text = Comparison({**CONFIG, "val_tokens": None})(250, val=6.1)
     assert text.startswith("not compared with published runs: val_tokens in")
