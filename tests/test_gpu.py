@@ -124,6 +124,7 @@ def test_on_a_gpu_with_little_memory_the_loss_is_computed_in_chunks_outside_the_
     large = pretend(tmp_path, world_size, *flags, "--exp-name", "large")
     assert "in 8 chunks to save memory" in small["output"] and "chunks" not in large["output"]
     check_budgets(small, world_size)
+    assert small["step"]["chunked_loss"] == small["micro_steps"] == 1 and "chunked_loss" not in large["calls"]
     losses = [[float(value) for value in re.findall(r"(?:loss|val) (\d+\.\d+)", report["output"])] for report in (small, large)]
     assert len(losses[0]) == 4 + 2 and losses[0] == pytest.approx(losses[1], abs=2e-4)
 

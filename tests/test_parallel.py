@@ -113,8 +113,9 @@ def check_losses(ranks, folder):
             run = start(ranks, parallel=mode)
             run.raw_model.loss_chunks = 3
             results[f"{mode}, loss in chunks"] = train(run, 3)
-            results[f"val {mode}, loss in chunks"] = evaluate_loss(parallel.unsharded_model(run.raw_model), UnequalStream(), 1,
-                                                                   16, 80, "float32", ranks)
+            model = parallel.unsharded_model(run.raw_model)
+            assert model.loss_chunks == 3
+            results[f"val {mode}, loss in chunks"] = evaluate_loss(model, UnequalStream(), 1, 16, 80, "float32", ranks)
     for before, after in MOVES:
         saved = checkpoint.load_file(os.path.join(folder, f"{before}.pt"))
         results[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)

@@ -282,6 +282,18 @@ def test_a_resumed_run_keeps_the_settings_that_are_given_again(saved, monkeypatc
     assert (config.epochs, config.max_steps) == (3, 0)
 
 
+def test_how_a_run_was_started_is_not_taken_over_when_it_resumes(saved, monkeypatch, capsys):
+    """Else a run once resumed with --force would accept every later change."""
+    started = {"dry_run": True, "eval_only": True, "force": True, "resume": "never", "price": 2.5, "tok_per_sec": 9.0}
+    assert started.keys() == set(config_module.STARTED)
+    state = {**saved.state, "train_config": {**saved.state["train_config"], **started}}
+    monkeypatch.setattr(config_module, "load_run", lambda given: saved._replace(state=state))
+    config, _ = config_from_flags([])
+    assert {name: getattr(config, name) for name in started} == {name: getattr(TrainConfig, name) for name in started}
+    config_from_flags(["--price", "3", "--force"])
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tmp_path, monkeypatch):
     """They were announced as changed, and the checkpoint's stayed in effect."""
     monkeypatch.setattr(config_module, "load_run", lambda given: saved)
