@@ -498,6 +498,8 @@ def free_memory(device):
     """Bytes available on the device, or None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
+    if device == "mps":  # the part of the machine's memory that Metal recommends
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES leaves out what the page cache would give back
         with open("/proc/meminfo", encoding="utf-8") as f:
             if available := re.search(r"MemAvailable: *(\d+) kB", f.read()):

@@ -392,6 +392,13 @@ def test_the_plan_has_the_hours_and_the_cost_where_the_speed_is_known(monkeypatc
                                            f" 2 x {flops / 3600:.1f} x $2 = ${2 * 2 * flops / 3600:.2f}")
 
 
+def test_available_memory_of_a_mac_is_what_metal_recommends(monkeypatch):
+    """It was unknown there, and the micro-batch as large as on an 80 GB GPU."""
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11_000_000_000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 1_000_000_000)
+    assert runtime.free_memory("mps") == 10_000_000_000
+
+
 def test_available_memory_includes_the_page_cache():
     import psutil
     assert runtime.free_memory("cpu") == pytest.approx(psutil.virtual_memory().available, rel=0.3)
