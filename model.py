@@ -50,11 +50,24 @@ class GPTConfig:
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
 
-    def num_params(self):
-        """Number of parameters, by arithmetic: a GPT of these sizes need not fit into memory."""
+    def num_params(self, with_wpe=True):
+        """Number of parameters; the tied wte and lm_head count once.
+
+        By arithmetic: a GPT of these sizes need not fit into memory.
+        """
         V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
         norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
-        return (V + T) * C + L * (12 * C * C + biases + 2 * norm) + norm  # wte, wpe, blocks, ln_f
+        blocks = L * (12 * C * C + biases + 2 * norm)
+        return V * C + with_wpe * T * C + blocks + norm        # wte, wpe, blocks, ln_f
+
+    def flops_per_token(self, T):
+        """FLOPs of training on one token, forward and backward, at sequence length T.
+
+        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
+        addition in the forward and two of each in the backward; attention has the same for T keys
+        and T values of H Q = C channels. By convention the causal half is not subtracted.
+        """
+        return 6 * self.num_params(with_wpe=False) + 12 * self.n_layer * self.n_embd * T
 
     @classmethod
     def from_hf(cls, hf_config):
@@ -334,17 +347,7 @@ class GPT(nn.Module):
 
     def num_params(self, with_wpe=True):
         """Number of parameters; the tied wte and lm_head count once."""
-        return self.config.num_params() - (0 if with_wpe else self.transformer.wpe.weight.numel())
-
-    def flops_per_token(self, T):
-        """FLOPs of training on one token, forward and backward, at sequence length T.
-
-        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
-        addition in the forward and two of each in the backward; attention has the same for T keys
-        and T values of H Q = C channels. By convention the causal half is not subtracted.
-        """
-        L, C = self.config.n_layer, self.config.n_embd
-        return 6 * self.num_params(with_wpe=False) + 12 * L * C * T
+        return self.config.num_params(with_wpe)
 
     # -------------------------------------------------------------------------
     # OpenAI's weights, in Hugging Face's layout

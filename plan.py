@@ -5,10 +5,7 @@ train_gpt2.py prints it before every run, and only it with --dry-run.
 """
 import math
 
-import torch
-
 import parallel
-from model import GPT
 from runtime import device_name, free_memory, peak_flops, print0
 
 LOSS_CHUNKS = 8  # parts of the loss in runs that need it (choice): less to save in each further one, more kernels
@@ -114,10 +111,7 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
 
     Prints its plan. num_tokens: size of the training data. first_step: where the run resumes.
     """
-    # the meta device has shapes without memory: enough to count parameters
-    with torch.device("meta"):
-        model = GPT(config.gpt_config())
-    T, W, on_cpu = config.sequence_length, ranks.world_size, ranks.device == "cpu"
+    model, T, W, on_cpu = config.gpt_config(), config.sequence_length, ranks.world_size, ranks.device == "cpu"
     total_batch_size = config.total_batch_size
     # the ranks may have different amounts of free memory: the smallest; infinite if unknown
     memory = min(parallel.all_gather(free_memory(ranks.device) or math.inf, ranks))
@@ -142,7 +136,7 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     fits = "" if needed < memory else ", IT WILL NOT FIT" if too_large else ", IT MAY NOT FIT"
     flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
-    print0(f"model: {num_params:,} parameters, {model.config}\n"
+    print0(f"model: {num_params:,} parameters, {model}\n"
            f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {total_batch_size:,}"
            f" tokens = {epochs:.2f} epochs\n"
            f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"

@@ -450,7 +450,7 @@ def main():
             dt = time.perf_counter() - t0  # seconds; train_step and evaluations wait for the GPU
             seconds, tok_per_sec = seconds + dt, config.total_batch_size / dt
             left = seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean speed
-            mfu = peak and raw_model.flops_per_token(T) * tok_per_sec / (peak * ranks.world_size)
+            mfu = peak and raw_model.config.flops_per_token(T) * tok_per_sec / peak / ranks.world_size
             print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"

@@ -137,7 +137,7 @@ def speed(args):
     config = TrainConfig(block_size=T, total_batch_size=B * T, batch_size=B)
     estimate = sum(estimate_memory(config, raw_model.num_params(), B, args.dtype, 1, True).values()) / 1e9
     memory = torch.cuda.max_memory_allocated() / 1e9
-    mfu = raw_model.flops_per_token(T) * tok_per_sec / peak if peak else float("nan")
+    mfu = raw_model.config.flops_per_token(T) * tok_per_sec / peak if peak else float("nan")
     figure = f"{tok_per_sec:,.0f} tok/s, MFU {mfu:.1%}, {memory:.1f} GB (estimate {estimate:.1f}), loss {loss:.3f}"
     return not mfu < 0.38 and memory < 1.15 * estimate, figure  # MFU is nan where the peak is not known
 

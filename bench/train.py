@@ -105,7 +105,7 @@ def time_rank(variant, args, rank, port):
     parallel.teardown()
     tokens = args.B * args.T * variant.grad_accum_steps
     return {"ms/step": 1000 * seconds, "tok/s": tokens * ranks.world_size / seconds, "peak GB": peak_gb(ranks.device),
-            "GFLOP/s": raw_model.flops_per_token(args.T) * tokens / seconds / 1e9, "loss": loss}
+            "GFLOP/s": raw_model.config.flops_per_token(args.T) * tokens / seconds / 1e9, "loss": loss}
 
 
 def time_step(variant, args):

@@ -313,10 +313,10 @@ def test_flops_per_token_equals_the_formula_worked_out_by_hand():
     model = GPT(GPTConfig(block_size=5, vocab_size=11, n_layer=3, n_head=4, n_embd=8, bias=False))
     N = 88 + 3 * 784 + 8
     assert model.num_params() == N + 5 * 8
-    assert model.flops_per_token(5) == 6 * N + 12 * 3 * 4 * 2 * 5
+    assert model.config.flops_per_token(5) == 6 * N + 12 * 3 * 4 * 2 * 5
     with torch.device("meta"):  # the commonly cited 0.855 GFLOP per token of GPT-2 124M at T = 1024
         gpt2 = GPT(config_for("gpt2"))
-    assert gpt2.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert gpt2.config.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize("changes, words", [
