@@ -222,7 +222,7 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
 def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
     """The line that is printed after a step; dt and left in seconds.
 
-    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices, or None.
+    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices; 0 if unknown.
     """
     return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
             f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
@@ -398,8 +398,8 @@ def main():
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
     log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
-    writer, comparison = checkpoint.Writer(), reference.Comparison(asdict(config))
-    peak, seconds, stopping = peak_flops(device, dtype), 0.0, None  # seconds: of all steps so far
+    writer, comparison, stopping = checkpoint.Writer(), reference.Comparison(asdict(config)), None
+    peak, train_seconds = (peak_flops(device, dtype) or 0) * ranks.world_size, 0.0  # 0: unknown
 
     def due(every, stream=None):
         # every `every` steps and after the last one, unless logged before the run was resumed
@@ -448,9 +448,9 @@ def main():
             loss, norm, stopping = train_step(step, model, raw_model, optimizers, scaler, loader,
                                               lr, grad_accum_steps, config.grad_clip, dtype, ranks)
             dt = time.perf_counter() - t0  # seconds; train_step and evaluations wait for the GPU
-            seconds, tok_per_sec = seconds + dt, config.total_batch_size / dt
-            left = seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean speed
-            mfu = peak and raw_model.config.flops_per_token(T) * tok_per_sec / peak / ranks.world_size
+            train_seconds, tok_per_sec = train_seconds + dt, config.total_batch_size / dt
+            left = train_seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean
+            mfu = peak and raw_model.config.flops_per_token(T) * tok_per_sec / peak
             print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"

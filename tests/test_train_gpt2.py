@@ -671,7 +671,11 @@ def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(te
             sys.exit(0)
         return e.value.code or 0, capsys.readouterr()
     name = ["--log-dir", "new", "--exp-name", "a/"]
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda *args: 1e9)
     status, (out, _) = run(*TINY, "--data", text, "--save-every", "0", "--max-steps", "2", *name)
+    tok_per_sec, mfu = re.search(r"step     1/2 .* \| tok/sec ([\d,]+) \| MFU ([\d.]+)% \|", out).groups()
+    flops = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50304).flops_per_token(16)
+    assert float(mfu) == pytest.approx(100 * flops * int(tok_per_sec.replace(",", "")) / 1e9, rel=0.01)
     assert status == 0 and "samples: python sample.py new/a" in out
     assert checkpoint.saved_steps("new/a") == [2]
     before = {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in glob.glob("new/**", recursive=True)}
