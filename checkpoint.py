@@ -29,9 +29,10 @@ from typing import NamedTuple
 
 import torch
 
+from cli import first_line, print0, printable
 from files import atomic_write, check_regular, lock, make_folders
 from model import GPT, GPTConfig
-from runtime import DTYPES, describe_machine, first_line, print0, printable
+from runtime import DTYPES, describe_machine
 
 # -----------------------------------------------------------------------------
 # one file

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 import checkpoint
 import convert
 import data
+from cli import ArgumentParser, is_rank0, number, print0, printable
 from model import GPTConfig, SIZES
-from runtime import ArgumentParser, is_rank0, number, print0, printable
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist

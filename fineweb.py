@@ -53,8 +53,9 @@ from tqdm import tqdm
 
 import data
 import files
+from cli import ArgumentParser, exit_now, number, run_main
 from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
-from runtime import ArgumentParser, exit_now, free_memory, number, run_main
+from runtime import free_memory
 from sources import (estimate_tokens, hub_hash, hub_shards, hub_source, is_damage, local_source, map_in_order, pieces,
                      with_retries)
 

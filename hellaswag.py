@@ -59,12 +59,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from cli import ArgumentParser, is_rank0, number, print0, printable, report_progress, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, encode
 from files import atomic_write, check_output, check_regular
 from parallel import all_gather, rank0_first, setup, teardown
-from runtime import (ArgumentParser, choose_dtype, is_rank0, keep_freed_memory, number, print0, printable, report_progress,
-                     run_main)
+from runtime import choose_dtype, keep_freed_memory
 from scoring import BATCH_TOKENS, score
 
 STYLES = ("completion", "lm-eval")

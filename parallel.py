@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from checkpoint import copy_to_cpu, snapshot
+from cli import StopSignals, print0
 from model import GPT
-from runtime import StopSignals, autocast, choose_device, get_rng_state, print0, set_rng_state
+from runtime import autocast, choose_device, get_rng_state, set_rng_state
 
 # -----------------------------------------------------------------------------
 # the process group

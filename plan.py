@@ -6,7 +6,8 @@ train_gpt2.py prints it before every run, and only it with --dry-run.
 import math
 
 import parallel
-from runtime import device_name, free_memory, peak_flops, print0
+from cli import print0
+from runtime import device_name, free_memory, peak_flops
 
 LOSS_CHUNKS = 8  # parts of the loss in runs that need it (choice): less to save in each further one, more kernels
 

@@ -31,13 +31,13 @@ import numpy as np
 import torch
 
 from checkpoint import read_config, read_log, saved_steps
+from cli import ArgumentParser, first_line, number, printable, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
 from files import atomic_write, check_output, is_special
 from reference import (CORPORA, GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
                        find_curves, fitting, size_of, verdict)
 from report import clock, write_report
-from runtime import ArgumentParser, first_line, number, printable, run_main
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
 STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}  # of the small panels

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoint import read_config, read_log
+from cli import first_line, print0, printable
 from data import load_manifest
-from runtime import first_line, print0, printable
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference")
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}  # their samples of 10B tokens

@@ -28,11 +28,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from cli import ArgumentParser, number, printable, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, encode, get_tokenizer
 from files import check_regular, open_file
-from runtime import (DTYPES, ArgumentParser, choose_device, choose_dtype, free_memory, keep_freed_memory, number, printable,
-                     run_main, without_cudnn_attention)
+from runtime import DTYPES, choose_device, choose_dtype, free_memory, keep_freed_memory, without_cudnn_attention
 
 MAX_PROMPT = 2**22                      # bytes that are read of a prompt
 TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; its reciprocal is finite

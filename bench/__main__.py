@@ -23,6 +23,7 @@ import sys
 
 import torch
 
+import cli
 import runtime
 from bench.checkpoint import bench_checkpoint
 from bench.data import bench_loader, bench_tokenize
@@ -83,24 +84,24 @@ def print_comparison(old, new):
 
 def parse_args(argv=None):
     """The flags, with device and dtype chosen; B and T are the shape of the training steps to time."""
-    parser = runtime.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.")
+    parser = cli.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.")
     add = parser.add_argument
     add("benchmark", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK",
         help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
              " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
              " gpu_check: whether this machine computes the right thing, first of all on a new one")
     add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
-    add("--batch-size", type=runtime.number(int, 0), default=0,
+    add("--batch-size", type=cli.number(int, 0), default=0,
         help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
-    add("--sequence-length", type=runtime.number(int, 0), default=0,
+    add("--sequence-length", type=cli.number(int, 0), default=0,
         help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
-    add("--steps", type=runtime.number(int, 1), default=6, help="training steps to time (default 6)")
-    add("--ranks", type=runtime.number(int, 0, os.cpu_count()), default=0,
+    add("--steps", type=cli.number(int, 1), default=6, help="training steps to time (default 6)")
+    add("--ranks", type=cli.number(int, 0, os.cpu_count()), default=0,
         help="ladder: processes of DDP (default: one per GPU)")
     add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
     add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
-    add("--limit", type=runtime.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
-    add("--repeats", type=runtime.number(int, 1), default=3, help="tokenize: runs to take the median of (default 3)")
+    add("--limit", type=cli.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
+    add("--repeats", type=cli.number(int, 1), default=3, help="tokenize: runs to take the median of (default 3)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--json", metavar="FILE", help="write the result to this file")
@@ -155,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    cli.run_main(main)

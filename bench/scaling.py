@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import checkpoint
+import cli
 import plots
-import runtime
 import train_gpt2
 from bench.measure import print_table
 from files import atomic_write, check_output
@@ -217,10 +217,10 @@ def main():
         sys.argv = ["train_gpt2.py", *sys.argv[3:]]
         train_gpt2.plot_run = lambda *args, **kwargs: None
         return train_gpt2.main()
-    parser = runtime.ArgumentParser(prog="python -m bench.scaling", description="Measure how many tokens Muon saves.")
+    parser = cli.ArgumentParser(prog="python -m bench.scaling", description="Measure how many tokens Muon saves.")
     parser.add_argument("shards", help="folder of shards, as train_gpt2.py --data takes")
     parser.add_argument("--folder", default="scaling", help="folder of the runs in progress (default scaling)")
-    parser.add_argument("--jobs", type=runtime.number(int, 1, os.cpu_count()), default=2,
+    parser.add_argument("--jobs", type=cli.number(int, 1, os.cpu_count()), default=2,
                         help="runs at a time, on one core each (default 2)")
     parser.add_argument("--picture", help="draw the savings into this PNG file")
     args = parser.parse_args()
@@ -236,4 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    cli.run_main(main)

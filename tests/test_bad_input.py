@@ -30,10 +30,10 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 import checkpoint
+import cli
 import convert
 import data
 import files
-import runtime
 from model import GPT, GPTConfig
 
 TIMEOUT = 20      # seconds that a command may take
@@ -52,7 +52,7 @@ def run(script, argv, monkeypatch):
     monkeypatch.setattr(atexit, "register", lambda function, *args, **kwargs: (
         unlocks.append(function) if function.__module__ == "checkpoint" else register(function, *args, **kwargs)))
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(importlib.import_module(script).main)
+        cli.run_main(importlib.import_module(script).main)
         sys.exit(0)
     for unlock in unlocks:
         unlock()

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import checkpoint
-import runtime
+import cli
 import train_gpt2
 from checkpoint import Log, check_tracker, kept_log, read_log
 from model import GPT, GPTConfig
@@ -251,7 +251,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, 
 FULL_DISK = """
 import resource, sys, torch, checkpoint
 from model import GPT, GPTConfig
-from runtime import run_main
+from cli import run_main
 def main():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=1000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes per file: a write fails as on a full disk
@@ -733,7 +733,7 @@ def train_here(monkeypatch, folder, text, *flags):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "--data", text, *flags])
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(train_gpt2.main)
+        cli.run_main(train_gpt2.main)
     return end.value.code
 
 

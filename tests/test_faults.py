@@ -159,7 +159,7 @@ def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text,
 
 SLOW_SAVE = """
 import sys, time, checkpoint, train_gpt2
-from runtime import run_main
+from cli import run_main
 save_file = checkpoint.save_file
 def slowly(contents, path):
     print("writing", flush=True)
@@ -508,14 +508,14 @@ def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, 
 ])
 def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, uninterrupted, text, tmp_path,  # noqa: F811
                                                                monkeypatch, capsys):
-    import runtime
+    import cli
     import train_gpt2
     monkeypatch.chdir(tmp_path)
     shutil.copytree(uninterrupted, "log/shakespeare")
     before = {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--preset", "shakespeare", "--max-steps", "30", *flags])
     with pytest.raises(SystemExit) as e:
-        runtime.run_main(train_gpt2.main)
+        cli.run_main(train_gpt2.main)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1 and message in err
     assert before == {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}

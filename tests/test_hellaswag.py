@@ -26,10 +26,10 @@ import torch
 import convert
 import hellaswag
 import scoring
+from cli import StopSignals
 from data import EOT, NUM_TOKENS, get_tokenizer
 from model import GPT, GPTConfig
 from parallel import Ranks
-from runtime import StopSignals
 
 SINGLE = Ranks(0, 0, 1, "cpu", False)
 ROOT = os.path.dirname(os.path.abspath(hellaswag.__file__))

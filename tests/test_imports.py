@@ -17,8 +17,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # each module imports only modules of the layers above it in this list
 LAYERS = [
-    {"model", "files", "runtime", "sources"},
-    {"data"},
+    {"cli", "model", "files", "sources"},
+    {"data", "runtime"},
     {"checkpoint", "fineweb"},
     {"reference"},
     {"report"},

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import cli
 import reference
 import runtime
 import train_gpt2
@@ -291,7 +292,7 @@ def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(reference.Comparison, "print", lambda self, step, **values: compared.append((step, *values)))
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *FLAGS, "--data", shards, "--batch-size", str(B), "--compile", "off"])
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(train_gpt2.main)
+        cli.run_main(train_gpt2.main)
     assert end.value.code == 0
     check_run(tmp_path, shards, B, 1)
     # every validation and every update is shown to reference.py, in this order

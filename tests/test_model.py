@@ -474,7 +474,7 @@ def run_python(code, **environment):
                           text=True, timeout=120)
 
 
-DOWNLOAD = "from runtime import run_main; from model import GPT; run_main(lambda: GPT.from_pretrained('gpt2'))"
+DOWNLOAD = "from cli import run_main; from model import GPT; run_main(lambda: GPT.from_pretrained('gpt2'))"
 
 
 def test_from_pretrained_in_offline_mode_is_one_line_that_says_what_to_do(tmp_path):

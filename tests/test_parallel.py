@@ -26,11 +26,12 @@ sys.path.insert(0, ROOT)  # for the ranks, which do not read pytest.ini
 
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
+from cli import StopSignals, run_main  # noqa: E402
 from config import PRESETS, TrainConfig, parse_args  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
 from plan import estimate_memory  # noqa: E402
-from runtime import StopSignals, autocast, run_main  # noqa: E402
+from runtime import autocast  # noqa: E402
 from train_gpt2 import capture, evaluate_loss, train_step  # noqa: E402
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
@@ -250,7 +251,7 @@ def test_more_processes_than_gpus_is_an_error_that_names_the_flag(monkeypatch):
 
 TWO_RANKS = """
 import os, sys, time, torch, parallel
-from runtime import StopSignals, exit_now, print0
+from cli import StopSignals, exit_now, print0
 ranks = parallel.setup("cpu")
 file = sys.argv[1]
 with parallel.rank0_first(ranks):
@@ -420,7 +421,7 @@ def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
 # errors under torchrun
 
 WITH_ERROR = """
-import os, sys, train_gpt2, runtime
+import os, sys, cli, train_gpt2
 train_step, kind, rank = train_gpt2.train_step, os.environ["KIND"], os.environ["RANK"]
 def failing(step, *args):
     if step == 1 and kind == "rank 1" and rank == "1":
@@ -431,7 +432,7 @@ def failing(step, *args):
         os._exit(7)
     return train_step(step, *args)
 train_gpt2.train_step = failing
-runtime.run_main(train_gpt2.main)
+cli.run_main(train_gpt2.main)
 """
 
 

@@ -17,10 +17,10 @@ import torch
 
 import plots
 from checkpoint import read_log, save_file
+from cli import run_main
 from data import get_tokenizer
 from model import GPT, GPTConfig, SIZES
 from plots import curves_figure, plot_run, short_count, size_of, smooth
-from runtime import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import checkpoint
+import cli
 import config as config_module
 import parallel
 import plan as plan_module
@@ -512,7 +513,7 @@ def test_a_long_step_reports_its_progress(monkeypatch, capsys):
                                               (("25%", 15), ("50%", 10), ("75%", 5)))
     step_once(tiny_model(), [batch] * 4)
     assert capsys.readouterr().out == ""
-    assert [runtime.duration(s) for s in (0.2, 59, 90, 4000, 10**6)] == ["0 s", "59 s", "1.5 min", "1.1 h", "277.8 h"]
+    assert [cli.duration(s) for s in (0.2, 59, 90, 4000, 10**6)] == ["0 s", "59 s", "1.5 min", "1.1 h", "277.8 h"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -615,8 +616,8 @@ def test_validation_is_the_same_for_any_micro_batch(tmp_path):
 def test_a_stop_request_ends_an_evaluation_at_the_next_batch(tmp_path, monkeypatch):
     import numpy as np
 
+    import cli
     import data
-    import runtime
     path = str(tmp_path / "a_val_000000.npy")
     data.write_shard(path, np.zeros(203, dtype=np.uint16))
     stream, model, batches = data.TokenStream([path]), tiny_model(), []
@@ -624,7 +625,7 @@ def test_a_stop_request_ends_an_evaluation_at_the_next_batch(tmp_path, monkeypat
     def count_and_stop(module, args, output):
         batches.append(len(args[0]))
         if len(batches) == 2:
-            monkeypatch.setattr(runtime.StopSignals, "received", "SIGTERM")
+            monkeypatch.setattr(cli.StopSignals, "received", "SIGTERM")
     model.register_forward_hook(count_and_stop)
     assert evaluate_loss(model, stream, 1, 8, 160, "float32", ALONE) is None
     assert len(batches) == 2 and model.training
@@ -667,7 +668,7 @@ def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(te
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *flags])
         with pytest.raises(SystemExit) as e:
-            runtime.run_main(train_gpt2.main)
+            cli.run_main(train_gpt2.main)
             sys.exit(0)
         return e.value.code or 0, capsys.readouterr()
     name = ["--log-dir", "new", "--exp-name", "a/"]
@@ -815,13 +816,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path)
 ])
 def test_bad_input_is_one_line_with_status_2(flags, message, text, tmp_path, monkeypatch, capsys):
     """In this process, through the main and run_main of the command line."""
-    import runtime
+    import cli
     import train_gpt2
     monkeypatch.chdir(tmp_path)
     argv = [*TINY, "--data", text, *flags]
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
     with pytest.raises(SystemExit) as e:
-        runtime.run_main(train_gpt2.main)
+        cli.run_main(train_gpt2.main)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not os.path.exists("log") or set(os.listdir("log/shakespeare")) <= {"config.json", "log.txt"}

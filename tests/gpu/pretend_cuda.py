@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import cli  # noqa: E402
 import parallel  # noqa: E402
-import runtime  # noqa: E402
 import train_gpt2  # noqa: E402
 
 calls, order, steps, report = collections.Counter(), [], [], {}
@@ -149,7 +149,7 @@ def main():
             stack.enter_context(patch)
         stack.enter_context(CudaIsCpu())
         try:
-            runtime.run_and_report(train_gpt2.main)
+            cli.run_and_report(train_gpt2.main)
         except SystemExit as e:
             report["status"] = e.code or 0
     marks = {"backward graph": "b", "bucket": "R"}
