@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from cli import first_line, print0, printable
+from config import TRACKERS
 from files import atomic_write, check_regular, lock, make_folders
 from model import GPT, GPTConfig
 from runtime import DTYPES, describe_machine
@@ -174,7 +175,6 @@ def read_config(run_dir):
 # log.txt
 
 TRAINING_STREAMS = {"train", "lr", "norm", "tok_per_sec", "epoch"}  # of the step's update; others are evaluations
-TRACKERS = ("none", "tensorboard", "wandb")  # the last two are names of packages
 
 
 def read_log(path):

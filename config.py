@@ -1,32 +1,120 @@
 """
-The settings of a training run: each once, with its default, meaning and flag; the presets.
+The settings of a training run: each once, with its default, meaning and flag; the sizes of the model; the presets.
 
-TrainConfig's fields are the flags of train_gpt2.py. A value comes from the first source that sets it: the command line,
-the checkpoint that the run resumes from, the weights of --init-from, the preset, the field's default.
-
-When a run resumes, FIXED settings cannot change and FORCED ones only with --force; all others take effect.
+TrainConfig's fields are the flags of train_gpt2.py; resume.py determines their values for a run.
 
 Sources: the GPT-2 paper (Radford et al. 2019) for the sizes, the GPT-3 paper (Brown et al. 2020, table 2.1 and appendix
-B) for learning rates, batch size and schedule, and the lecture "Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
+B) for learning rates, batch size and schedule, "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs, and the lecture
+"Let's reproduce GPT-2 (124M)" for the rest of gpt2-124M.
+
+Flags are parsed before PyTorch is imported, which takes more than a second: this file must not import it.
 """
-import contextlib
-import json
 import math
 import os
 import textwrap
 from argparse import SUPPRESS, ArgumentTypeError, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
-import checkpoint
-import convert
-import data
-from cli import ArgumentParser, is_rank0, number, print0, printable
-from model import GPTConfig, SIZES
+from cli import ArgumentParser, number
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
 INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}  # of published results; their samples of 10B tokens
+TRACKERS = ("none", "tensorboard", "wandb")             # the last two are names of packages
 
+
+# -----------------------------------------------------------------------------
+# the model's sizes
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024   # maximum context length, tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>
+    n_layer: int = 12        # number of blocks
+    n_head: int = 12         # attention heads per block
+    n_embd: int = 768        # channels of the residual stream
+    bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
+    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help to fine-tune on little text
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)  # of any type, if it comes from a file
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r:.40}: must be an integer, 1 or more")
+        if self.n_embd % self.n_head != 0:
+            fits = [nh for nh in range(1, min(self.n_embd, 100) + 1) if self.n_embd % nh == 0]
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
+                             f" n_head that fit: {fits}")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias={self.bias!r:.40}: must be true or false")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
+
+    def num_params(self, with_wpe=True):
+        """Number of parameters; the tied wte and lm_head count once.
+
+        By arithmetic: a GPT of these sizes need not fit into memory.
+        """
+        V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
+        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
+        blocks = L * (12 * C * C + biases + 2 * norm)
+        return V * C + with_wpe * T * C + blocks + norm        # wte, wpe, blocks, ln_f
+
+    def flops_per_token(self, T):
+        """FLOPs of training on one token, forward and backward, at sequence length T.
+
+        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
+        addition in the forward and two of each in the backward; attention has the same for T keys
+        and T values of H Q = C channels. By convention the causal half is not subtracted.
+        """
+        return 6 * self.num_params(with_wpe=False) + 12 * self.n_layer * self.n_embd * T
+
+    @classmethod
+    def from_hf(cls, hf_config):
+        """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
+
+        Raises ValueError for a variant of GPT-2 that this network does not implement.
+        """
+        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
+        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
+                "tie_word_embeddings": True}
+        for name, want in gpt2.items():
+            got = hf.get(name, want)
+            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
+                raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
+        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
+                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
+
+
+# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do
+# not equal the width (XL: 24 x 128 against 2048), we keep the width and the head size.
+#                   n_layer n_head n_embd block_size
+SIZES = {
+    "gpt2":            (12,  12,   768,  1024),  #  124M parameters
+    "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
+    "gpt2-large":      (36,  20,  1280,  1024),  #  774M
+    "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
+    "gpt3-small":      (12,  12,   768,  2048),  #  125M
+    "gpt3-medium":     (24,  16,  1024,  2048),  #  350M
+    "gpt3-large":      (24,  16,  1536,  2048),  #  760M
+    "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
+}
+PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these weights
+
+
+def config_for(size, **changes):
+    """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
+    if size not in SIZES:
+        raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
+    shape = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
+    return GPTConfig(**{**shape, **changes})
+
+
+# -----------------------------------------------------------------------------
+# a run's settings
 
 def flag(default, meaning, low=0, high=math.inf, above=-math.inf, **kwargs):
     """A field of TrainConfig with the help text of its flag; low, high, above: the range of a number."""
@@ -115,7 +203,7 @@ class TrainConfig:
     keep_last: int = flag(3, "checkpoints to keep; older ones are removed", low=1)
     keep_best: bool = flag(False, "keep the checkpoint with the lowest validation loss too")
     tracker: str = flag("none", "also send the values of log.txt to TensorBoard or Weights & Biases",
-                        choices=checkpoint.TRACKERS)
+                        choices=TRACKERS)
     # starting and resuming
     resume: str = flag("auto", "auto: resume the run if it has checkpoints; never: raise if it has any; or a run folder,"
                        " or a model_*.pt in one, to resume from")
@@ -197,7 +285,7 @@ PRESETS = {
 
 
 # -----------------------------------------------------------------------------
-# from the command line
+# the flags
 
 # titles of --help's groups, by the first flag in each
 GROUPS = {"preset": "the run", "n_layer": "the model", "sequence_length": "the data", "optimizer": "the optimizer",
@@ -243,137 +331,3 @@ def parse_args(argv=None):
             metavar = None if "choices" in kwargs else f.type.__name__.upper()
             group.add_argument(name, **{"type": nonempty, "metavar": metavar, **kwargs})
     return vars(parser.parse_args(argv))
-
-
-def choose_preset(given):
-    """(preset, data, reason): those of the flags; by default gpt2-124M for shards, shakespeare for text."""
-    def holds_shards(folder):
-        return os.path.isdir(folder) and bool(data.find_shards(folder, "train"))
-
-    if "preset" in given:
-        default = INPUT_TXT if given["preset"] == "shakespeare" else FINEWEB_DIR
-        return given["preset"], given.get("data", default), "chosen by --preset"
-    if "data" in given:
-        if holds_shards(given["data"]):
-            return "gpt2-124M", given["data"], "--data is a folder of shards"
-        return "shakespeare", given["data"], "--data is not a folder of shards"
-    if holds_shards(FINEWEB_DIR):
-        return "gpt2-124M", FINEWEB_DIR, f"{FINEWEB_DIR}/ holds shards"
-    return "shakespeare", INPUT_TXT, f"{FINEWEB_DIR}/ holds no shards (python fineweb.py creates them)"
-
-
-def shape_of_weights(given):
-    """The model's fields of --init-from's weights, a dict; ValueError if the flags differ from them."""
-    if not given.get("init_from"):
-        return {}
-    if "init" in given:
-        raise ValueError(f"--init {given['init']} is for random weights, and --init-from loads others: omit one of them")
-    shape = asdict(convert.read_model(given["init_from"])[0])
-    shape = {name: value for name, value in shape.items() if name in TrainConfig.__dataclass_fields__ and name != "dropout"}
-    if given.get("block_size", shape["block_size"]) > shape["block_size"]:
-        raise ValueError(f"--block-size {given['block_size']} is over the {shape['block_size']} positions of --init-from's"
-                         " weights; use that many or fewer")
-    shape["block_size"] = given.get("block_size", shape["block_size"])
-    if wrong := [name for name in shape if given.get(name, shape[name]) != shape[name]]:
-        raise ValueError(f"--init-from's weights have {', '.join(f'{n}={shape[n]}' for n in wrong)}: omit these flags")
-    return shape
-
-
-def run_folder(given):
-    """The run's folder: that of --resume, if it names a folder or a file in one, else log/<exp-name>."""
-    resume = given.get("resume", "auto")
-    if resume not in ("auto", "never"):
-        if "exp_name" in given or "log_dir" in given:
-            raise ValueError(f"--resume {resume} names the run: omit --exp-name and --log-dir")
-        if not os.path.exists(resume):
-            raise FileNotFoundError(f"--resume {resume} does not exist; allowed are auto, never, a run folder, or a model_*.pt"
-                                    " in one")
-        if os.path.isdir(resume) and not checkpoint.steps_of(resume, "model"):
-            raise FileNotFoundError(f"--resume {resume}: there is no checkpoint")
-        folder = os.path.normpath(resume if os.path.isdir(resume) else os.path.dirname(resume) or ".")
-        return folder if os.path.basename(folder) not in (".", "..") else os.path.abspath(folder)
-    return os.path.join(given.get("log_dir", TrainConfig.log_dir), given.get("exp_name", default_name(given)))
-
-
-def default_name(given):
-    """The run's name without --exp-name: of the text that --data names, so that each text has its own run, or the preset."""
-    preset, source, _ = choose_preset(given)
-    if "preset" not in given and preset == "shakespeare" and os.path.realpath(source) != os.path.realpath(INPUT_TXT):
-        name = os.path.basename(os.path.abspath(source))
-        with contextlib.suppress(ArgumentTypeError):  # no name for a folder: "-.txt"
-            return run_name(name if os.path.isdir(source) else os.path.splitext(name)[0])
-    return preset
-
-
-def load_run(given):
-    """The Checkpoint to resume from, or None for a new run. Rank 0 locks the run folder before it is read."""
-    if given.get("eval_only") and "init_from" in given:
-        return None
-    run_dir, resume = run_folder(given), given.get("resume", "auto")
-    is_file = resume not in ("auto", "never") and not os.path.isdir(resume)
-    step = checkpoint.step_of(resume) if is_file else None
-    if is_rank0() and not (given.get("dry_run") or given.get("eval_only")):
-        checkpoint.lock_run(run_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
-    if resume == "never" and checkpoint.steps_of(run_dir, "model") and not restarted:
-        raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
-    # restarted ranks resume from what the run has saved since; newer checkpoints are the run's own only once those of
-    # before have been renamed to *.aside
-    if is_file and not (restarted and has_started(run_dir, resume)):
-        return checkpoint.Checkpoint(*checkpoint.load_pair(run_dir, step), [])
-    return checkpoint.load_latest(run_dir)
-
-
-def has_started(run_dir, resume):
-    """Whether this torchrun's earlier ranks have loaded the checkpoint of --resume: then config.json is theirs."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(run_dir, "config.json")) as f:
-        started = json.load(f)
-        return (started["config"]["resume"], started["torchrun_id"]) == (resume, os.environ.get("TORCHELASTIC_RUN_ID"))
-    return False
-
-
-# What cannot change when a run resumes, and what changes its result, which --force allows.
-FIXED = ["preset", "init_from", "init", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "sequence_length",
-         "optimizer"]
-FORCED = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
-# How a process was started, which the next one does not take over.
-STARTED = ["dry_run", "eval_only", "force", "resume", "price", "tok_per_sec"]
-
-
-def config_from_flags(argv=None):
-    """(TrainConfig, the Checkpoint to resume from or None) of the command line; the run folder is locked."""
-    given = parse_args(argv)
-    if "epochs" in given:  # replaces the max_steps of the preset or of the run
-        if given.get("max_steps"):
-            raise ValueError("--epochs and --max-steps both set the length of the run: give one of them")
-        given["max_steps"] = 0
-    preset, source, reason = choose_preset(given)
-    saved = load_run(given)
-    log_dir, exp_name = os.path.split(run_folder(given))
-    # a resumed run may give up a tracker that is not installed on this machine
-    checkpoint.check_tracker(given.get("tracker", saved.state["train_config"].get("tracker", "none") if saved else "none"))
-    if not saved:
-        print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others ({', '.join(PRESETS)})")
-        return TrainConfig(**{**PRESETS[preset], **shape_of_weights(given), **given, "preset": preset, "data": source,
-                              "log_dir": log_dir, "exp_name": exp_name}), None
-    # the run's settings, with defaults for flags that are newer than the run
-    settings = {**saved.state["train_config"], **saved.model["config"]}
-    known = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
-    if unknown := saved.state["train_config"].keys() - known.keys():  # of another version of this file
-        print0(printable(f"  ignored: the run's settings {', '.join(sorted(map(str, unknown)))}, which no longer exist"))
-    base = TrainConfig(**{**known, **{name: getattr(TrainConfig, name) for name in STARTED}})
-    if os.path.basename(base.data) == "input.txt" and not os.path.exists(base.data):
-        base.data = INPUT_TXT  # this clone has been moved; the data's fingerprint is compared later
-    # the run's folder may have been moved, too
-    config = TrainConfig(**{**asdict(base), **given, "log_dir": log_dir, "exp_name": exp_name})
-    changed = [name for name in given if getattr(base, name) != getattr(config, name)]
-    if wrong := [name for name in changed if name in FIXED]:
-        raise ValueError(f"{', '.join(wrong)} cannot change when a run resumes; choose another --exp-name")
-    if (wrong := [name for name in changed if name in FORCED]) and not config.force:
-        raise ValueError(f"changing {', '.join(wrong)} makes it a different run; --force resumes anyway, another --exp-name"
-                         " starts over")
-    print0("\n".join([*saved.messages, f"resuming {run_folder(given)} from step {saved.step}, with its settings"]))
-    for name in changed:
-        if name not in (*STARTED, "exp_name", "log_dir"):
-            print0(f"  changed: {name} was {getattr(base, name)!r}, is {getattr(config, name)!r}")
-    return config, saved

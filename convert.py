@@ -45,9 +45,10 @@ import torch
 import report
 from checkpoint import check_finite, check_tensors, check_weights, load_file, model_contents, paths, save_file, steps_of
 from cli import ArgumentParser, run_main
+from config import PRETRAINED
 from data import EOT, NUM_TOKENS, get_tokenizer
 from files import check_output, check_regular, is_special
-from model import GPT, GPTConfig, PRETRAINED, from_hf_names, read_hf, tie_lm_head
+from model import GPT, GPTConfig, from_hf_names, read_hf, tie_lm_head
 
 # -----------------------------------------------------------------------------
 # torch.save's files: ours, build-nanogpt's, nanoGPT's

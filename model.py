@@ -1,5 +1,5 @@
 """
-GPT-2: the network, its sizes, OpenAI's weights, and its optimizers.
+GPT-2: the network, OpenAI's weights, and its optimizers. Its sizes, GPTConfig, are in config.py.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig())                  # 124M, random weights
@@ -7,8 +7,7 @@ GPT-2: the network, its sizes, OpenAI's weights, and its optimizers.
     logits, loss = model(idx, targets)
 
 Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its
-code https://github.com/openai/gpt-2 (src/model.py); "Language Models are Few-Shot Learners"
-(GPT-3, Brown et al. 2020) for its sizes; "PaLM" (Chowdhery et al. 2022, appendix B) for FLOPs.
+code https://github.com/openai/gpt-2 (src/model.py).
 
 Shapes in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
 hs head size (C / nh), V vocabulary (vocab_size).
@@ -16,101 +15,14 @@ hs head size (C / nh), V vocabulary (vocab_size).
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-# -----------------------------------------------------------------------------
-# sizes
-
-@dataclass
-class GPTConfig:
-    block_size: int = 1024   # maximum context length, tokens
-    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>
-    n_layer: int = 12        # number of blocks
-    n_head: int = 12         # attention heads per block
-    n_embd: int = 768        # channels of the residual stream
-    bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
-    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help to fine-tune on little text
-
-    def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)  # of any type, if it comes from a file
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r:.40}: must be an integer, 1 or more")
-        if self.n_embd % self.n_head != 0:
-            fits = [nh for nh in range(1, min(self.n_embd, 100) + 1) if self.n_embd % nh == 0]
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
-                             f" n_head that fit: {fits}")
-        if type(self.bias) is not bool:
-            raise ValueError(f"bias={self.bias!r:.40}: must be true or false")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
-
-    def num_params(self, with_wpe=True):
-        """Number of parameters; the tied wte and lm_head count once.
-
-        By arithmetic: a GPT of these sizes need not fit into memory.
-        """
-        V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
-        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
-        blocks = L * (12 * C * C + biases + 2 * norm)
-        return V * C + with_wpe * T * C + blocks + norm        # wte, wpe, blocks, ln_f
-
-    def flops_per_token(self, T):
-        """FLOPs of training on one token, forward and backward, at sequence length T.
-
-        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
-        addition in the forward and two of each in the backward; attention has the same for T keys
-        and T values of H Q = C channels. By convention the causal half is not subtracted.
-        """
-        return 6 * self.num_params(with_wpe=False) + 12 * self.n_layer * self.n_embd * T
-
-    @classmethod
-    def from_hf(cls, hf_config):
-        """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
-
-        Raises ValueError for a variant of GPT-2 that this network does not implement.
-        """
-        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
-                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
-                "tie_word_embeddings": True}
-        for name, want in gpt2.items():
-            got = hf.get(name, want)
-            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
-                raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
-        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
-                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
-
-
-# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do
-# not equal the width (XL: 24 x 128 against 2048), we keep the width and the head size.
-#                   n_layer n_head n_embd block_size
-SIZES = {
-    "gpt2":            (12,  12,   768,  1024),  #  124M parameters
-    "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
-    "gpt2-large":      (36,  20,  1280,  1024),  #  774M
-    "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
-    "gpt3-small":      (12,  12,   768,  2048),  #  125M
-    "gpt3-medium":     (24,  16,  1024,  2048),  #  350M
-    "gpt3-large":      (24,  16,  1536,  2048),  #  760M
-    "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
-}
-PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these weights
-
-
-def config_for(size, **changes):
-    """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
-    if size not in SIZES:
-        raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
-    fields = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
-    return GPTConfig(**{**fields, **changes})
-
+from config import GPTConfig
 
 # -----------------------------------------------------------------------------
 # the network

@@ -20,10 +20,10 @@ import numpy as np
 
 from checkpoint import read_config, read_log
 from cli import first_line, print0, printable
+from config import CORPORA
 from data import load_manifest
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference")
-CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}  # their samples of 10B tokens
 
 # Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".
 # Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).

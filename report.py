@@ -15,9 +15,10 @@ import numpy as np
 
 from checkpoint import TRAINING_STREAMS, read_config, read_log
 from cli import printable
+from config import CORPORA
 from files import atomic_write
 from model import GPTConfig
-from reference import CORPORA, GPT2_HELLASWAG, GPT2_LOSS, corpus_of, size_of, verdict
+from reference import GPT2_HELLASWAG, GPT2_LOSS, corpus_of, size_of, verdict
 
 HELLASWAG_EXAMPLES = 10042  # in val, the split whose scores are published
 SCORES = {"val": "validation loss (nats per token)", "val_bpb": "validation loss (bits per byte)",

@@ -41,13 +41,14 @@ import hellaswag
 import parallel
 import reference
 from cli import StopSignals, duration, print0, report_progress, run_main
-from config import FINEWEB_DIR, FINEWEB_TOKENS, config_from_flags
+from config import FINEWEB_DIR, FINEWEB_TOKENS
 from convert import load_model
 from model import GPT
 from plan import LOSS_CHUNKS, make_plan
 from plots import plot_run
 from runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
                      peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
+from resume import config_from_flags
 from sample import generate_text
 
 # -----------------------------------------------------------------------------

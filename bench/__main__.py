@@ -33,8 +33,8 @@ from bench.ladder import bench_ladder
 from bench.measure import in_fresh_process, print_table
 from bench.sample import bench_sample
 from bench.train import bench_train
+from config import SIZES, config_for
 from files import atomic_write, check_output, check_regular
-from model import SIZES, config_for
 
 # functions of the flags that return rows: dicts with the same keys, the first of which names the row
 BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,

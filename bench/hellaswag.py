@@ -11,9 +11,9 @@ import parallel
 import runtime
 import scoring
 from bench.measure import print_table, timed
-from config import INPUT_TXT
+from config import INPUT_TXT, config_for
 from files import atomic_write
-from model import GPT, config_for
+from model import GPT
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import torch
 import runtime
 from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, print_table
 from bench.train import Variant, flash_attention, naive_attention, time_step
+from config import config_for
 from files import atomic_write
-from model import config_for
 
 
 def rungs(dtype, device, world_size):

@@ -12,8 +12,9 @@ import torch
 
 import runtime
 from bench.measure import in_fresh_process, print_table, read_bandwidth, timed
+from config import config_for
 from data import NUM_TOKENS
-from model import GPT, config_for
+from model import GPT
 from sample import prepare_for_sampling, sample_next_token, stream
 
 PROMPT_LENGTH = 8

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import parallel
 import runtime
 from bench.measure import forward_backward_seconds, free_port, in_fresh_process, matmul_peak, peak_gb, print_table, timed
-from config import TrainConfig
-from model import GPT, CausalSelfAttention, config_for
+from config import TrainConfig, config_for
+from model import GPT, CausalSelfAttention
 from train_gpt2 import train_step
 
 

@@ -22,8 +22,8 @@ import bench.hellaswag
 import bench.ladder
 import bench.sample
 import bench.train
+import config
 import hellaswag
-import model as model_module
 import sample
 from bench import measure, scaling
 from bench.train import Variant, build_step
@@ -37,7 +37,7 @@ ONE_RANK = Ranks(0, 0, 1, "cpu", False)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Adds a size "tiny" in this process; restores torch's float32 matmul precision afterwards."""
-    monkeypatch.setitem(model_module.SIZES, "tiny", (2, 2, 32, 64))
+    monkeypatch.setitem(config.SIZES, "tiny", (2, 2, 32, 64))
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -202,7 +202,7 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
     bench.hellaswag.write_examples(path, 6)
     render = hellaswag.render_example
     monkeypatch.setattr(hellaswag, "render_example", lambda example: scored.append(example["ctx"]) or render(example))
-    monkeypatch.setattr(model_module, "SIZES", {"tiny": (1, 1, 4, 256)})
+    monkeypatch.setattr(config, "SIZES", {"tiny": (1, 1, 4, 256)})
     monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
     rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
     assert [row["differ"] for row in rows] == [0, 0, 0] and {row["examples"] for row in rows} == {2}

@@ -28,9 +28,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import checkpoint
-import config
 import convert
 import parallel
+import resume
 import train_gpt2
 from convert import load_model
 from data import EOT, get_tokenizer
@@ -317,7 +317,7 @@ def test_init_from_takes_the_shape_of_the_weights(tmp_path, monkeypatch):
     model, path = make_model(bias=False, vocab_size=64), str(tmp_path / "ckpt.pt")
     torch.save({"model": model.state_dict(), "model_args": {**SIZES, "vocab_size": 64, "bias": False, "dropout": 0.0}}, path)
     monkeypatch.chdir(tmp_path)
-    made, saved = config.config_from_flags(["--init-from", path, "--block-size", "8", "--dropout", "0.1",
+    made, saved = resume.config_from_flags(["--init-from", path, "--block-size", "8", "--dropout", "0.1",
                                             "--total-batch-size", "64"])
     assert saved is None and (made.n_layer, made.n_embd, made.vocab_size, made.block_size) == (2, 16, 64, 8)
     built = train_gpt2.build_model(made, None, parallel.Ranks(0, 0, 1, "cpu", False))
@@ -328,9 +328,9 @@ def test_init_from_takes_the_shape_of_the_weights(tmp_path, monkeypatch):
 def test_init_from_with_a_longer_context_or_another_shape_is_an_error(tmp_path):
     save_model(tmp_path, 10, make_model())
     with pytest.raises(ValueError, match="--block-size 13 is over the 12 positions"):
-        config.shape_of_weights({"init_from": str(tmp_path), "block_size": 13})
+        resume.shape_of_weights({"init_from": str(tmp_path), "block_size": 13})
     with pytest.raises(ValueError, match="n_layer=2"):
-        config.shape_of_weights({"init_from": str(tmp_path), "n_layer": 3})
+        resume.shape_of_weights({"init_from": str(tmp_path), "n_layer": 3})
 
 
 # -----------------------------------------------------------------------------

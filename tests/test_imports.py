@@ -17,13 +17,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # each module imports only modules of the layers above it in this list
 LAYERS = [
-    {"cli", "model", "files", "sources"},
-    {"data", "runtime"},
+    {"cli", "files", "sources"},
+    {"config", "data", "runtime"},
+    {"model"},
     {"checkpoint", "fineweb"},
     {"reference"},
     {"report"},
     {"convert", "parallel"},
-    {"config", "plan", "sample", "scoring", "plots"},
+    {"plan", "plots", "resume", "sample", "scoring"},
     {"hellaswag"},
     {"train_gpt2"},
 ]

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, SIZES, config_for, from_hf_names, is_transposed
+from config import SIZES, config_for
+from model import GPT, GPTConfig, from_hf_names, is_transposed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #         n_layer n_head n_embd block_size vocab_size

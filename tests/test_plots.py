@@ -18,8 +18,9 @@ import torch
 import plots
 from checkpoint import read_log, save_file
 from cli import run_main
+from config import SIZES
 from data import get_tokenizer
-from model import GPT, GPTConfig, SIZES
+from model import GPT, GPTConfig
 from plots import curves_figure, plot_run, short_count, size_of, smooth
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -14,6 +14,7 @@ import shutil
 import pytest
 
 import reference
+from config import CORPORA
 from reference import (Comparison, Fingerprint, NotComparable, Reference, corpus_of, facts_of, fitting, interpolate,
                        published, verdict)
 
@@ -46,7 +47,7 @@ def test_every_published_curve_is_complete():
     for name in names:
         curve = published(name)
         assert {"what", "source", "corpus", "n_params", "total_batch_size", "max_steps"} <= curve.facts.keys(), name
-        assert curve.facts["corpus"] in reference.CORPORA and len(curve.streams["val"]) > 50 * ("1gpu" not in name)
+        assert curve.facts["corpus"] in CORPORA and len(curve.streams["val"]) > 50 * ("1gpu" not in name)
         assert max(curve.streams["val"]) <= curve.facts["max_steps"]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from runtime import autocast, choose_device, choose_dtype, describe_machine, get_rng_state, peak_flops, seed_all, set_rng_state
 
+
 def fake_devices(monkeypatch, cuda=0, mps=False):
     """Makes torch report this many CUDA devices, and whether there is an MPS device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)

@@ -24,12 +24,12 @@ import torch
 
 import checkpoint
 import cli
-import config as config_module
 import parallel
 import plan as plan_module
+import resume
 import runtime
 import train_gpt2
-from config import PRESETS, TrainConfig, config_from_flags, parse_args
+from config import INPUT_TXT, PRESETS, TrainConfig, parse_args
 from model import GPT, GPTConfig
 from parallel import Ranks
 from train_gpt2 import NonFinite, evaluate_loss, get_lr, train_step
@@ -187,18 +187,18 @@ def test_each_text_has_its_own_run_unless_a_preset_or_a_name_is_given(tmp_path, 
     os.makedirs("texts.d/shards")
     open("texts.d/shards/a_train_000001.npy", "w").close()
     names = {"my book.txt": "my book", "texts.d": "texts.d", "texts.d/": "texts.d", ".": tmp_path.name, "-.txt": "shakespeare",
-             config_module.INPUT_TXT: "shakespeare", "texts.d/shards": "gpt2-124M"}
-    assert {path: config_module.run_folder({"data": path}) for path in names} == \
+             INPUT_TXT: "shakespeare", "texts.d/shards": "gpt2-124M"}
+    assert {path: resume.run_folder({"data": path}) for path in names} == \
         {path: os.path.join("log", name) for path, name in names.items()}
-    assert config_module.run_folder({"data": "a.txt", "preset": "gpt2-124M"}) == "log/gpt2-124M"
-    assert config_module.run_folder({"data": "a.txt", "exp_name": "b", "log_dir": "c"}) == "c/b"
+    assert resume.run_folder({"data": "a.txt", "preset": "gpt2-124M"}) == "log/gpt2-124M"
+    assert resume.run_folder({"data": "a.txt", "exp_name": "b", "log_dir": "c"}) == "c/b"
 
 
 def test_epochs_replace_the_max_steps_of_a_preset():
-    config, _ = config_from_flags(["--preset", "shakespeare", "--epochs", "3", "--eval-only"])
+    config, _ = resume.config_from_flags(["--preset", "shakespeare", "--epochs", "3", "--eval-only"])
     assert (config.epochs, config.max_steps) == (3, 0)
     with pytest.raises(ValueError, match="--epochs and --max-steps both set"):
-        config_from_flags(["--epochs", "3", "--max-steps", "5"])
+        resume.config_from_flags(["--epochs", "3", "--max-steps", "5"])
 
 
 def test_the_help_has_the_presets_values_and_examples(capsys):
@@ -244,18 +244,18 @@ def saved(unbroken):
 
 def test_a_refused_change_is_not_announced_first(saved, monkeypatch, capsys):
     """It printed that the run resumes with changed settings, and then that it does not."""
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved)
+    monkeypatch.setattr(resume, "load_run", lambda given: saved)
     with pytest.raises(ValueError, match="n_layer cannot change"):
-        config_from_flags(["--n-layer", "2"])
+        resume.config_from_flags(["--n-layer", "2"])
     assert capsys.readouterr().out == ""
 
 
 def test_every_setting_is_refused_or_takes_effect_when_a_run_resumes(saved, monkeypatch):
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved)
+    monkeypatch.setattr(resume, "load_run", lambda given: saved)
     monkeypatch.setattr(checkpoint, "check_tracker", lambda name: None)
     assert CHANGES.keys() == TrainConfig.__dataclass_fields__.keys()
-    assert {name for name, (_, what) in CHANGES.items() if what == "refused"} == {*config_module.FIXED, "bias"}
-    assert {name for name, (_, what) in CHANGES.items() if what == "forced"} == set(config_module.FORCED)
+    assert {name for name, (_, what) in CHANGES.items() if what == "refused"} == {*resume.FIXED, "bias"}
+    assert {name for name, (_, what) in CHANGES.items() if what == "forced"} == set(resume.FORCED)
     for name, (value, what) in CHANGES.items():
         flag = ["--" + name.replace("_", "-"), *([value] if value is not True else [])]
         flag += ["--optimizer", "adamw"] if name == "parallel" else []  # muon cannot be sharded
@@ -264,41 +264,41 @@ def test_every_setting_is_refused_or_takes_effect_when_a_run_resumes(saved, monk
                 parse_args(["--bias"])
         elif what == "refused":
             with pytest.raises(ValueError, match=f"{name}.* cannot change when a run resumes"):
-                config_from_flags([*flag, "--sequence-length", "16"] if name == "block_size" else flag)
+                resume.config_from_flags([*flag, "--sequence-length", "16"] if name == "block_size" else flag)
         elif what == "forced":
             with pytest.raises(ValueError, match=f"changing {name} makes it a different run"):
-                config_from_flags(flag)
-            assert str(getattr(config_from_flags([*flag, "--force"])[0], name)) == value
+                resume.config_from_flags(flag)
+            assert str(getattr(resume.config_from_flags([*flag, "--force"])[0], name)) == value
         elif name != "parallel":
-            config, _ = config_from_flags(flag)
+            config, _ = resume.config_from_flags(flag)
             assert str(getattr(config, name)) in (str(value), f"{value}.0")
 
 
 def test_a_resumed_run_keeps_the_settings_that_are_given_again(saved, monkeypatch, capsys):
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved)
-    config, _ = config_from_flags([*TINY, "--exp-name", "x"])
+    monkeypatch.setattr(resume, "load_run", lambda given: saved)
+    config, _ = resume.config_from_flags([*TINY, "--exp-name", "x"])
     assert "changed" not in capsys.readouterr().out
     assert (config.preset, config.max_steps, config.log_dir, config.exp_name) == ("shakespeare", 8, "log", "x")
-    config, _ = config_from_flags(["--epochs", "3"])
+    config, _ = resume.config_from_flags(["--epochs", "3"])
     assert (config.epochs, config.max_steps) == (3, 0)
 
 
 def test_how_a_run_was_started_is_not_taken_over_when_it_resumes(saved, monkeypatch, capsys):
     """Else a run once resumed with --force would accept every later change."""
     started = {"dry_run": True, "eval_only": True, "force": True, "resume": "never", "price": 2.5, "tok_per_sec": 9.0}
-    assert started.keys() == set(config_module.STARTED)
+    assert started.keys() == set(resume.STARTED)
     state = {**saved.state, "train_config": {**saved.state["train_config"], **started}}
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved._replace(state=state))
-    config, _ = config_from_flags([])
+    monkeypatch.setattr(resume, "load_run", lambda given: saved._replace(state=state))
+    config, _ = resume.config_from_flags([])
     assert {name: getattr(config, name) for name in started} == {name: getattr(TrainConfig, name) for name in started}
-    config_from_flags(["--price", "3", "--force"])
+    resume.config_from_flags(["--price", "3", "--force"])
     assert "changed" not in capsys.readouterr().out
 
 
 def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tmp_path, monkeypatch):
     """They were announced as changed, and the checkpoint's stayed in effect."""
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved)
-    config, _ = config_from_flags(["--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
+    monkeypatch.setattr(resume, "load_run", lambda given: saved)
+    config, _ = resume.config_from_flags(["--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
                                    "--dropout", "0.2", "--force", "--log-dir", str(tmp_path), "--exp-name", "x"])
     raw_model = train_gpt2.build_model(config, saved, ALONE)
     optimizers = parallel.make_optimizers(raw_model, config, ALONE)
@@ -313,9 +313,9 @@ def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tm
 
 def test_a_moved_clone_finds_its_input_txt(saved, monkeypatch):
     state = {**saved.state, "train_config": {**saved.state["train_config"], "data": "/no/such/clone/input.txt"}}
-    monkeypatch.setattr(config_module, "load_run", lambda given: saved._replace(state=state))
-    assert config_from_flags([])[0].data == config_module.INPUT_TXT
-    assert config_from_flags(["--data", "mine.txt"])[0].data == "mine.txt"
+    monkeypatch.setattr(resume, "load_run", lambda given: saved._replace(state=state))
+    assert resume.config_from_flags([])[0].data == INPUT_TXT
+    assert resume.config_from_flags(["--data", "mine.txt"])[0].data == "mine.txt"
 
 
 def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_loaded_it(unbroken, tmp_path, monkeypatch):
@@ -327,13 +327,13 @@ def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_load
     shutil.copytree(unbroken[0], run_dir)
     for name, value in {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "first"}.items():
         monkeypatch.setenv(name, value)
-    resume = os.path.join(run_dir, "model_00004.pt")
+    path = os.path.join(run_dir, "model_00004.pt")
 
     def step():
-        return config_from_flags(["--resume", resume])[1].step
+        return resume.config_from_flags(["--resume", path])[1].step
 
     def starts():  # what main does before it trains
-        checkpoint.write_config(run_dir, {"resume": resume}, "float32", ALONE)
+        checkpoint.write_config(run_dir, {"resume": path}, "float32", ALONE)
     assert step() == 4
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert step() == 4                                      # config.json is of an earlier run
@@ -344,12 +344,12 @@ def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_load
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     starts()
     assert step() == 4
-    assert config_from_flags(["--resume", run_dir])[1].step == 8
+    assert resume.config_from_flags(["--resume", run_dir])[1].step == 8
 
 
 def test_the_plan_of_weights_without_biases_has_none(tmp_path):
     torch.save({**checkpoint.model_contents(tiny_model(bias=False, vocab_size=50257), None), "step": 0}, tmp_path / "m.pt")
-    config, _ = config_from_flags(["--init-from", str(tmp_path / "m.pt"), "--data", "x.txt", "--total-batch-size", "64",
+    config, _ = resume.config_from_flags(["--init-from", str(tmp_path / "m.pt"), "--data", "x.txt", "--total-batch-size", "64",
                                    "--preset", "shakespeare", "--eval-only"])
     assert not config.bias and not config.gpt_config().bias
 
@@ -414,14 +414,14 @@ def test_ranks_with_other_data_are_an_error(text, monkeypatch):
 
 def test_the_preset_follows_from_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config, saved = config_from_flags([])
-    assert config.preset == "shakespeare" and config.data == config_module.INPUT_TXT and saved is None
+    config, saved = resume.config_from_flags([])
+    assert config.preset == "shakespeare" and config.data == INPUT_TXT and saved is None
     assert "holds no shards" in capsys.readouterr().out
     os.mkdir("edu_fineweb10B")
     open("edu_fineweb10B/edufineweb_train_000001.npy", "w").close()
-    config, _ = config_from_flags([])
+    config, _ = resume.config_from_flags([])
     assert (config.preset, config.data) == ("gpt2-124M", "edu_fineweb10B")
-    assert config_from_flags(["--preset", "gpt2-350M", "--lr", "1"])[0].lr == 1.0
+    assert resume.config_from_flags(["--preset", "gpt2-350M", "--lr", "1"])[0].lr == 1.0
 
 
 def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken, tmp_path, monkeypatch, capsys):
@@ -431,7 +431,7 @@ def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken,
     for path in glob.glob("log/shakespeare/state_*.pt"):
         state = torch.load(path)
         torch.save({**state, "train_config": {**state["train_config"], "save_minutes": 30.0, "skip_nonfinite": 0}}, path)
-    config, saved = config_from_flags(["--exp-name", "shakespeare"])
+    config, saved = resume.config_from_flags(["--exp-name", "shakespeare"])
     assert saved.step == 8 and config.n_embd == 16
     assert "ignored: the run's settings save_minutes, skip_nonfinite, which no longer exist" in capsys.readouterr().out
 
@@ -731,8 +731,8 @@ def test_a_resumed_run_can_give_up_a_tracker_that_is_not_installed(unbroken, tmp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     shutil.copytree("log/shakespeare", "log/other")  # this process keeps its lock
     with pytest.raises(ValueError, match="--tracker wandb needs the package wandb"):
-        config_from_flags(["--exp-name", "other"])
-    assert config_from_flags(["--exp-name", "shakespeare", "--tracker", "none"])[0].tracker == "none"
+        resume.config_from_flags(["--exp-name", "other"])
+    assert resume.config_from_flags(["--exp-name", "shakespeare", "--tracker", "none"])[0].tracker == "none"
 
 
 def kill_when(process, pattern):
