@@ -39,12 +39,38 @@ import tempfile
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields, replace
 
+from cli import ArgumentParser, run_and_report, run_main
+
+
+def parse_args():
+    """The flags; ValueError for an invalid one."""
+    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.",
+                            formatter_class=RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
+    takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
+    info = commands.add_parser("info", help="print what a checkpoint is")
+    info.add_argument("source", help=takes)
+    export = commands.add_parser("export", help="write a Hugging Face folder")
+    converter = commands.add_parser("convert", help="write another format")
+    for command, out in ((export, "folder to create"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
+        command.add_argument("source", help=takes)
+        command.add_argument("out", help=out)
+        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                             help="dtype of the weights (default float32)")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing out")
+    export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    parser.epilog = "\n".join(command.format_help() for command in (info, export, converter))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import numpy as np
 import torch
 
 import report
 from checkpoint import check_finite, check_tensors, check_weights, load_file, model_contents, paths, save_file, steps_of
-from cli import ArgumentParser, run_main
 from config import PRETRAINED
 from data import EOT, NUM_TOKENS, get_tokenizer
 from files import check_output, check_regular, is_special
@@ -463,23 +489,7 @@ def convert(source, out, dtype, overwrite, folder):
 
 
 def main():
-    parser = ArgumentParser(description="Print what a checkpoint is, or write it in another format.",
-                            formatter_class=RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | export | convert")
-    takes = "run folder, file (ours, build-nanogpt's, nanoGPT's, llm.c's), Hugging Face folder, or gpt2 ... gpt2-xl"
-    info = commands.add_parser("info", help="print what a checkpoint is")
-    info.add_argument("source", help=takes)
-    export = commands.add_parser("export", help="write a Hugging Face folder")
-    converter = commands.add_parser("convert", help="write another format")
-    for command, out in ((export, "folder to create"), (converter, "X.pt (ours), X.bin (llm.c), or a Hugging Face folder")):
-        command.add_argument("source", help=takes)
-        command.add_argument("out", help=out)
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                             help="dtype of the weights (default float32)")
-        command.add_argument("--overwrite", action="store_true", help="replace an existing out")
-    export.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
-    parser.epilog = "\n".join(command.format_help() for command in (info, export, converter))
-    args = parser.parse_args()
+    args = parse_args()
     if args.command == "info":
         print(describe(args.source))
         return

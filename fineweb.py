@@ -47,19 +47,70 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+from cli import ArgumentParser, exit_now, number, run_and_report, run_main
+
+DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+
+
+def parse_args(argv=None):
+    """The flags; ValueError for an invalid one."""
+    parser = ArgumentParser(description="Tokenize text into shards for training.")
+    add = parser.add_argument
+    add("--dataset", default=DATASET, metavar="REPO", help=f"dataset on the Hugging Face Hub (default {DATASET})")
+    add("--name", help=f"config of the dataset: sample-100BT, CC-MAIN-2024-10, ... (default {NAME} for FineWeb-Edu)")
+    add("--revision", default="main", help="branch, tag or commit of the dataset (default main)")
+    add("--split", default="train", help="split of the dataset to read (default train)")
+    add("--input", nargs="+", metavar="PATH", help="read local files or folders instead: parquet, jsonl, txt (.gz, .zst)")
+    add("--text-column", default="text", metavar="NAME", help="column or JSON field with the text (default text)")
+    add("--out", metavar="DIR", help="output folder (default edu_fineweb10B, ... for FineWeb-Edu's samples)")
+    add("--shard-size", type=number(int, 2), default=10**8, metavar="N", help="tokens per shard (default 100M)")
+    add("--max-tokens", type=number(int, 0), default=0, metavar="N",
+        help="stop after this many tokens, 5B or 5e9 (default: no limit)")
+    add("--val-tokens", type=number(int, 1), metavar="N",
+        help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
+        " of the estimated total if that is less)")
+    add("--val", choices=("documents", "first-shard"), default="documents",
+        help="documents: the val split ends with a document (default); first-shard: it is the first --shard-size tokens, as in"
+        " the lecture, so that the shards of FineWeb-Edu are build-nanogpt's byte for byte")
+    add("--workers", type=number(int, 0, 1024), default=0, metavar="N", help="tokenizer threads (default: one per core)")
+    add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
+    add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
+    add("--verify", metavar="DIR", help="check the shards of a folder against its manifest.json, and do nothing else")
+    add("--prepared", metavar="REPO", help="download shards that are already tokenized, e.g. kjj0/finewebedu10B-gpt2")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and (not value or not value.isprintable()):
+            raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
+    if args.input and args.prepared:
+        raise ValueError("--input and --prepared exclude each other; use one of them")
+    if args.val == "first-shard" and args.val_tokens:
+        raise ValueError("--val first-shard takes the first --shard-size tokens; omit --val-tokens")
+    if args.dataset == DATASET:
+        args.name = args.name or NAME
+        if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):
+            args.out = args.out or f"edu_fineweb{sample[1]}"
+    if not args.out and not args.verify:
+        raise ValueError("--out is missing: the folder for the shards")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # with a dataset on the Hub, half of the threads wait for the network
+    args.workers = (args.workers or cores) * (1 if args.input else 2)
+    return args
+
+
+if __name__ == "__main__":
+    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 import data
 import files
-from cli import ArgumentParser, exit_now, number, run_main
 from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
 from runtime import free_memory
 from sources import (estimate_tokens, hub_hash, hub_shards, hub_source, is_damage, local_source, map_in_order, pieces,
                      with_retries)
 
-DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 END_OF_TEXT = "<|endoftext|>"
 LOCK = ".fineweb.lock"    # in the output folder, while a process writes there
 REPORT_SECONDS = 15       # between two progress lines, where there is no terminal for a progress bar
@@ -467,51 +518,6 @@ def download_prepared(repo, out, revision, max_tokens):
 
 # -----------------------------------------------------------------------------
 # the command
-
-def parse_args(argv=None):
-    """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(description="Tokenize text into shards for training.")
-    add = parser.add_argument
-    add("--dataset", default=DATASET, metavar="REPO", help=f"dataset on the Hugging Face Hub (default {DATASET})")
-    add("--name", help=f"config of the dataset: sample-100BT, CC-MAIN-2024-10, ... (default {NAME} for FineWeb-Edu)")
-    add("--revision", default="main", help="branch, tag or commit of the dataset (default main)")
-    add("--split", default="train", help="split of the dataset to read (default train)")
-    add("--input", nargs="+", metavar="PATH", help="read local files or folders instead: parquet, jsonl, txt (.gz, .zst)")
-    add("--text-column", default="text", metavar="NAME", help="column or JSON field with the text (default text)")
-    add("--out", metavar="DIR", help="output folder (default edu_fineweb10B, ... for FineWeb-Edu's samples)")
-    add("--shard-size", type=number(int, 2), default=10**8, metavar="N", help="tokens per shard (default 100M)")
-    add("--max-tokens", type=number(int, 0), default=0, metavar="N",
-        help="stop after this many tokens, 5B or 5e9 (default: no limit)")
-    add("--val-tokens", type=number(int, 1), metavar="N",
-        help="approximate tokens in the val split, which ends at a document boundary (default: one shard, or 10%%"
-        " of the estimated total if that is less)")
-    add("--val", choices=("documents", "first-shard"), default="documents",
-        help="documents: the val split ends with a document (default); first-shard: it is the first --shard-size tokens, as in"
-        " the lecture, so that the shards of FineWeb-Edu are build-nanogpt's byte for byte")
-    add("--workers", type=number(int, 0, 1024), default=0, metavar="N", help="tokenizer threads (default: one per core)")
-    add("--format", choices=("npy", "bin"), default="npy", help="shard format: NumPy's or llm.c's (default npy)")
-    add("--skip-bad-files", action="store_true", help="skip the rest of a damaged file instead of stopping")
-    add("--verify", metavar="DIR", help="check the shards of a folder against its manifest.json, and do nothing else")
-    add("--prepared", metavar="REPO", help="download shards that are already tokenized, e.g. kjj0/finewebedu10B-gpt2")
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, str) and (not value or not value.isprintable()):
-            raise ValueError(f"--{name.replace('_', '-')} {value!r}: must not be empty or contain control characters")
-    if args.input and args.prepared:
-        raise ValueError("--input and --prepared exclude each other; use one of them")
-    if args.val == "first-shard" and args.val_tokens:
-        raise ValueError("--val first-shard takes the first --shard-size tokens; omit --val-tokens")
-    if args.dataset == DATASET:
-        args.name = args.name or NAME
-        if not args.input and not args.prepared and (sample := re.fullmatch(r"sample-(\d+B)T", args.name)):
-            args.out = args.out or f"edu_fineweb{sample[1]}"
-    if not args.out and not args.verify:
-        raise ValueError("--out is missing: the folder for the shards")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # with a dataset on the Hub, half of the threads wait for the network
-    args.workers = (args.workers or cores) * (1 if args.input else 2)
-    return args
-
 
 def main():
     args = parse_args()

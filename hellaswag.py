@@ -55,17 +55,54 @@ import time
 import zlib
 from dataclasses import dataclass
 
+from cli import ArgumentParser, is_rank0, number, print0, printable, report_progress, run_and_report, run_main
+from files import atomic_write, check_output, check_regular
+
+
+def path_of(split):
+    """The file of a split: "val" -> hellaswag/hellaswag_val.jsonl."""
+    return os.path.join("hellaswag", f"hellaswag_{split}.jsonl")
+
+
+def parse_args():
+    """The flags; ValueError for an invalid one."""
+    parser = ArgumentParser(description="HellaSwag score of a GPT-2.")
+    parser.add_argument("source", nargs="?", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
+                        " if omitted, the examples are downloaded and nothing is scored")
+    parser.add_argument("--data", metavar="FILE", help=f"examples, .jsonl or .jsonl.gz (default {path_of('val')}, downloaded)")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="score only the first N examples")
+    parser.add_argument("--batch-tokens", type=number(int, 1), metavar="N", help="tokens per batch, padding included"
+                        " (default 4096 on the CPU, 32768 on a GPU)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
+    parser.add_argument("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on the full set")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
+    parser.add_argument("--show", type=number(int, 0), default=0, metavar="K",
+                        help="print the first K examples with their losses")
+    args = parser.parse_args()
+    if args.source is None and (args.data is not None or args.out is not None or args.json or args.show):
+        raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
+    if args.out is not None and is_rank0():  # the rank that writes
+        check_output(args.out)
+        for read in filter(os.path.exists, (args.source, args.data or path_of("val"))):
+            if os.path.exists(args.out) and os.path.samefile(args.out, read):
+                raise ValueError(f"--out {args.out} would replace a file that is read; choose another name")
+    return args
+
+
+if __name__ == "__main__":
+    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cli import ArgumentParser, is_rank0, number, print0, printable, report_progress, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, encode
-from files import atomic_write, check_output, check_regular
 from parallel import all_gather, rank0_first, setup, teardown
 from runtime import choose_dtype, keep_freed_memory
-from scoring import BATCH_TOKENS, score
+from scoring import score
 
 STYLES = ("completion", "lm-eval")
 
@@ -76,11 +113,6 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 NUM_EXAMPLES = 10042  # in val, the split whose scores are published
 MAX_LINE = 2**18     # bytes; the longest line of the dataset has a few thousand
 VAL_BYTES, VAL_SHA256 = 12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-
-
-def path_of(split):
-    """The file of a split: "val" -> hellaswag/hellaswag_val.jsonl."""
-    return os.path.join("hellaswag", f"hellaswag_{split}.jsonl")
 
 
 def download(split="val"):
@@ -393,32 +425,6 @@ def print_example(dataset, sums, i):
     for k, ending in enumerate(example["endings"]):
         print(printable(f"{k} (loss: {losses[k]:.4f}) {ending}"))
     print(f"predicted: {losses.argmin()}, actual: {example['label']}")
-
-
-def parse_args():
-    parser = ArgumentParser(description="HellaSwag score of a GPT-2.")
-    parser.add_argument("source", nargs="?", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
-                        " if omitted, the examples are downloaded and nothing is scored")
-    parser.add_argument("--data", metavar="FILE", help=f"examples, .jsonl or .jsonl.gz (default {path_of('val')}, downloaded)")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="score only the first N examples")
-    parser.add_argument("--batch-tokens", type=number(int, 1), metavar="N", help="tokens per batch, padding included"
-                        f" (default {BATCH_TOKENS['cpu']} on the CPU, {BATCH_TOKENS['cuda']} on a GPU)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
-    parser.add_argument("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on the full set")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.add_argument("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
-    parser.add_argument("--show", type=number(int, 0), default=0, metavar="K",
-                        help="print the first K examples with their losses")
-    args = parser.parse_args()
-    if args.source is None and (args.data is not None or args.out is not None or args.json or args.show):
-        raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
-    if args.out is not None and is_rank0():  # the rank that writes
-        check_output(args.out)
-        for read in filter(os.path.exists, (args.source, args.data or path_of("val"))):
-            if os.path.exists(args.out) and os.path.samefile(args.out, read):
-                raise ValueError(f"--out {args.out} would replace a file that is read; choose another name")
-    return args
 
 
 def score_source(args, path, ranks):

@@ -27,19 +27,61 @@ import os
 import sys
 import warnings
 
+from cli import ArgumentParser, first_line, number, printable, run_and_report, run_main
+from config import CORPORA
+
+AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
+
+
+def parse_args():
+    """The flags; ValueError for an invalid one, and for some that exclude each other."""
+    parser = ArgumentParser(description="Draw, compare and report the curves of runs, or draw a model's weights.")
+    parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
+                        " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
+    parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"
+                        " the pictures (default: source, if it is a folder)")
+    parser.add_argument("--by", choices=list(AXES), help="the horizontal axis (default: step; with --reference tokens, if the"
+                        " numbers of tokens per step differ)")
+    parser.add_argument("--baselines", nargs="?", const="edu", choices=list(CORPORA), metavar="CORPUS",
+                        help="add GPT-2's loss on the run's corpus: edu (FineWeb-Edu, the default) or fineweb")
+    parser.add_argument("--reference", nargs="*", metavar="NAME_OR_RUN", help="add published curves, of reference/NAME.csv, or"
+                        " those of other runs (default: the published curve that fits the run)")
+    parser.add_argument("--verdict", action="store_true", help="print whether the run's losses agree with the published curve"
+                        " that fits, or with --reference, instead of drawing")
+    parser.add_argument("--report", action="store_true", help="write report.md and loss.png into the run folder: scores,"
+                        " verdict, settings, time")
+    parser.add_argument("--price", type=number(float, low=0), help="dollars per hour of one device, for the cost in --report")
+    parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
+    parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
+    args = parser.parse_args()
+    alone = next((f"--{name}" for name in ("weights", "verdict", "report") if getattr(args, name)), None)
+    if len(args.source) > 1 and (alone or args.out is None):
+        raise ValueError(f"got {len(args.source)} sources; " + (f"{alone} takes one" if alone else
+                         "name their common picture with --out FILE.png"))
+    if args.prompt is not None and not args.weights:
+        raise ValueError("--prompt is the text of the attention pictures: add --weights")
+    if args.price is not None and not args.report:
+        raise ValueError("--price is for the cost in a report: add --report")
+    if args.out is not None and alone and not args.weights:
+        raise ValueError(f"--out is the name of a picture: {alone} " + (
+            "writes report.md and loss.png into the run folder" if args.report else "prints text"))
+    return args
+
+
+if __name__ == "__main__":
+    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import numpy as np
 import torch
 
 from checkpoint import read_config, read_log, saved_steps
-from cli import ArgumentParser, first_line, number, printable, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
 from files import atomic_write, check_output, is_special
-from reference import (CORPORA, GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
+from reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
                        find_curves, fitting, size_of, verdict)
 from report import clock, write_report
 
-AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
 STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}  # of the small panels
 MIN_SMOOTHED = 200    # points: a shorter curve is drawn without a running mean (choice)
 MIN_CUT = 2000        # points: a shorter loss curve is shown from its first value on (choice)
@@ -409,39 +451,10 @@ def draw_weights(source, folder, prompt):
 
 
 def main():
-    parser = ArgumentParser(description="Draw, compare and report the curves of runs, or draw a model's weights.")
-    parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
-                        " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
-    parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"
-                        " the pictures (default: source, if it is a folder)")
-    parser.add_argument("--by", choices=list(AXES), help="the horizontal axis (default: step; with --reference tokens, if the"
-                        " numbers of tokens per step differ)")
-    parser.add_argument("--baselines", nargs="?", const="edu", choices=list(GPT2_LOSS), metavar="CORPUS",
-                        help="add GPT-2's loss on the run's corpus: edu (FineWeb-Edu, the default) or fineweb")
-    parser.add_argument("--reference", nargs="*", metavar="NAME_OR_RUN", help="add published curves, of reference/NAME.csv, or"
-                        " those of other runs (default: the published curve that fits the run)")
-    parser.add_argument("--verdict", action="store_true", help="print whether the run's losses agree with the published curve"
-                        " that fits, or with --reference, instead of drawing")
-    parser.add_argument("--report", action="store_true", help="write report.md and loss.png into the run folder: scores,"
-                        " verdict, settings, time")
-    parser.add_argument("--price", type=number(float, low=0), help="dollars per hour of one device, for the cost in --report")
-    parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
-    parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
-    args = parser.parse_args()
+    args = parse_args()
     source = args.source[0]
-    alone = next((f"--{name}" for name in ("weights", "verdict", "report") if getattr(args, name)), None)
-    if len(args.source) > 1 and (alone or args.out is None):
-        raise ValueError(f"got {len(args.source)} sources; " + (f"{alone} takes one" if alone else
-                         "name their common picture with --out FILE.png"))
     if args.weights:
         return draw_weights(source, args.out, args.prompt)
-    if args.prompt is not None:
-        raise ValueError("--prompt is the text of the attention pictures: add --weights")
-    if args.price is not None and not args.report:
-        raise ValueError("--price is for the cost in a report: add --report")
-    if args.out is not None and alone:
-        raise ValueError(f"--out is the name of a picture: {alone} " + (
-            "writes report.md and loss.png into the run folder" if args.report else "prints text"))
     if args.verdict:
         return print(verdict(source, args.reference or ()))
     if args.by == "hours" and args.reference is not None:

@@ -24,11 +24,42 @@ import platform
 import shlex
 import sys
 
+from cli import ArgumentParser, number, printable, run_and_report, run_main
+
+
+def parse_args():
+    """The flags; ValueError for an invalid one."""
+    parser = ArgumentParser(description="Generate text with a GPT-2.")
+    parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
+    parser.add_argument("stdin", nargs="*", metavar="-", help="read the prompt from stdin")
+    parser.add_argument("--prompt", help="text to continue (default: start a document)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="continue the text in this file, UTF-8")
+    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
+    parser.add_argument("--num-samples", type=number(int, 1), default=4,
+                        help="number of samples (default 4)")
+    parser.add_argument("--stream", action="store_true", help="print each token as it is generated, one sample at a time")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64,
+                        help="maximum tokens to generate per sample (default 64)")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0,
+                        help="sampling temperature, 0 for greedy (default 1.0)")
+    parser.add_argument("--top-k", type=number(int, 0), default=50,
+                        help="keep the k most likely tokens, 0 for all (default 50)")
+    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0,
+                        help="nucleus sampling: probability to keep (default 1.0, all)")
+    parser.add_argument("--seed", type=number(int, 0), default=42, help="random seed (default 42)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which takes minutes")
+    return parser.parse_intermixed_args()  # accepts - after flags, too
+
+
+if __name__ == "__main__":
+    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from cli import ArgumentParser, number, printable, run_main
 from convert import load_model
 from data import EOT, NUM_TOKENS, encode, get_tokenizer
 from files import check_regular, open_file
@@ -297,28 +328,7 @@ def interact(model, generator, hidden, args):
 
 
 def main():
-    parser = ArgumentParser(description="Generate text with a GPT-2.")
-    parser.add_argument("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
-    parser.add_argument("stdin", nargs="*", metavar="-", help="read the prompt from stdin")
-    parser.add_argument("--prompt", help="text to continue (default: start a document)")
-    parser.add_argument("--prompt-file", metavar="FILE", help="continue the text in this file, UTF-8")
-    parser.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
-    parser.add_argument("--num-samples", type=number(int, 1), default=4,
-                        help="number of samples (default 4)")
-    parser.add_argument("--stream", action="store_true", help="print each token as it is generated, one sample at a time")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64,
-                        help="maximum tokens to generate per sample (default 64)")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0,
-                        help="sampling temperature, 0 for greedy (default 1.0)")
-    parser.add_argument("--top-k", type=number(int, 0), default=50,
-                        help="keep the k most likely tokens, 0 for all (default 50)")
-    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0,
-                        help="nucleus sampling: probability to keep (default 1.0, all)")
-    parser.add_argument("--seed", type=number(int, 0), default=42, help="random seed (default 42)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which takes minutes")
-    args = parser.parse_intermixed_args()  # accepts - after flags, too
+    args = parse_args()
     prompt = read_prompt(args)
     prompt_tokens = len(encode_prompt(prompt))  # an invalid prompt raises before the model is loaded
     keep_freed_memory()

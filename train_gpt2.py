@@ -33,6 +33,19 @@ import sys
 import time
 from dataclasses import asdict
 
+from cli import StopSignals, duration, print0, report_progress, run_and_report, run_main
+from config import FINEWEB_DIR, FINEWEB_TOKENS, parse_args
+
+
+def check_flags():
+    """Before the slow imports: --help and an invalid flag end the process; else its first line."""
+    parse_args()
+    print0("loading PyTorch")
+
+
+if __name__ == "__main__":
+    run_and_report(check_flags)
+
 import torch
 
 import checkpoint
@@ -40,8 +53,6 @@ import data
 import hellaswag
 import parallel
 import reference
-from cli import StopSignals, duration, print0, report_progress, run_main
-from config import FINEWEB_DIR, FINEWEB_TOKENS
 from convert import load_model
 from model import GPT
 from plan import LOSS_CHUNKS, make_plan

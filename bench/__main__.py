@@ -21,9 +21,67 @@ import json
 import os
 import sys
 
+import cli
+from config import SIZES, config_for
+from files import atomic_write, check_output, check_regular
+
+NAMES = ["train", "ladder", "hellaswag", "sample", "tokenize", "loader", "checkpoint", "gpu_check"]
+
+# --quick: enough to notice a regression
+QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
+
+
+def check_args(args):
+    """Raises ValueError or FileNotFoundError for what would fail, or be ignored, after the benchmark has run."""
+    if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
+        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file, tokenize a folder of parquet files")
+    if args.data is not None and not os.path.exists(args.data):
+        raise FileNotFoundError(f"no data at {args.data!r}")
+    if args.sequence_length > (longest := config_for(args.size).block_size):
+        raise ValueError(f"--sequence-length {args.sequence_length} is over the {longest} positions of {args.size}")
+    if args.picture is not None and (args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png")):
+        raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file named *.png")
+    for path in (args.json, args.picture):
+        if path is not None:
+            check_output(path)
+
+
+def parse_args(argv=None):
+    """The flags; ValueError or FileNotFoundError for an invalid one."""
+    parser = cli.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.")
+    add = parser.add_argument
+    add("benchmark", choices=[*NAMES, "all"], metavar="BENCHMARK",
+        help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
+             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
+             " gpu_check: whether this machine computes the right thing, first of all on a new one")
+    add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
+    add("--batch-size", type=cli.number(int, 0), default=0,
+        help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
+    add("--sequence-length", type=cli.number(int, 0), default=0,
+        help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
+    add("--steps", type=cli.number(int, 1), default=6, help="training steps to time (default 6)")
+    add("--ranks", type=cli.number(int, 0, os.cpu_count()), default=0,
+        help="ladder: processes of DDP (default: one per GPU)")
+    add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
+    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
+    add("--limit", type=cli.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
+    add("--repeats", type=cli.number(int, 1), default=3, help="tokenize: runs to take the median of (default 3)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--json", metavar="FILE", help="write the result to this file")
+    add("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
+    add("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
+    args = parser.parse_args(argv)
+    check_args(args)
+    vars(args).update(QUICK if args.quick else {})
+    return args
+
+
+if __name__ == "__main__":
+    cli.run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import torch
 
-import cli
 import runtime
 from bench.checkpoint import bench_checkpoint
 from bench.data import bench_loader, bench_tokenize
@@ -33,15 +91,11 @@ from bench.ladder import bench_ladder
 from bench.measure import in_fresh_process, print_table
 from bench.sample import bench_sample
 from bench.train import bench_train
-from config import SIZES, config_for
-from files import atomic_write, check_output, check_regular
 
 # functions of the flags that return rows: dicts with the same keys, the first of which names the row
-BENCHMARKS = {"train": bench_train, "ladder": bench_ladder, "hellaswag": bench_hellaswag, "sample": bench_sample,
-              "tokenize": bench_tokenize, "loader": bench_loader, "checkpoint": bench_checkpoint, "gpu_check": bench_gpu_check}
-
-# --quick: enough to notice a regression
-QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
+BENCHMARKS = {bench.__name__.removeprefix("bench_"): bench
+              for bench in (bench_train, bench_ladder, bench_hellaswag, bench_sample, bench_tokenize, bench_loader,
+                            bench_checkpoint, bench_gpu_check)}
 
 COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")  # columns that --compare compares
 
@@ -82,58 +136,13 @@ def print_comparison(old, new):
     print(f"{len(worse)} of {len(rows)} are worse by more than 5%" + (f": {', '.join(worse)}" if worse else ""))
 
 
-def parse_args(argv=None):
-    """The flags, with device and dtype chosen; B and T are the shape of the training steps to time."""
-    parser = cli.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.")
-    add = parser.add_argument
-    add("benchmark", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK",
-        help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
-             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
-             " gpu_check: whether this machine computes the right thing, first of all on a new one")
-    add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
-    add("--batch-size", type=cli.number(int, 0), default=0,
-        help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
-    add("--sequence-length", type=cli.number(int, 0), default=0,
-        help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
-    add("--steps", type=cli.number(int, 1), default=6, help="training steps to time (default 6)")
-    add("--ranks", type=cli.number(int, 0, os.cpu_count()), default=0,
-        help="ladder: processes of DDP (default: one per GPU)")
-    add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
-    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
-    add("--limit", type=cli.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
-    add("--repeats", type=cli.number(int, 1), default=3, help="tokenize: runs to take the median of (default 3)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--json", metavar="FILE", help="write the result to this file")
-    add("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
-    add("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
-    args = parser.parse_args(argv)
-    check_args(args)
-    vars(args).update(QUICK if args.quick else {})
-    args.device = runtime.choose_device(args.device)
-    args.dtype = runtime.choose_dtype(args.dtype, args.device)
-    args.B = args.batch_size or (4 if args.device == "cpu" else 16)
-    args.T = args.sequence_length or (512 if args.device == "cpu" else 1024)
-    return args
-
-
-def check_args(args):
-    """Raises ValueError or FileNotFoundError for what would fail, or be ignored, after the benchmark has run."""
-    if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
-        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file, tokenize a folder of parquet files")
-    if args.data is not None and not os.path.exists(args.data):
-        raise FileNotFoundError(f"no data at {args.data!r}")
-    if args.sequence_length > (longest := config_for(args.size).block_size):
-        raise ValueError(f"--sequence-length {args.sequence_length} is over the {longest} positions of {args.size}")
-    if args.picture is not None and (args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png")):
-        raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file named *.png")
-    for path in (args.json, args.picture):
-        if path is not None:
-            check_output(path)
-
-
 def main():
     args = parse_args()
+    args.device = runtime.choose_device(args.device)
+    args.dtype = runtime.choose_dtype(args.dtype, args.device)
+    # the shape of the training steps to time
+    args.B = args.batch_size or (4 if args.device == "cpu" else 16)
+    args.T = args.sequence_length or (512 if args.device == "cpu" else 1024)
     old = read_result(args.compare) if args.compare else None
     names = [args.benchmark]
     if args.benchmark == "all":

@@ -336,6 +336,10 @@ def test_a_result_that_cannot_be_written_is_compared_all_the_same(tmp_path, monk
     assert "0 of 1 are worse" in capsys.readouterr().out
 
 
+def test_every_benchmark_that_the_flags_name_exists():
+    assert list(command.BENCHMARKS) == command.NAMES
+
+
 def test_all_runs_every_benchmark_and_quick_skips_the_ladder(monkeypatch, capsys):
     run_in_this_process(monkeypatch, command)
     ran = []

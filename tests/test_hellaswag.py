@@ -723,6 +723,14 @@ def test_invalid_flags_are_errors(command, flags, message):
         command(*flags)
 
 
+def test_the_help_has_the_defaults_of_batch_tokens(command, capsys):
+    """The flags are parsed before scoring.py is imported, which imports torch."""
+    with pytest.raises(SystemExit):
+        command("--help")
+    cpu, gpu = scoring.BATCH_TOKENS["cpu"], scoring.BATCH_TOKENS["cuda"]
+    assert f"(default {cpu} on the CPU, {gpu} on a GPU)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_a_model_it_only_downloads(server, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hellaswag.py"])
     hellaswag.main()
