@@ -2,8 +2,8 @@
 The command line that all scripts share: printing, flags, exit statuses, signals.
 
     if __name__ == "__main__":
-        run_and_report(parse_args)    # above the slow imports: --help and an invalid flag end the process here
-    import torch
+        run_and_report(parse_args)    # above the slow imports: --help and an invalid flag end the process here;
+    import torch                      # main() parses the flags again, whether the file is run or imported
     ...
     if __name__ == "__main__":
         run_main(main)                # main() with one-line errors and exit statuses

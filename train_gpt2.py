@@ -38,7 +38,10 @@ from config import FINEWEB_DIR, FINEWEB_TOKENS, parse_args
 
 
 def check_flags():
-    """Before the slow imports: --help and an invalid flag end the process; else its first line."""
+    """Before the slow imports: --help and an invalid flag end the process; else its first line.
+
+    config_from_flags parses the flags again, whether this file is run or imported.
+    """
     parse_args()
     print0("loading PyTorch")
 
@@ -57,9 +60,9 @@ from convert import load_model
 from model import GPT
 from plan import LOSS_CHUNKS, make_plan
 from plots import plot_run
+from resume import config_from_flags
 from runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
                      peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
-from resume import config_from_flags
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
