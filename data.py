@@ -49,8 +49,8 @@ NUM_TOKENS = 50257    # size of the tokenizer's vocabulary; a model's vocab_size
 
 
 @functools.cache
-def get_tokenizer():
-    """GPT-2's tiktoken.Encoding; raises ValueError if gpt2.tiktoken is missing or its sha256 is wrong."""
+def token_ranks():
+    """{bytes of a token: its id} of GPT-2; raises ValueError if gpt2.tiktoken is missing or its sha256 is wrong."""
     repair = "it is part of the repository: restore it with git checkout"
     try:
         with open(TOKENIZER_FILE, "rb") as f:
@@ -59,11 +59,25 @@ def get_tokenizer():
         raise ValueError(f"cannot read {TOKENIZER_FILE} ({e.strerror}); {repair}") from e
     if hashlib.sha256(contents).hexdigest() != TOKENIZER_SHA256:
         raise ValueError(f"{TOKENIZER_FILE} is damaged (its sha256 is not {TOKENIZER_SHA256[:8]}...); {repair}")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in contents.splitlines())}
-    # splits text into words before the merges (openai/gpt-2, src/encoder.py)
-    pattern = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in contents.splitlines())}
+
+
+_of_this_thread = threading.local()
+
+
+def get_tokenizer():
+    """GPT-2's tiktoken.Encoding, one for each thread, which takes 20 ms and 10 MB; raises ValueError as token_ranks does.
+
+    tiktoken's regular expressions keep their buffers for the first thread that uses an Encoding; any other thread takes and
+    returns shared ones, with locks, for every word.
+    """
+    if not hasattr(_of_this_thread, "tokenizer"):
+        # splits text into words before the merges (openai/gpt-2, src/encoder.py); only the group (?:...) is ours: tiktoken
+        # matches what is inside with one automaton, and without it tries the alternatives in turn
+        pattern = r"""(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"""
+        _of_this_thread.tokenizer = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=token_ranks(),
+                                                      special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
+    return _of_this_thread.tokenizer
 
 
 def encode(text, special=frozenset()):

@@ -2,12 +2,14 @@
 The speed of tokenizing compared with tiktoken and the lecture's pipeline, and of the data loader compared with a
 training step. The lecture's pipeline is reimplemented here.
 """
+import functools
 import multiprocessing
 import os
 import tempfile
 import time
 
 import numpy as np
+import tiktoken
 
 import data
 import fineweb
@@ -18,9 +20,17 @@ from config import INPUT_TXT
 SHARD_SIZE = 1_000_000
 
 
-def time_tiktoken(texts):
-    """(seconds, tokens) of encode_ordinary over all texts in this process."""
-    encode = data.get_tokenizer().encode_ordinary
+@functools.cache
+def tiktokens_gpt2():
+    """The Encoding that tiktoken.get_encoding("gpt2") downloads: data.get_tokenizer's with tiktoken's own pattern."""
+    # tiktoken_ext/openai_public.py of tiktoken 0.14
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=data.token_ranks(),
+                             special_tokens={"<|endoftext|>": data.EOT}, explicit_n_vocab=data.NUM_TOKENS)
+
+
+def time_encode(encode, texts):
+    """(seconds, tokens) of encode over all texts in this thread."""
     encode(texts[0])
     return timed(lambda: sum(len(encode(text)) + 1 for text in texts))
 
@@ -38,7 +48,7 @@ def time_fineweb(paths, out, workers):
 
 def tokenize_row(row):
     """Tokens of one document, as in build-nanogpt's fineweb.py."""
-    tokens = np.array([data.EOT, *data.get_tokenizer().encode_ordinary(row["text"])])
+    tokens = np.array([data.EOT, *tiktokens_gpt2().encode_ordinary(row["text"])])
     assert (tokens >= 0).all() and (tokens < 2**16).all()
     return tokens.astype(np.uint16)
 
@@ -76,7 +86,7 @@ def write_input_txt_as_parquet(folder):
 
 
 def bench_tokenize(args):
-    """Rows of tiktoken in one process, and of fineweb.py and the lecture's pipeline from parquet files to shards."""
+    """Rows of tiktoken and data.encode in one thread, and from parquet files to shards of fineweb.py and the lecture's."""
     import pyarrow.parquet as pq
     with tempfile.TemporaryDirectory() as made:
         if not args.data:
@@ -86,7 +96,8 @@ def bench_tokenize(args):
         texts = [text for path in paths for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
         if not texts:
             raise ValueError(f"{folder} has no parquet files with documents in a column named text")
-        pipelines = {"tiktoken, 1 process": lambda out: time_tiktoken(texts)}
+        pipelines = {"tiktoken alone": lambda out: time_encode(tiktokens_gpt2().encode_ordinary, texts),
+                     "data.encode alone": lambda out: time_encode(data.encode, texts)}
         for n in sorted({1, cpus}):
             pipelines[f"fineweb.py, workers={n}"] = lambda out, n=n: time_fineweb(paths, out, n)
         for n in sorted({max(1, cpus // 2), cpus}):  # the lecture's script uses half of the CPUs
@@ -99,7 +110,7 @@ def bench_tokenize(args):
     size = sum(len(text.encode()) for text in texts)
     medians = {name: sorted(times)[len(times) // 2] for name, times in results.items()}
     return print_table([{"tokenize": name, "MB/s": size / seconds / 1e6, "M tok/s": tokens / seconds / 1e6,
-                         "x tiktoken": medians["tiktoken, 1 process"][0] / seconds}
+                         "x tiktoken": medians["tiktoken alone"][0] / seconds}
                         for name, (seconds, tokens) in medians.items()])
 
 

@@ -219,6 +219,20 @@ def test_documents_made_from_input_txt_are_its_text(tmp_path):
         assert texts == [f.read() * 4] * 2
 
 
+def test_tiktokens_own_encoding_is_as_it_ships_and_has_our_tokens():
+    from tiktoken_ext.openai_public import r50k_pat_str
+    assert bench.data.tiktokens_gpt2()._pat_str == r50k_pat_str
+    text = "Hello, I'm  a language\n\n model 2<|endoftext|> naïve 北京 "
+    assert bench.data.tokenize_row({"text": text}).tolist() == bench.data.fineweb.encode([text]).tolist()
+
+
+@pytest.mark.slow  # imports datasets
+def test_every_pipeline_of_tokenizing_has_all_tokens(tmp_path):
+    bench.data.write_input_txt_as_parquet(tmp_path)
+    rows = bench.data.bench_tokenize(tiny_args(data=str(tmp_path)))
+    assert len({round(row["M tok/s"] / row["MB/s"], 9) for row in rows}) == 1 and len(rows) > 3
+
+
 @pytest.mark.parametrize("time_one", ["time_lecture", "time_transformers", "time_ours"])
 def test_sampling_counts_the_tokens_that_are_timed(time_one, monkeypatch):
     tiny = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=32, vocab_size=50304)

