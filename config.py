@@ -170,7 +170,8 @@ class TrainConfig:
     shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the order in the files",
                         choices=("on", "off"))
     # the optimizer; defaults from the GPT-3 paper, appendix B
-    optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest", choices=("adamw", "muon"))
+    optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest; normuon: with NorMuon, which"
+                          " ended a little lower in our runs (docs/speed.md)", choices=("adamw", "muon", "normuon"))
     lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak", high=1)
     embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
@@ -237,8 +238,8 @@ class TrainConfig:
         if self.total_batch_size % self.sequence_length != 0:
             raise ValueError(f"--total-batch-size {self.total_batch_size} is not a multiple of the sequence length"
                              f" T={self.sequence_length}")
-        if self.optimizer == "muon" and self.parallel != "ddp":
-            raise ValueError(f"--parallel {self.parallel} cannot shard muon, which needs unsharded matrices; use"
+        if self.optimizer != "adamw" and self.parallel != "ddp":
+            raise ValueError(f"--parallel {self.parallel} cannot shard {self.optimizer}, which needs unsharded matrices; use"
                              " --optimizer adamw or --parallel ddp")
         if self.val_tokens < self.sequence_length:
             raise ValueError(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")

@@ -318,7 +318,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95),
                              optimizer="adamw", embd_lr_ratio=1.0):
-        """The list of optimizers that train this model: AdamW, or Muon and AdamW.
+        """The list of optimizers that train this model: AdamW, or Muon or NorMuon, and AdamW.
 
         "muon": Muon (Jordan et al. 2024) orthogonalizes the updates of the matrices inside the
         blocks; AdamW trains the others. A param group's "lr_scale" is its factor on the scheduled
@@ -343,13 +343,44 @@ class GPT(nn.Module):
         vector_group = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
         if optimizer == "adamw":
             return [adamw(hidden_group, embedding_group, vector_group)]
-        if optimizer != "muon":
-            raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon")
+        if optimizer not in ("muon", "normuon"):
+            raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon, normuon")
         # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the RMS of AdamW's, so that
         # the same learning rate suits both
-        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
-                                weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        kind = NorMuon if optimizer == "normuon" else torch.optim.Muon
+        muon = kind([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
+                    weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, adamw(embedding_group, vector_group)]
+
+
+class NorMuon(torch.optim.Muon):
+    """Muon with rows of equal size in its updates (Li et al. 2025, arXiv 2510.05491).
+
+    Each row of the orthogonalized update is divided by a running RMS of it; the whole keeps its
+    norm. Needs a copy of the parameters during the step.
+    """
+
+    @torch.no_grad()
+    def step(self, beta2=0.95):
+        """One update of all parameters that have a gradient."""
+        old = {p: p.clone() for group in self.param_groups for p in group["params"]}
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0  # added below: it is not part of the update
+        super().step()
+        for group, group["weight_decay"] in zip(self.param_groups, decays):
+            lr = max(group["lr"], torch.finfo(torch.float32).tiny)  # no division by 0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = old[p] - p
+                # of the update without its learning rate, which changes from step to step
+                squares = (update / lr).square().mean(dim=1, keepdim=True)   # (rows, 1)
+                mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares))
+                mean.lerp_(squares, 1 - beta2)
+                equal_rows = update / (mean.sqrt() + 1e-12)
+                scale = update.norm() / (equal_rows.norm() + 1e-12)
+                p.copy_(old[p] * (1 - group["lr"] * group["weight_decay"]) - equal_rows * scale)
 
 
 # -----------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def make_optimizers(raw_model, config, ranks):
     if config.parallel != "zero" or not ranks.ddp:
         return optimizers
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    adamw, = optimizers  # TrainConfig does not allow muon
+    adamw, = optimizers  # TrainConfig does not allow others
     defaults = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}  # AdamW sets it
     return [ZeroRedundancyOptimizer(adamw.param_groups, torch.optim.AdamW, **defaults)]
 
@@ -392,7 +392,7 @@ def full_state(raw_model, optimizers, ranks):
 
 # names of the state of each parameter, by the optimizer's class
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "ZeroRedundancyOptimizer": ("step", "exp_avg", "exp_avg_sq"),
-           "Muon": ("momentum_buffer",)}
+           "Muon": ("momentum_buffer",), "NorMuon": ("momentum_buffer", "row_mean")}
 
 
 def check_optimizer_state(optimizer, saved):
@@ -400,7 +400,10 @@ def check_optimizer_state(optimizer, saved):
     def kind(tensor):  # the fused AdamW writes out of bounds if one differs
         return tensor.shape, tensor.dtype, tensor.layout, tensor.device.type
 
-    expected = [{name: (() if name == "step" else p.shape, torch.float32, torch.strided, "cpu")
+    def shape_of(name, p):
+        return {"step": (), "row_mean": (len(p), 1)}.get(name, p.shape)
+
+    expected = [{name: (shape_of(name, p), torch.float32, torch.strided, "cpu")
                  for name in MOMENTS[type(optimizer).__name__]} for p in params_of(optimizer)]
     try:
         found = [{name: kind(v) for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]

@@ -49,7 +49,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
                           4 * num_params + min(tokens, max(T, 16384)) * V / loss_chunks * (2 * wide + 8))  # to evaluate
     else:
         state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
-        state -= 4 * L * 12 * C * C * (config.optimizer == "muon")
+        state -= 4 * L * 12 * C * C * (config.optimizer == "muon")  # normuon needs the second copy during its step
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 
 

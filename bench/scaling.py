@@ -48,53 +48,26 @@ SWEEP = {"adamw": [(1.25e-4, 12e-3), (2.5e-4, 12e-3), (5e-4, 12e-3), (1e-3, 12e-
 
 
 # -----------------------------------------------------------------------------
-# variants of Muon
+# a variant of Muon; the other one, NorMuon, helped and is in model.py
 
-MUON = torch.optim.Muon  # main replaces the name in torch.optim
-
-
-def step_without_decay(muon):
-    """Muon's step without weight decay; yields (parameter, its value before, learning rate, weight decay)."""
-    groups, decays = muon.param_groups, [group["weight_decay"] for group in muon.param_groups]
-    before = {p: p.clone() for group in groups for p in group["params"]}
-    for group in groups:
-        group["weight_decay"] = 0.0
-    MUON.step(muon)
-    for group, decay in zip(groups, decays):
-        group["weight_decay"] = decay
-        for p in group["params"]:
-            yield p, before[p], group["lr"], decay
-
-
-class Cautious(MUON):
+class Cautious(torch.optim.Muon):
     """Weight decay only where it has the sign of the update (Chen et al. 2025, arXiv 2510.12402)."""
 
     @torch.no_grad()
     def step(self):
         """One update of all parameters."""
-        for p, old, lr, decay in step_without_decay(self):
-            same_sign = (old - p) * old > 0
-            p.sub_(old * same_sign, alpha=lr * decay)
+        old = {p: p.clone() for group in self.param_groups for p in group["params"]}
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        super().step()
+        for group, group["weight_decay"] in zip(self.param_groups, decays):
+            for p in group["params"]:
+                same_sign = (old[p] - p) * old[p] > 0
+                p.sub_(old[p] * same_sign, alpha=group["lr"] * group["weight_decay"])
 
 
-class NorMuon(MUON):
-    """Divides each row of the orthogonalized update by a running RMS of it (Li et al. 2025, arXiv 2510.05491)."""
-
-    @torch.no_grad()
-    def step(self, beta2=0.95):
-        """One update of all parameters."""
-        for p, old, lr, decay in step_without_decay(self):
-            update = old - p
-            if (norm := update.norm()) == 0:
-                continue
-            # of the update without its learning rate, which changes from step to step
-            squares = (update / lr).square().mean(dim=1, keepdim=True)
-            mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
-            update = update / (mean.sqrt() + 1e-12)
-            p.copy_(old * (1 - lr * decay) - update * (norm / update.norm()))
-
-
-VARIANTS = {"cautious": Cautious, "normuon": NorMuon}
+VARIANTS = ("cautious", "normuon")
 
 
 # -----------------------------------------------------------------------------
@@ -120,7 +93,7 @@ class Study:
             flags = [*COMMON, "--data", self.shards, "--log-dir", self.folder, "--exp-name", name, "--resume", "auto",
                      "--n-layer", n_layer, "--n-head", n_head, "--n-embd", n_embd, "--seed", str(seed), "--lr", str(lr),
                      "--embd-lr-ratio", str(embd_lr / lr), "--max-steps", str(round(STEPS * part)), "--optimizer",
-                     "adamw" if optimizer == "adamw" else "muon"]
+                     "muon" if optimizer == "cautious" else optimizer]
             done = subprocess.run([sys.executable, "-m", "bench.scaling", "--train", optimizer, *flags], cwd=ROOT,
                                   capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode != 0:
@@ -212,8 +185,9 @@ def draw(rows, path):
 
 
 def main():
-    if sys.argv[1:2] == ["--train"]:  # a run: its variant of Muon, then the flags of train_gpt2.py
-        torch.optim.Muon = VARIANTS.get(sys.argv[2], torch.optim.Muon)
+    if sys.argv[1:2] == ["--train"]:  # a run: its optimizer, then the flags of train_gpt2.py
+        if sys.argv[2] == "cautious":
+            torch.optim.Muon = Cautious
         sys.argv = ["train_gpt2.py", *sys.argv[3:]]
         train_gpt2.plot_run = lambda *args, **kwargs: None
         return train_gpt2.main()

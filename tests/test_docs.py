@@ -35,6 +35,7 @@ NOT_RUN = {
     r"torchrun .*": "needs several GPUs or machines; tests/test_parallel.py runs two ranks",
     r"sbatch .*": "needs Slurm; tests/test_faults.py runs it with stand-ins",
     r"python -m bench .*": "takes minutes; tests/test_bench.py runs the package",
+    r"python -m bench\.scaling .*": "takes hours; tests/test_bench.py runs its parts",
     r"python train_gpt2\.py --data SHARDS .*": "takes minutes",
 }
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import SIZES, config_for
-from model import GPT, GPTConfig, from_hf_names, is_transposed
+from model import GPT, GPTConfig, NorMuon, from_hf_names, is_transposed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #         n_layer n_head n_embd block_size vocab_size
@@ -504,7 +504,7 @@ def test_importing_model_prints_nothing_and_uses_no_random_numbers():
 
 def test_tensors_of_two_or_more_dimensions_decay_and_each_parameter_is_in_one_group():
     model = GPT(tiny_config())
-    for name in ("adamw", "muon"):
+    for name in ("adamw", "muon", "normuon"):
         optimizers = model.configure_optimizers(1e-3, 0.1, optimizer=name)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         in_groups = [p for group in groups for p in group["params"]]
@@ -555,11 +555,12 @@ def test_two_steps_of_adamw_equal_its_formula():
         assert (p.double() - want).abs().max() < 2e-5, name
 
 
-def test_muon_changes_every_parameter_and_lowers_the_loss():
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+def test_muon_changes_every_parameter_and_lowers_the_loss(optimizer):
     torch.manual_seed(0)
     model = GPT(tiny_config())
     idx, targets = torch.randint(61, (2, 4, 12))
-    optimizers = model.configure_optimizers(5e-3, 0.0, optimizer="muon")
+    optimizers = model.configure_optimizers(5e-3, 0.0, optimizer=optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     losses = []
     for _ in range(5):
@@ -573,6 +574,37 @@ def test_muon_changes_every_parameter_and_lowers_the_loss():
     assert losses[-1] < losses[0] - 0.1
 
 
+def steps_of(kind, lrs, weight_decay):
+    """Weights of a (6, 4) matrix before and after each step, with gradients whose rows differ in size."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    weights, optimizer = [p.detach().clone()], kind([p], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    for lr in lrs:
+        optimizer.param_groups[0]["lr"], p.grad = lr, torch.randn(6, 4) * torch.arange(1, 7)[:, None]
+        optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == weight_decay
+        weights.append(p.detach().clone())
+    return weights
+
+
+def test_normuon_divides_the_rows_of_muons_updates_by_their_running_rms_and_keeps_the_norm():
+    lrs = [0.1, 0.2, 0.05]
+    muons, ours = steps_of(torch.optim.Muon, lrs, 0.0), steps_of(NorMuon, lrs, 0.5)
+    p, mean = muons[0], torch.zeros(6, 1)
+    for lr, before, after, got in zip(lrs, muons, muons[1:], ours[1:]):
+        update = (before - after) / lr
+        mean = 0.95 * mean + 0.05 * update.square().mean(dim=1, keepdim=True)
+        rows = update / mean.sqrt()
+        p = p * (1 - lr * 0.5) - lr * rows * update.norm() / rows.norm()
+        assert torch.allclose(got, p, atol=1e-5)
+    assert not torch.allclose(ours[1], muons[0] * (1 - lrs[0] * 0.5) - (muons[0] - muons[1]), atol=1e-3)  # not Muon's
+
+
+def test_normuon_at_a_learning_rate_of_0_changes_nothing():
+    weights = steps_of(NorMuon, [0.1, 0.0, 0.1], 0.5)
+    assert torch.equal(weights[1], weights[2]) and weights[3].isfinite().all()
+
+
 def test_an_unknown_optimizer_is_an_error():
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; allowed are adamw, muon"):
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; allowed are adamw, muon, normuon"):
         GPT(tiny_config()).configure_optimizers(1e-3, 0.1, optimizer="sgd")

@@ -519,10 +519,22 @@ def test_the_loss_in_chunks_is_not_compiled(monkeypatch):
     assert (2, 16, 16) in shapes and not [shape for shape in shapes if shape[-1:] == (61,)]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+def test_muon_goes_on_bitwise_from_its_saved_state(optimizer):
+    run = start(ALONE, optimizer=optimizer)
+    train(run, 2)
+    saved = parallel.full_state(run.raw_model, run.optimizers, ALONE)
+    resumed = start(ALONE, saved, 2, optimizer=optimizer)
+    losses = train(run, 2)
+    assert losses == train(resumed, 2) and len({loss for loss, _ in losses}) == 2
+
+
 def test_muon_cannot_be_sharded():
     for mode in ("zero", "fsdp"):
         with pytest.raises(ValueError, match="use --optimizer adamw or --parallel ddp"):
             TrainConfig(optimizer="muon", parallel=mode)
+        with pytest.raises(ValueError, match="cannot shard normuon"):
+            TrainConfig(optimizer="normuon", parallel=mode)
     assert TrainConfig(optimizer="muon", parallel="ddp").parallel == "ddp"
 
 
