@@ -159,14 +159,14 @@ def study(s):
         row = {"size": size, "AdamW": mean_and_error(targets)[0]}
         for part in PARTS:
             row[f"Muon at {part:g}"] = statistics.mean(loss for run, loss in zip(runs, losses) if run[3] == part)
-        rows.append({**row, "saving": round(mean, 3), "s.e.": round(error, 3), "seeds": " ".join(f"{x:.2f}" for x in savings)})
+        rows.append({**row, "saving": f"{mean:.2f}", "s.e.": f"{error:.2f}", "seeds": " ".join(f"{x:.2f}" for x in savings)})
         print(rows[-1], flush=True)
     size, part, muon = "8M", PARTS[-1], rates_at("8M", "muon", best["muon"])
     base, variants = s.all([(size, "muon", muon, part, seed) for seed in SEEDS]), []
     for variant in VARIANTS:
         differences = [a - b for a, b in zip(s.all([(size, variant, muon, part, seed) for seed in SEEDS]), base)]
         mean, error = mean_and_error(differences)
-        variants.append({"Muon at 8M": variant, "difference": round(mean, 4), "s.e.": round(error, 4),
+        variants.append({"Muon at 8M": variant, "difference": f"{mean:.4f}", "s.e.": f"{error:.4f}",
                          "helps": "yes" if mean < -2 * error else "no"})
         print(variants[-1], flush=True)
     return rows, variants
@@ -176,7 +176,8 @@ def draw(rows, path):
     """Draws the saving over the size."""
     figure = plots.new_figure(5, 3.4)
     panel = figure.subplots()
-    sizes, savings, errors = ([row[name] for row in rows] for name in ("size", "saving", "s.e."))
+    sizes = [row["size"] for row in rows]
+    savings, errors = ([float(row[name]) for row in rows] for name in ("saving", "s.e."))
     panel.errorbar(sizes, savings, [2 * error for error in errors], marker="o", capsize=4)
     panel.axhline(1, color="0.5", linewidth=0.8)
     panel.set(xlabel="parameters of the blocks", ylabel="AdamW's tokens / Muon's", title="tokens to AdamW's loss, 2 s.e.")
