@@ -62,6 +62,12 @@ def token_ranks():
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in contents.splitlines())}
 
 
+def encoding_with(pattern):
+    """GPT-2's tiktoken.Encoding, which splits text into words by a pattern; raises ValueError as token_ranks does."""
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=token_ranks(), special_tokens={"<|endoftext|>": EOT},
+                             explicit_n_vocab=NUM_TOKENS)
+
+
 _of_this_thread = threading.local()
 
 
@@ -75,8 +81,7 @@ def get_tokenizer():
         # splits text into words before the merges (openai/gpt-2, src/encoder.py); only the group (?:...) is ours: tiktoken
         # matches what is inside with one automaton, and without it tries the alternatives in turn
         pattern = r"""(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"""
-        _of_this_thread.tokenizer = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=token_ranks(),
-                                                      special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
+        _of_this_thread.tokenizer = encoding_with(pattern)
     return _of_this_thread.tokenizer
 
 

@@ -359,9 +359,10 @@ class NorMuon(torch.optim.Muon):
     Each row of the orthogonalized update is divided by a running RMS of it; the whole keeps its
     norm. Needs a copy of the parameters during the step.
     """
+    beta2 = 0.95  # of the running mean of squares
 
     @torch.no_grad()
-    def step(self, beta2=0.95):
+    def step(self):
         """One update of all parameters that have a gradient."""
         old = {p: p.clone() for group in self.param_groups for p in group["params"]}
         decays = [group["weight_decay"] for group in self.param_groups]
@@ -377,7 +378,7 @@ class NorMuon(torch.optim.Muon):
                 # of the update without its learning rate, which changes from step to step
                 squares = (update / lr).square().mean(dim=1, keepdim=True)   # (rows, 1)
                 mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares))
-                mean.lerp_(squares, 1 - beta2)
+                mean.lerp_(squares, 1 - self.beta2)
                 equal_rows = update / (mean.sqrt() + 1e-12)
                 scale = update.norm() / (equal_rows.norm() + 1e-12)
                 p.copy_(old[p] * (1 - group["lr"] * group["weight_decay"]) - equal_rows * scale)

@@ -9,7 +9,6 @@ import tempfile
 import time
 
 import numpy as np
-import tiktoken
 
 import data
 import fineweb
@@ -25,8 +24,7 @@ def tiktokens_gpt2():
     """The Encoding that tiktoken.get_encoding("gpt2") downloads: data.get_tokenizer's with tiktoken's own pattern."""
     # tiktoken_ext/openai_public.py of tiktoken 0.14
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=data.token_ranks(),
-                             special_tokens={"<|endoftext|>": data.EOT}, explicit_n_vocab=data.NUM_TOKENS)
+    return data.encoding_with(pattern)
 
 
 def time_encode(encode, texts):
