@@ -135,8 +135,8 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
             x = x[torch.arange(B, device=device), last]                 # (B, C)
         else:
             # one new token per row
-            # S grows in steps of 128: on a GPU kernels are chosen, and torch.compile specializes, per length
-            S = min(cache.size(-2), -(-max(contexts) // 128) * 128)
+            # S grows in steps of 32: on a GPU kernels are chosen, and torch.compile specializes, per length
+            S = min(cache.size(-2), -(-max(contexts) // 32) * 32)
             attn_mask = torch.arange(S, device=device) <= last[:, None]                             # (B, S)
             with without_cudnn_attention():
                 x = hidden(tokens, last[:, None], attn_mask[:, None, None, :], cache)[:, -1]        # (B, C)
