@@ -11,7 +11,7 @@ With activation checkpointing a block keeps only its input and recomputes its ac
 checkpoints are interchangeable.
 plan.estimate_memory estimates the memory of each.
 
-torch.distributed.fsdp is imported only in the functions that use it: it would double the time of `--help`.
+torch.distributed.fsdp is imported only in the functions that use it: importing it takes half a second.
 """
 import contextlib
 import gc
@@ -77,6 +77,9 @@ def setup(device="auto", timeout_minutes=10):
                          + "; start several processes with torchrun, or one with RANK unset")
     rank, local_rank, world_size = map(int, values[:3])
     timeout = timedelta(minutes=timeout_minutes)
+    if device == "mps":
+        raise ValueError("torchrun's processes cannot communicate on Apple's GPU: start one process without torchrun, or give"
+                         " --device cpu")
     if device.startswith("cuda"):
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"torchrun started {local_rank + 1} processes or more on this machine, which has"

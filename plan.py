@@ -4,6 +4,7 @@ The plan of a run: what fits into memory, the micro-batch, the number of steps, 
 train_gpt2.py prints it before every run, and only it with --dry-run.
 """
 import math
+import os
 
 import parallel
 from cli import print0
@@ -46,7 +47,8 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
         gathered = 4 * root + 16 * block                   # weights of the root; weights and gradients of two blocks
         micro_batch = max(activations + loss + casts + gathered,                                  # at the loss
                           gathered + 4 * root + 8 * V * C,                                        # at the backward's end
-                          4 * num_params + min(tokens, max(T, 16384)) * V / loss_chunks * (2 * wide + 8))  # to evaluate
+                          (4 if wide == 2 else 6) * num_params                                    # to evaluate: a copy,
+                          + min(tokens, max(T, 16384)) * V / loss_chunks * (2 * wide + 8))        # casts, the loss
     else:
         state = 8 * num_params + 8 * (max(num_params / W, V * C) if mode == "zero" else num_params)
         state -= 4 * L * 12 * C * C * (config.optimizer == "muon")  # normuon needs the second copy during its step
@@ -114,8 +116,10 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     """
     model, T, W, on_cpu = config.gpt_config(), config.sequence_length, ranks.world_size, ranks.device == "cpu"
     total_batch_size = config.total_batch_size
-    # the ranks may have different amounts of free memory: the smallest; infinite if unknown
-    memory = min(parallel.all_gather(free_memory(ranks.device) or math.inf, ranks))
+    # infinite if unknown; on a CPU the processes of a machine share its memory
+    memory = (free_memory(ranks.device) or math.inf) / (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_cpu else 1)
+    # the ranks may have different amounts of free memory: the smallest
+    memory = min(parallel.all_gather(memory, ranks))
     num_params = model.num_params()
     # every token but the first is a target
     epoch_tokens = (num_tokens - 1) // T * T

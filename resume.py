@@ -15,6 +15,7 @@ from dataclasses import asdict
 import checkpoint
 import convert
 import data
+import parallel
 from cli import is_rank0, print0, printable
 from config import FINEWEB_DIR, INPUT_TXT, PRESETS, TrainConfig, parse_args, run_name
 
@@ -88,22 +89,42 @@ def load_run(given):
     step = checkpoint.step_of(resume) if is_file else None
     if is_rank0() and not (given.get("dry_run") or given.get("eval_only")):
         checkpoint.lock_run(run_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
-    if resume == "never" and checkpoint.steps_of(run_dir, "model") and not restarted:
+    # a restarted process resumes from what its run has saved since
+    started = has_started(run_dir, resume)
+    if resume == "never" and checkpoint.steps_of(run_dir, "model") and not started:
         raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that folder away")
-    # restarted ranks resume from what the run has saved since; newer checkpoints are the run's own only once those of
-    # before have been renamed to *.aside
-    if is_file and not (restarted and has_started(run_dir, resume)):
+    if is_file and not started:
         return checkpoint.Checkpoint(*checkpoint.load_pair(run_dir, step), [])
     return checkpoint.load_latest(run_dir)
 
 
 def has_started(run_dir, resume):
-    """Whether this torchrun's earlier ranks have loaded the checkpoint of --resume: then config.json is theirs."""
+    """Whether torchrun or Slurm has restarted this process after it had begun to train: then config.json is its own.
+
+    Before that, newer checkpoints than that of --resume, and those of a run that --resume never must not touch, are not its
+    own. torchrun restarts its processes after one has died, Slurm a job that was requeued (train.sbatch).
+    """
+    if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+        return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(os.path.join(run_dir, "config.json")) as f:
         started = json.load(f)
         return (started["config"]["resume"], started["torchrun_id"]) == (resume, os.environ.get("TORCHELASTIC_RUN_ID"))
     return False
+
+
+def check_same_step(saved, ranks):
+    """ValueError if the ranks have loaded checkpoints of different steps: DDP would train on without noticing."""
+    steps = parallel.all_gather(saved.step if saved else 0, ranks)
+    if wrong := [rank for rank, step in enumerate(steps) if step != steps[0]]:
+        raise ValueError(f"rank 0 starts from step {steps[0]}, rank {wrong[0]} from step {steps[wrong[0]]}: the run folder must"
+                         " be the same on every machine; if it is shared, start again")
+
+
+def how_to_resume(config):
+    """The command that resumes a run that was stopped."""
+    if config.resume == "auto" or os.path.isdir(config.resume):
+        return "the same command"
+    return f"--resume {config.run_dir}"  # the same command would start over from --resume's file, or raise for "never"
 
 
 # What cannot change when a run resumes, and what changes its result, which --force allows.

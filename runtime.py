@@ -159,12 +159,14 @@ def set_rng_state(state, device):
         raise ValueError(f"not the state of torch {torch.__version__}'s random number generators: {first_line(e)}") from e
 
 
-def use_deterministic_algorithms():
-    """Makes every operation deterministic, at some cost in speed; call it before the first matmul on CUDA.
+def use_deterministic_algorithms(mode):
+    """Makes every operation deterministic if mode is True, at some cost in speed; call it before the first matmul on CUDA.
 
     An operation without a deterministic implementation raises. Eager runs on a CPU are bitwise identical without it;
     torch.compile sums the embeddings' gradients in a nondeterministic order if there are several threads.
     """
+    if not mode:
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each new tensor
@@ -199,12 +201,12 @@ def keep_freed_memory():
 
 
 def free_memory(device):
-    """Bytes available on the device, or None if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes available on the device to this process, or None if unknown."""
+    if device.startswith("cuda"):  # free, or kept by PyTorch's allocator for reuse
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device == "mps":  # the part of the machine's memory that Metal recommends
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES leaves out what the page cache would give back
+    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES does not count what the page cache would give back
         with open("/proc/meminfo", encoding="utf-8") as f:
             if available := re.search(r"MemAvailable: *(\d+) kB", f.read()):
                 return 1024 * int(available[1])

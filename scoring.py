@@ -11,12 +11,14 @@ every position. Here an example is one row, with one copy of the context:
 So every token has the same position, context and log-probability as in the lecture's row. Logits are computed only where
 a token of an ending is predicted, in float32, over GPT-2's 50257 ids.
 """
+import math
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from data import NUM_TOKENS
-from parallel import all_reduce_sum, stop_requested
+from parallel import all_gather, all_reduce_sum, stop_requested
 from runtime import autocast, free_memory, full_float32, without_cudnn_attention
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 32768}  # positions per batch, padding included
@@ -68,15 +70,20 @@ def memory_of(batches, n_embd):
                for batch, T in batches)
 
 
-def check_memory(rows, batch_tokens, n_embd, device):
-    """Raises ValueError, naming a number that fits, if batches of batch_tokens need more memory than there is."""
-    needed, free = memory_of(make_batches(rows, batch_tokens), n_embd), free_memory(device)
-    if free is not None and needed > free:
-        fits = batch_tokens
-        while fits > 1 and memory_of(make_batches(rows, fits), n_embd) > free:
-            fits //= 2
+def choose_batch_tokens(rows, batch_tokens, n_embd, ranks):
+    """batch_tokens, or by default the device's in BATCH_TOKENS, halved until a batch fits into memory; alike on every rank.
+
+    Raises ValueError, naming a number that fits, if batches of a given batch_tokens need more memory than there is.
+    """
+    free = min(all_gather(free_memory(ranks.device) or math.inf, ranks))
+    fits = batch_tokens or BATCH_TOKENS[ranks.device_type]
+    while fits > 1 and memory_of(make_batches(rows, fits), n_embd) > free:
+        fits //= 2
+    if batch_tokens and fits < batch_tokens:
+        needed = memory_of(make_batches(rows, batch_tokens), n_embd)
         raise ValueError(f"--batch-tokens {batch_tokens:,} needs about {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB"
                          f" are available: use {fits:,} or fewer")
+    return fits
 
 
 def collate(rows, T):
@@ -147,9 +154,7 @@ def score(model, encoded, dtype, ranks, batch_tokens=None, hidden=None, progress
     if model.config.vocab_size < NUM_TOKENS:
         raise ValueError(f"this model's vocabulary has {model.config.vocab_size} tokens; HellaSwag needs GPT-2's {NUM_TOKENS}")
     rows, num_truncated = pack(encoded, model.config.block_size)
-    if batch_tokens:
-        check_memory(rows, batch_tokens, model.config.n_embd, ranks.device)
-    batches = make_batches(rows, batch_tokens or BATCH_TOKENS[ranks.device_type])
+    batches = make_batches(rows, choose_batch_tokens(rows, batch_tokens, model.config.n_embd, ranks))
     sums = np.zeros(4 * len(encoded))
     if progress:
         progress(sums.reshape(-1, 4), 0.0)

@@ -60,7 +60,7 @@ from convert import load_model
 from model import GPT
 from plan import LOSS_CHUNKS, make_plan
 from plots import plot_run
-from resume import config_from_flags
+from resume import check_same_step, config_from_flags, how_to_resume
 from runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
                      peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
 from sample import generate_text
@@ -370,8 +370,8 @@ def main():
     ranks = parallel.setup(config.device, config.timeout)
     device, dtype = ranks.device, choose_dtype(config.dtype, ranks.device)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if config.deterministic:
-        use_deterministic_algorithms()
+    use_deterministic_algorithms(config.deterministic)
+    check_same_step(saved, ranks)
     if config.dry_run:
         return dry_run(config, dtype, ranks)
 
@@ -472,7 +472,7 @@ def main():
             log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
         writer.wait()  # until the last checkpoint is on disk
         if stopping:
-            print0(f"stopped at step {step} by {stopping}; the same command resumes from there")
+            print0(f"stopped at step {step} by {stopping}; {how_to_resume(config)} resumes from there")
         elif ranks.master_process:
             print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
                    f" samples: python sample.py {run_dir}")

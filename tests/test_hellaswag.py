@@ -272,8 +272,13 @@ def test_batches_that_do_not_fit_into_memory_are_refused_with_a_number_that_fits
     with pytest.raises(ValueError, match="GB of memory, 0.0 GB are available: use [0-9]{3} or fewer") as error:
         compute_sums(model, dataset, batch_tokens=2**60)
     fits = int(re.search("use ([0-9]+)", str(error.value))[1])
-    sums = compute_sums(model, dataset, batch_tokens=fits)
-    assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4  # the default is not checked: no reason to end a training
+    sums, batches, score_batch = compute_sums(model, dataset, batch_tokens=fits), [], scoring.score_batch
+    monkeypatch.setattr(scoring, "score_batch", lambda *args: batches.append(len(args[2]) * args[3]) or score_batch(*args))
+    # the default is halved until it fits: no reason to end a training
+    assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4 and 0 < max(batches) <= fits
+    monkeypatch.setattr(scoring, "all_gather", lambda value, ranks: [value, 10**6])  # another rank has less memory
+    largest, batches[:] = max(batches), []
+    assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4 and 0 < max(batches) < largest
 
 
 def test_a_stop_request_during_the_last_batch_keeps_the_scores(tmp_path, stop_after_two_batches):

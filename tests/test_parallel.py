@@ -240,6 +240,14 @@ def test_an_environment_that_torchrun_did_not_set_is_an_error(wrong, monkeypatch
         parallel.setup("cpu")
 
 
+def test_torchrun_on_a_mac_is_an_error_that_names_a_device(monkeypatch):
+    """gloo has no collectives for mps: a traceback of DDP's."""
+    monkeypatch.setattr(parallel, "choose_device", lambda device: "mps")
+    set_environment(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+    with pytest.raises(ValueError, match="cannot communicate on Apple's GPU: .* or give --device cpu"):
+        parallel.setup("auto", 0.01)
+
+
 def test_more_processes_than_gpus_is_an_error_that_names_the_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -422,6 +430,7 @@ def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
 
 WITH_ERROR = """
 import os, sys, cli, train_gpt2
+from types import SimpleNamespace
 train_step, kind, rank = train_gpt2.train_step, os.environ["KIND"], os.environ["RANK"]
 def failing(step, *args):
     if step == 1 and kind == "rank 1" and rank == "1":
@@ -432,12 +441,16 @@ def failing(step, *args):
         os._exit(7)
     return train_step(step, *args)
 train_gpt2.train_step = failing
+if kind == "stale" and rank == "1":  # it finds a checkpoint that rank 0 does not
+    config_from_flags = train_gpt2.config_from_flags
+    train_gpt2.config_from_flags = lambda: (config_from_flags()[0], SimpleNamespace(step=2))
 cli.run_main(train_gpt2.main)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, printed", [("all", "error: no data at nowhere;"), ("rank 1", "error: damaged shard"),
+                                           ("stale", "error: rank 0 starts from step 0, rank 1 from step 2"),
                                            ("locked", "error: log/shakespeare is in use by another"), ("killed", None),
                                            ("bug", "AssertionError: a bug")])
 def test_under_torchrun_an_error_is_printed_by_one_rank_and_is_the_root_cause_in_its_summary(kind, printed, tmp_path,

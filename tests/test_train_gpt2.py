@@ -344,7 +344,46 @@ def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_load
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     starts()
     assert step() == 4
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")          # the job was requeued: torchrun's first start in it
+    assert step() == 8
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert resume.config_from_flags(["--resume", run_dir])[1].step == 8
+
+
+def test_restarted_ranks_do_not_touch_the_run_that_resume_never_found(unbroken, tmp_path, monkeypatch):
+    """--resume never ended with an error, torchrun restarted the ranks, and these resumed the run."""
+    run_dir = str(tmp_path / "run")
+    shutil.copytree(unbroken[0], run_dir)
+    flags = ["--resume", "never", "--log-dir", str(tmp_path), "--exp-name", "run", "--data", "input.txt"]
+    for name, value in {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "first"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="already holds a run"):
+        resume.config_from_flags(flags)
+    checkpoint.write_config(run_dir, {"resume": "never"}, "float32", ALONE)  # what main does before it trains
+    assert resume.load_run(resume.parse_args(flags)).step == 8
+
+
+def test_ranks_that_found_other_checkpoints_are_an_error(saved, monkeypatch):
+    """DDP sends rank 0's weights to all; the moments, the learning rate and the data's position would differ."""
+    steps = [saved.step, saved.step]
+    monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value, *steps[1:]])
+    resume.check_same_step(saved, ALONE)
+    steps[1] = 0
+    with pytest.raises(ValueError, match=f"rank 0 starts from step {saved.step}, rank 1 from step 0: the run folder"):
+        resume.check_same_step(saved, ALONE)
+    with pytest.raises(ValueError, match="rank 0 starts from step 0, rank 1 from step 8"):
+        steps[1] = 8
+        resume.check_same_step(None, ALONE)
+
+
+def test_the_message_of_a_stop_names_a_command_that_resumes(unbroken):
+    """The same command would start over from --resume's file, or be an error after "never"."""
+    run_dir = unbroken[0]
+    def told(value):
+        log_dir, name = os.path.split(str(run_dir))
+        return resume.how_to_resume(TrainConfig(resume=value, log_dir=log_dir, exp_name=name))
+    assert told("auto") == told(str(run_dir)) == "the same command"
+    assert told("never") == told(os.path.join(run_dir, "model_00004.pt")) == f"--resume {run_dir}"
 
 
 def test_the_plan_of_weights_without_biases_has_none(tmp_path):
@@ -365,6 +404,9 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
     assert "FIT" not in plan(None) + plan(1.3 * whole) and "chunks" not in plan(None) + plan(1.3 * whole)
     assert "in 8 chunks to save memory" in plan(whole) and "FIT" not in plan(whole) and chunked < 0.8 * whole
     assert "IT MAY NOT FIT" in plan(0.85 * chunked)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on this machine share its memory
+    assert "IT MAY NOT FIT" in plan(2 * 0.85 * chunked) and "FIT" not in plan(2 * whole)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(ValueError, match=r"needs about .* GB per process, of which 0.1 GB are available: .* --force"):
         plan(1e8)
     assert "IT WILL NOT FIT" in plan(1e8, force=True) and "IT WILL NOT FIT" in plan(1e8, dry_run=True)
@@ -396,6 +438,12 @@ def test_available_memory_of_a_mac_is_what_metal_recommends(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11_000_000_000)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 1_000_000_000)
     assert runtime.free_memory("mps") == 10_000_000_000
+
+
+def test_available_memory_of_a_gpu_includes_what_pytorch_keeps_for_reuse(monkeypatch):
+    for name, value in (("mem_get_info", (1_000, 80_000)), ("memory_reserved", 60_000), ("memory_allocated", 20_000)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert runtime.free_memory("cuda:0") == 41_000
 
 
 def test_available_memory_includes_the_page_cache():
