@@ -143,7 +143,7 @@ def run_name(value):
 
 @dataclass
 class TrainConfig:
-    preset: str = flag("gpt2-124M", "model and recipe (default: chosen by the data)")
+    preset: str = flag("gpt2-124M", "model and recipe (default: chosen by the data and --init-from)")
     data: str = flag("", f"folder of shards, text file, or folder of .txt; default {FINEWEB_DIR}/ if it exists, else input.txt")
     exp_name: str = flag("", "name of the run, whose folder is log/<exp-name>; default the name of --data's text if no --preset"
                          " is given, else the preset's", type=run_name)
@@ -282,6 +282,9 @@ PRESETS = {
     "shakespeare": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, total_batch_size=1024, max_steps=600, batch_size=8,
                         optimizer="muon", lr=0.012, embd_lr_ratio=2.0, min_lr_ratio=0.0, warmup_steps=20,
                         val_every=100, sample_every=200, save_every=100, keep_last=2, hella_every=0, prompt="ROMEO:"),
+    # other weights, on little text; the learning rate is that of nanoGPT's config/finetune_shakespeare.py
+    "finetune": dict(total_batch_size=8192, max_steps=100, lr=3e-5, warmup_steps=10, val_every=20, sample_every=50,
+                     save_every=50, keep_last=2, hella_every=0),
 }
 
 
@@ -308,7 +311,8 @@ def presets_table():
         if more := [f"{name} {value}" for name, value in changes.items() if name not in columns]:
             lines += textwrap.wrap(f"{preset} also has {', '.join(more)}", width=120, subsequent_indent="  ")
     lines += ["gpt2-124M-lecture is the lecture's run: the same initial weights and, for 189 steps, the same batches",
-              "gpt2-124M-tuned has learning rate, warmup and steps published by others, not run by us"]
+              "gpt2-124M-tuned has learning rate, warmup and steps published by others, not run by us",
+              "finetune is for the weights of --init-from; the model's shape is theirs"]
     return "presets:\n" + "\n".join("  " + line for line in lines)
 
 

@@ -21,20 +21,21 @@ from config import FINEWEB_DIR, INPUT_TXT, PRESETS, TrainConfig, parse_args, run
 
 
 def choose_preset(given):
-    """(preset, data, reason): those of the flags; by default gpt2-124M for shards, shakespeare for text."""
+    """(preset, data, reason): those of the flags; by default gpt2-124M for shards, for text finetune or shakespeare."""
     def holds_shards(folder):
         return os.path.isdir(folder) and bool(data.find_shards(folder, "train"))
 
+    for_text = "finetune" if given.get("init_from") else "shakespeare"
     if "preset" in given:
-        default = INPUT_TXT if given["preset"] == "shakespeare" else FINEWEB_DIR
+        default = INPUT_TXT if given["preset"] in ("shakespeare", "finetune") else FINEWEB_DIR
         return given["preset"], given.get("data", default), "chosen by --preset"
     if "data" in given:
         if holds_shards(given["data"]):
             return "gpt2-124M", given["data"], "--data is a folder of shards"
-        return "shakespeare", given["data"], "--data is not a folder of shards"
+        return for_text, given["data"], "--data is not a folder of shards"
     if holds_shards(FINEWEB_DIR):
         return "gpt2-124M", FINEWEB_DIR, f"{FINEWEB_DIR}/ holds shards"
-    return "shakespeare", INPUT_TXT, f"{FINEWEB_DIR}/ holds no shards (python fineweb.py creates them)"
+    return for_text, INPUT_TXT, f"{FINEWEB_DIR}/ holds no shards (python fineweb.py creates them)"
 
 
 def shape_of_weights(given):
@@ -73,10 +74,12 @@ def run_folder(given):
 def default_name(given):
     """The run's name without --exp-name: of the text that --data names, so that each text has its own run, or the preset."""
     preset, source, _ = choose_preset(given)
-    if "preset" not in given and preset == "shakespeare" and os.path.realpath(source) != os.path.realpath(INPUT_TXT):
+    is_text = "preset" not in given and preset in ("shakespeare", "finetune")
+    if is_text and os.path.realpath(source) != os.path.realpath(INPUT_TXT):
         name = os.path.basename(os.path.abspath(source))
         with contextlib.suppress(ArgumentTypeError):  # no name for a folder: "-.txt"
-            return run_name(name if os.path.isdir(source) else os.path.splitext(name)[0])
+            name = run_name(name if os.path.isdir(source) else os.path.splitext(name)[0])
+            return name if preset == "shakespeare" else f"{name}-{preset}"
     return preset
 
 

@@ -393,6 +393,24 @@ def test_the_plan_of_weights_without_biases_has_none(tmp_path):
     assert not config.bias and not config.gpt_config().bias
 
 
+def test_weights_and_a_text_are_fine_tuned(tmp_path, monkeypatch, capsys):
+    """They had the preset shakespeare: Muon at 0.012, and 8 sequences per micro-step although 1,024 tokens are one."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({**checkpoint.model_contents(tiny_model(block_size=1024, vocab_size=50257), None), "step": 0}, "m.pt")
+    c, saved = resume.config_from_flags(["--init-from", "m.pt", "--data", "my_book.txt"])
+    assert (c.preset, c.exp_name, c.optimizer, c.lr, c.n_layer) == ("finetune", "my_book-finetune", "adamw", 3e-5, 2)
+    plan_module.make_plan(c, 10**5, "float32", ALONE)
+    assert "100 steps of 8,192 tokens" in capsys.readouterr().out
+    for flags, preset, name in ((["--data", "my_book.txt"], "shakespeare", "my_book"),
+                                (["--init-from", "m.pt"], "finetune", "finetune"),
+                                (["--init-from", "m.pt", "--preset", "gpt2-124M"], "gpt2-124M", "gpt2-124M")):
+        c, _ = resume.config_from_flags(flags)
+        assert (c.preset, c.exp_name) == (preset, name)
+    os.mkdir("edu_fineweb10B")
+    open("edu_fineweb10B/edufineweb_train_000001.npy", "w").close()
+    assert resume.config_from_flags(["--init-from", "m.pt", "--exp-name", "x"])[0].preset == "gpt2-124M"
+
+
 def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
     def plan(memory, **changes):
         monkeypatch.setattr(plan_module, "free_memory", lambda device: memory)
