@@ -59,9 +59,7 @@ from cli import ArgumentParser, is_rank0, number, print0, printable, report_prog
 from files import atomic_write, check_output, check_regular
 
 
-def path_of(split):
-    """The file of a split: "val" -> hellaswag/hellaswag_val.jsonl."""
-    return os.path.join("hellaswag", f"hellaswag_{split}.jsonl")
+PATH = os.path.join("hellaswag", "hellaswag_val.jsonl")  # of the examples; train and test have no published scores
 
 
 def parse_args():
@@ -69,7 +67,7 @@ def parse_args():
     parser = ArgumentParser(description="HellaSwag score of a GPT-2.")
     parser.add_argument("source", nargs="?", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
                         " if omitted, the examples are downloaded and nothing is scored")
-    parser.add_argument("--data", metavar="FILE", help=f"examples, .jsonl or .jsonl.gz (default {path_of('val')}, downloaded)")
+    parser.add_argument("--data", metavar="FILE", help=f"examples, .jsonl or .jsonl.gz (default {PATH}, downloaded)")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="score only the first N examples")
     parser.add_argument("--batch-tokens", type=number(int, 1), metavar="N", help="tokens per batch, padding included"
                         " (default 4096 on the CPU, 32768 on a GPU)")
@@ -85,7 +83,7 @@ def parse_args():
         raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
     if args.out is not None and is_rank0():  # the rank that writes
         check_output(args.out)
-        for read in filter(os.path.exists, (args.source, args.data or path_of("val"))):
+        for read in filter(os.path.exists, (args.source, args.data or PATH)):
             if os.path.exists(args.out) and os.path.samefile(args.out, read):
                 raise ValueError(f"--out {args.out} would replace a file that is read; choose another name")
     return args
@@ -101,6 +99,7 @@ from torch.nn import functional as F
 from convert import load_model
 from data import EOT, NUM_TOKENS, encode
 from parallel import all_gather, rank0_first, setup, teardown
+from reference import HELLASWAG_EXAMPLES
 from runtime import choose_dtype, keep_freed_memory
 from scoring import score
 
@@ -110,23 +109,22 @@ STYLES = ("completion", "lm-eval")
 # the dataset
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
-NUM_EXAMPLES = 10042  # in val, the split whose scores are published
 MAX_LINE = 2**18     # bytes; the longest line of the dataset has a few thousand
 VAL_BYTES, VAL_SHA256 = 12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
-def download(split="val"):
-    """Path of the official file of "train", "val" or "test"; downloads it unless it exists.
+def download():
+    """PATH, the official examples of val; downloads them unless the file exists.
 
-    Checks the HTTP status and the size, and the sha256 of val. Raises OSError naming the URL, and leaves no partial file and
+    Checks the HTTP status, the size and the sha256. Raises OSError naming the URL, and leaves no partial file and
     no new folder.
     """
     import requests
     from tqdm import tqdm
-    path = path_of(split)
-    if os.path.exists(path):
-        return path
-    url, folder, sha256 = URL + os.path.basename(path), os.path.dirname(path), hashlib.sha256()
+    if os.path.exists(PATH):
+        return PATH
+    folder, name = os.path.split(PATH)
+    url, sha256 = URL + name, hashlib.sha256()
     is_new = not os.path.exists(folder)
     every = 0.1 if sys.stderr.isatty() else 10  # seconds between two updates of the progress bar
     try:
@@ -135,13 +133,13 @@ def download(split="val"):
             response.raise_for_status()
             total = int(response.headers.get("Content-Length", 0)) or None
             os.makedirs(folder, exist_ok=True)
-            with atomic_write(path) as f, tqdm(total=total, unit="B", unit_scale=True, desc=os.path.basename(path),
+            with atomic_write(PATH) as f, tqdm(total=total, unit="B", unit_scale=True, desc=name,
                                                mininterval=every) as bar:
                 for chunk in response.iter_content(2**16):  # raises if fewer than Content-Length bytes arrive
                     f.write(chunk)
                     sha256.update(chunk)
                     bar.update(len(chunk))
-                if split == "val" and (f.tell(), sha256.hexdigest()) != (VAL_BYTES, VAL_SHA256):
+                if (f.tell(), sha256.hexdigest()) != (VAL_BYTES, VAL_SHA256):
                     raise OSError(f"{f.tell():,} bytes with sha256 {sha256.hexdigest()[:8]}... are not the official file")
     except OSError as e:  # requests' exceptions are OSErrors, too
         cause = e
@@ -149,10 +147,10 @@ def download(split="val"):
             cause = cause.__context__
         raise OSError(f"cannot download {url}: {cause}. Try again, or give a local copy with --data FILE") from e
     finally:
-        if is_new and not os.path.exists(path):
+        if is_new and not os.path.exists(PATH):
             with contextlib.suppress(OSError):  # rmdir refuses a folder that holds anything
                 os.rmdir(folder)
-    return path
+    return PATH
 
 
 def check_example(example):
@@ -182,7 +180,7 @@ def check_example(example):
 def iterate_examples(path):
     """Yields the examples of a .jsonl file, compressed with gzip or not; ValueError names the first invalid line and why."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no HellaSwag examples at {path}; python hellaswag.py downloads them to {path_of('val')}")
+        raise FileNotFoundError(f"no HellaSwag examples at {path}; python hellaswag.py downloads them to {PATH}")
     check_regular(path)
     with open(path, "rb") as f:
         is_gzip = f.read(2) == b"\x1f\x8b"  # whatever its name is
@@ -363,7 +361,7 @@ def for_training(source, ranks):
     if source == "off":
         return None
     if source == "auto":
-        source = path_of("val")
+        source = PATH
         if not all(all_gather(os.path.exists(source), ranks)):
             print0(f"HellaSwag is off: {source} does not exist. Download it with python hellaswag.py, or give --hellaswag FILE")
             return None
@@ -399,7 +397,8 @@ def summary(results, n):
     """One line: the metrics and n, with a note if n is not the size of the full validation set."""
     parts = [f"{style}: acc {r['acc']:.4f} acc_norm {r['acc_norm']:.4f} (s.e. {r['acc_norm_stderr']:.4f})"
              for style, r in results.items()]
-    note = "" if n == NUM_EXAMPLES else f" -- NOT COMPARABLE with published scores, which use all {NUM_EXAMPLES:,} examples"
+    note = ("" if n == HELLASWAG_EXAMPLES else
+            f" -- NOT COMPARABLE with published scores, which use all {HELLASWAG_EXAMPLES:,} examples")
     return f"HellaSwag | {' | '.join(parts)} | n {n:,}{note}"
 
 
@@ -449,7 +448,7 @@ def score_source(args, path, ranks):
     if count := sum("ctx_a" not in example for example in dataset.examples):
         print(f"note: {count} examples have only ctx, which was split into ctx_a and ctx_b (lm-eval)", file=sys.stderr)
     if args.json:
-        print(json.dumps({"source": args.source, **info, "data": path, "n": n, "full": n == NUM_EXAMPLES, "dtype": dtype,
+        print(json.dumps({"source": args.source, **info, "data": path, "n": n, "full": n == HELLASWAG_EXAMPLES, "dtype": dtype,
                           "seconds": round(seconds, 3), "truncated": num_truncated, **results}), flush=True)
     else:
         print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)

@@ -116,7 +116,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: tokens (B, T) int64 to logits (B, T, V) and the loss; GPT.hidden stops at (B, T, C).
 
-    config is a GPTConfig or a transformers GPT2Config, whose dropout is not taken; init is that of
+    config is a GPTConfig or a transformers GPT2Config, whose dropout is ignored; init is that of
     the random initial weights, see init_weights.
     """
 

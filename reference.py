@@ -33,6 +33,7 @@ GPT2_LOSS = {"edu": {"124M": 3.2924}, "fineweb": {"124M": 3.4250, "350M": 3.0831
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT2_HELLASWAG_LM_EVAL = {"124M": 0.3114, "1558M": 0.5089}
 GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+HELLASWAG_EXAMPLES = 10042  # in val, the split that all of these are scored on
 
 
 def size_of(config):
@@ -150,9 +151,10 @@ def obstacle(run, other):
     names = {"n_layer": "blocks", "n_embd": "channels", "total_batch_size": "tokens per step"}
     for name, unit in names.items():
         if run.get(name) != other.get(name):
-            return f"it has {said(run.get(name))} {unit}, {who} {said(other.get(name))}"
+            return f"it has {format_setting(run.get(name))} {unit}, {who} {format_setting(other.get(name))}"
     if run.get("val_tokens") != other.get("val_tokens") and (not is_published or run.get("val_tokens", 0) < MIN_VAL_TOKENS):
-        return f"it validates on {said(run.get('val_tokens'))} tokens, {who} on {said(other.get('val_tokens'))}"
+        mine, its = (format_setting(facts.get("val_tokens")) for facts in (run, other))
+        return f"it validates on {mine} tokens, {who} on {its}"
     return None
 
 
@@ -161,7 +163,7 @@ CAUSES = ("optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ra
           "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "embd_lr_ratio", "n_head", "shuffle")
 
 
-def said(value):
+def format_setting(value):
     """A setting in a message: 524288 -> "524,288", 0.0012 -> "0.0012"."""
     text = f"{value:,}" if type(value) is int else f"{value:g}" if type(value) is float else str(value)
     return printable(text)[:60]
@@ -170,13 +172,13 @@ def said(value):
 def differences(run, other):
     """["lr is 0.0012, the published run's is 0.0006", ...] of two runs, given as facts, the most likely cause first."""
     who = "the published run's" if "source" in other else "the reference's"
-    found = [f"init_from is {said(run['init_from'])}: it does not start from random weights"
+    found = [f"init_from is {format_setting(run['init_from'])}: it does not start from random weights"
              ] if run.get("init_from", "") != other.get("init_from", "") else []
     for name in (name for name in CAUSES if name in run and name in other and run[name] != other[name]):
         mine, its = run[name], other[name]
         if name == "max_steps" and abs(mine - its) < 0.05 * its:  # a few shards more or less change the schedule little
             continue
-        found.append(f"{name} is {said(mine)}, {who} is {said(its)}")
+        found.append(f"{name} is {format_setting(mine)}, {who} is {format_setting(its)}")
     return found
 
 

@@ -18,9 +18,8 @@ from cli import printable
 from config import CORPORA
 from files import atomic_write
 from model import GPTConfig
-from reference import GPT2_HELLASWAG, GPT2_LOSS, corpus_of, size_of, verdict
+from reference import GPT2_HELLASWAG, GPT2_LOSS, HELLASWAG_EXAMPLES, corpus_of, size_of, verdict
 
-HELLASWAG_EXAMPLES = 10042  # in val, the split whose scores are published
 SCORES = {"val": "validation loss (nats per token)", "val_bpb": "validation loss (bits per byte)",
           "hella": "HellaSwag acc_norm, completion style", "hella_acc": "HellaSwag acc, completion style",
           "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style",

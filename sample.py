@@ -108,7 +108,7 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
 
     prompts: B non-empty lists of token ids, of any lengths. The logits of a row do not depend on the other rows. After
     <|endoftext|> a row yields only <|endoftext|>. The model should be in eval mode, the generator on its device.
-    hidden: model.hidden (the default), or a compiled version of it. Raises ValueError if the logits are not finite.
+    hidden: model.hidden (the default), or a compiled version of it. Raises ValueError if the logits are non-finite.
     """
     if not all(prompts):
         raise ValueError(f"a prompt is empty; to start a document use [{EOT}], <|endoftext|>")

@@ -22,9 +22,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # OpenMP's threads spin for milliseconds at the end of each operation before they sleep. With
-    # other processes on the cores, they keep the threads they wait for from running: steps took
-    # 3 to 4 times as long. This is about 10 us, which costs nothing; read when torch is imported.
+    # OpenMP's threads spin for milliseconds at the end of each operation before they sleep. If
+    # other processes use the cores too, a spinning thread takes the core of one that still works:
+    # steps took 3 to 4 times as long. 3000 rounds take about 10 us, which costs nothing. torch
+    # reads the variable when it is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import atexit
@@ -156,9 +157,9 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
 
 
 def update_scale(scaler, overflow):
-    """scaler.update(), but every rank halves its scale if any rank's gradients overflowed."""
+    """scaler.update(), but the scale is also halved if only the gradient norm overflowed."""
     state = scaler.state_dict() if overflow else {}
-    scaler.update()  # considers only the gradients on this rank: a part of them under fsdp
+    scaler.update()  # considers the gradients, which may be finite when their norm is not
     if overflow:
         scaler.load_state_dict({**state, "scale": state["scale"] * state["backoff_factor"],
                                 "_growth_tracker": 0})

@@ -4,7 +4,7 @@ What to run first on a new machine: is the arithmetic right, does nothing compil
     python -m bench gpu_check                 # every GPU of this machine; under ten minutes
     python -m bench gpu_check --device cpu    # what a CPU can run, with two processes
 
-Prints ok or FAIL and a figure for each check, then one line of JSON; exit status 1 if a check fails.
+Prints ok or FAIL and a measurement for each check, then one line of JSON; exit status 1 if a check fails.
 """
 import glob
 import json

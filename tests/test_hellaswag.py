@@ -527,12 +527,11 @@ def read_bytes(path):
         return f.read()
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_is_downloaded_once(server, split):
-    path = hellaswag.download(split)
-    assert path == os.path.join("hellaswag", f"hellaswag_{split}.jsonl") and read_bytes(path) == CONTENTS
-    assert hellaswag.download(split) == path and server.requests == 1
-    assert os.listdir("hellaswag") == [f"hellaswag_{split}.jsonl"]
+def test_the_examples_are_downloaded_once(server):
+    path = hellaswag.download()
+    assert path == os.path.join("hellaswag", "hellaswag_val.jsonl") and read_bytes(path) == CONTENTS
+    assert hellaswag.download() == path and server.requests == 1
+    assert os.listdir("hellaswag") == ["hellaswag_val.jsonl"]
 
 
 @pytest.mark.parametrize("mode, reason", [
@@ -573,7 +572,7 @@ def test_training_gets_both_scores_and_missing_examples_are_one_line(tmp_path, m
     results, _, _ = hellaswag.evaluate(model, hellaswag.prepare(path), "float32", SINGLE)
     assert all(r["acc"] != r["acc_norm"] for r in results.values())
     os.mkdir("hellaswag")
-    os.rename(path, hellaswag.path_of("val"))
+    os.rename(path, hellaswag.PATH)
     scores = hellaswag.score_in_training(model, hellaswag.for_training("auto", SINGLE), "float32", SINGLE)
     assert scores == {"hella": results["completion"]["acc_norm"], "hella_acc": results["completion"]["acc"],
                       "hella_lm_eval": results["lm-eval"]["acc_norm"], "hella_lm_eval_acc": results["lm-eval"]["acc"]}
@@ -739,7 +738,7 @@ def test_the_help_has_the_defaults_of_batch_tokens(command, capsys):
 def test_without_a_model_it_only_downloads(server, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hellaswag.py"])
     hellaswag.main()
-    assert hellaswag.path_of("val") in capsys.readouterr().out and read_bytes(hellaswag.path_of("val")) == CONTENTS
+    assert hellaswag.PATH in capsys.readouterr().out and read_bytes(hellaswag.PATH) == CONTENTS
 
 
 def test_two_ranks_get_the_scores_of_one(command, tmp_path):
