@@ -99,9 +99,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), arg)
+        return self._suggest(*super().parse_known_args(self._with_hyphens(args), namespace))
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        """As parse_known_args, which Python calls here before 3.12.8 and 3.13.1 only."""
+        return self._suggest(*super().parse_known_intermixed_args(self._with_hyphens(args), namespace))
+
+    @staticmethod
+    def _with_hyphens(args):
+        return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), arg)
                 for arg in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = super().parse_known_args(args, namespace)
+
+    def _suggest(self, namespace, unknown):
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for name in (arg.partition("=")[0] for arg in unknown if arg.startswith("--")):
             similar = [f"--{SYNONYMS.get(name[2:])}"] + [flag for flag in flags if flag.startswith(name)]
