@@ -151,7 +151,8 @@ def test_prune_keeps_the_best_checkpoint(tmp_path):
 @pytest.mark.parametrize("keep_best, first, kept", [(False, 3.0, [4]), (True, 3.0, [2, 4]), (True, math.nan, [2, 4])])
 def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, first, kept):
     """A loss of NaN at the first of them was taken for the lowest."""
-    (tmp_path / "log.txt").write_text(f"1 val {first}\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")  # step 5 has no checkpoint
+    # step 5 has no checkpoint
+    (tmp_path / "log.txt").write_text(f"1 val {first}\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")
     for step in (1, 2, 3, 4):
         state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
         checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
