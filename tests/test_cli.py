@@ -266,7 +266,7 @@ def test_control_characters_of_an_error_message_do_not_reach_the_terminal(capsys
 # signals
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
-@pytest.mark.parametrize("first, second", [("SIGTERM", "SIGUSR1"), ("SIGUSR1", "SIGINT"), ("SIGINT", "SIGTERM")])
+@pytest.mark.parametrize("first, second", [("SIGTERM", "SIGUSR1"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGTERM")])
 def test_signals_only_note_the_first_stop_request(first, second, capsys):
     handlers = [signal.getsignal(getattr(signal, name)) for name in StopSignals.STATUS]
     with StopSignals() as signals:
@@ -322,13 +322,20 @@ class ClosedStream:
     flush = fileno = write
 
 
+class ClosedStdout(ClosedStream):
+    """It has a file descriptor."""
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+
 def test_a_closed_stdout_is_a_stop_request_while_training_and_an_error_elsewhere(monkeypatch, capsys):
     with StopSignals():
-        monkeypatch.setattr(sys, "stdout", type("Closed", (ClosedStream,), {"fileno": lambda self: os.open(os.devnull, 1)})())
+        monkeypatch.setattr(sys, "stdout", ClosedStdout())
         for _ in range(2):
             cli.print0("step 1")
         assert (StopSignals.received, StopSignals.STATUS["SIGPIPE"]) == ("SIGPIPE", 141)
-    monkeypatch.setattr(sys, "stdout", type("Closed", (ClosedStream,), {"fileno": lambda self: os.open(os.devnull, 1)})())
+    monkeypatch.setattr(sys, "stdout", ClosedStdout())
     with pytest.raises(OSError):
         cli.print0("step 2")
     monkeypatch.undo()
@@ -341,3 +348,27 @@ def test_errors_are_printed_or_dropped_when_stderr_is_gone_but_never_raise(monke
     with pytest.raises(SystemExit) as end:
         run_main(raising(ValueError("no data")))
     assert end.value.code == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGPIPE"])
+def test_ctrl_c_after_any_stop_request_ends_the_process_at_once(first, monkeypatch):
+    """Only a second Ctrl-C did: after SIGTERM or a closed stdout no number of them ended a process that hangs."""
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+
+    def wait_until(condition):
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with StopSignals():
+        if first == "SIGPIPE":
+            monkeypatch.setattr(sys, "stdout", ClosedStdout())
+            cli.print0("step 1")
+        else:
+            os.kill(os.getpid(), getattr(signal, first))
+        wait_until(lambda: StopSignals.received == first)
+        StopSignals.since -= 1  # within half a second it would be a duplicate, which torchrun forwards
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: statuses == [130])
