@@ -275,12 +275,15 @@ class TokenStream:
 
     def _read_shard(self, shard, begin, n):
         tokens = np.empty(n, dtype="<u2")
+        rest = tokens.view(np.uint8)
         try:
             with self.lock:
                 f = self._open(shard)
                 f.seek(shard.offset + 2 * begin)
-                if f.readinto(tokens) != tokens.nbytes:
-                    raise ValueError("it ends before them")
+                while len(rest):  # Linux reads at most 2 GiB - 4 KiB at once
+                    if not (count := f.readinto(rest)):
+                        raise ValueError("it ends before them")
+                    rest = rest[count:]
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path} ({e});"
                              " it has changed since training started") from e

@@ -7,6 +7,7 @@ the order of the data for random shard lengths, B, T, ranks and gradient accumul
 Needs no network: all data is created here.
 """
 import base64
+import io
 import json
 import math
 import os
@@ -472,6 +473,17 @@ def test_files_stay_open_between_reads_within_a_bound(tmp_path, monkeypatch):
     # a shard that is replaced by another file of the same size is read from the new file
     write_shard(stream.shards[5].path, np.full(50, 7, dtype=np.uint16))
     assert stream.read(280, 5).tolist() == [7] * 5
+
+
+def test_a_read_that_returns_less_than_was_asked_for_is_continued(tmp_path, monkeypatch):
+    """Linux reads at most 2,147,479,552 bytes at once: a larger shard, read as a whole by --verify, seemed truncated."""
+    stream, tokens = make_stream(str(tmp_path), [300])
+
+    class Reader(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:97])
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: Reader(path))
+    assert stream.read(5, 290).tolist() == tokens[5:295].tolist()
 
 
 @pytest.mark.parametrize("B", [1, 2, 5])
