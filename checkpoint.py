@@ -382,9 +382,10 @@ def save_and_prune(run_dir, step, model, state):
     best, config = None, state["train_config"]
     if config["keep_best"]:
         try:
-            losses = dict(read_log(os.path.join(run_dir, "log.txt")).get("val", []))
+            log = read_log(os.path.join(run_dir, "log.txt"))
         except (OSError, ValueError) as e:  # the file was edited or removed: which one is the best is not known
             return print0(f"saved {paths(run_dir, step)[0]}; no checkpoint is removed, because --keep-best needs the log: {e}")
+        losses = {s: loss for s, loss in log.get("val", []) if not math.isnan(loss)}  # min would keep a NaN that comes first
         best = min((s for s in saved_steps(run_dir) if s in losses), key=losses.get, default=None)
     prune(run_dir, config["keep_last"], best)
     print0(f"saved {paths(run_dir, step)[0]}")

@@ -44,7 +44,7 @@ def print0(*args, **kwargs):
             if not StopSignals.active:
                 raise
             if not StopSignals.received:
-                StopSignals.received = "SIGPIPE"
+                StopSignals.since, StopSignals.received = time.monotonic(), "SIGPIPE"
                 print_error(f"stdout cannot be written ({e.strerror}): stop requested; finishing the step, then saving")
 
 
@@ -99,9 +99,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), arg)
+        return self._suggest(*super().parse_known_args(self._with_hyphens(args), namespace))
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        """As parse_known_args, which Python calls here before 3.12.8 and 3.13.1 only."""
+        return self._suggest(*super().parse_known_intermixed_args(self._with_hyphens(args), namespace))
+
+    @staticmethod
+    def _with_hyphens(args):
+        return [re.sub(r"^--\w[\w-]*", lambda name: name[0].replace("_", "-"), arg)
                 for arg in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = super().parse_known_args(args, namespace)
+
+    def _suggest(self, namespace, unknown):
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for name in (arg.partition("=")[0] for arg in unknown if arg.startswith("--")):
             similar = [f"--{SYNONYMS.get(name[2:])}"] + [flag for flag in flags if flag.startswith(name)]
@@ -275,12 +284,13 @@ class StopSignals:
     The signals are SIGTERM, SIGUSR1, Ctrl-C, and SIGHUP, which a closed terminal sends, unless it is ignored (nohup).
 
     `StopSignals.received` is the name of the first signal, or None; parallel.stop_requested agrees on it across ranks.
-    A second Ctrl-C ends the process at once, even inside a collective that hangs.
+    Ctrl-C after a stop request ends the process at once, even inside a collective that hangs.
     """
     # Exit status after a stop. 75 is EX_TEMPFAIL of sysexits.h, a temporary failure: a batch system can requeue on it.
     # SIGPIPE stands for a closed stdout, which print0 notices; Python ignores the signal.
     STATUS = {"SIGTERM": 0, "SIGUSR1": 75, "SIGINT": 130, "SIGHUP": 129, "SIGPIPE": 141}
     received, active = None, False  # class attributes: signal handlers are per process, too
+    since = 0.0                     # time.monotonic() of the first stop request
 
     def __enter__(self):
         # Python runs signal handlers between two bytecodes of the main thread, which may be inside a long operation.
@@ -305,14 +315,13 @@ class StopSignals:
         StopSignals.received, StopSignals.active = None, False
 
     def _listen(self, numbers):
-        first = 0.0
         while byte := self.reader.recv(1):
             name = numbers.get(byte[0])
             # the terminal sends Ctrl-C to every process and torchrun forwards it: one within half a second is a duplicate
-            if name == StopSignals.received == "SIGINT" and time.monotonic() - first > 0.5:
+            if name == "SIGINT" and StopSignals.received and time.monotonic() - StopSignals.since > 0.5:
                 os._exit(130)
             if name and not StopSignals.received:
-                StopSignals.received, first = name, time.monotonic()
+                StopSignals.since, StopSignals.received = time.monotonic(), name
                 print0(f"{name}: stop requested; finishing the step, then saving"
                        + "; Ctrl-C again stops at once" * (name == "SIGINT"))
         self.reader.close()

@@ -241,6 +241,10 @@ class TrainConfig:
         if self.optimizer != "adamw" and self.parallel != "ddp":
             raise ValueError(f"--parallel {self.parallel} cannot shard {self.optimizer}, which needs unsharded matrices; use"
                              " --optimizer adamw or --parallel ddp")
+        if self.vocab_size < GPTConfig.vocab_size and (self.sample_every or self.hella_every and self.hellaswag != "off"):
+            raise ValueError(f"samples and HellaSwag need GPT-2's {GPTConfig.vocab_size} tokens, the vocabulary has"
+                             f" {self.vocab_size}: use --vocab-size {TrainConfig.vocab_size}, or --sample-every 0"
+                             " --hella-every 0")
         if self.val_tokens < self.sequence_length:
             raise ValueError(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
 

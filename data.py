@@ -275,12 +275,15 @@ class TokenStream:
 
     def _read_shard(self, shard, begin, n):
         tokens = np.empty(n, dtype="<u2")
+        rest = tokens.view(np.uint8)
         try:
             with self.lock:
                 f = self._open(shard)
                 f.seek(shard.offset + 2 * begin)
-                if f.readinto(tokens) != tokens.nbytes:
-                    raise ValueError("it ends before them")
+                while len(rest):  # Linux reads at most 2 GiB - 4 KiB at once
+                    if not (count := f.readinto(rest)):
+                        raise ValueError("it ends before them")
+                    rest = rest[count:]
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path} ({e});"
                              " it has changed since training started") from e
@@ -591,7 +594,11 @@ def tokenize_texts(paths):
     splits = [np.concatenate([tokens for text in documents for tokens in ([EOT], encode(text))]).astype(np.uint16)
               for documents in split_texts(texts)]
     temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"  # in containers, a killed process may have had the same id
-    os.makedirs(temporary)
+    try:
+        os.makedirs(temporary)
+    except OSError as e:
+        raise OSError(f"cannot create {parent} for the tokens of {paths[0]} ({e.strerror}): copy the text to a folder that can"
+                      " be written, and use --data with the copy") from e
     try:
         for split, index, tokens in zip(("train", "val"), (1, 0), splits):
             write_shard(os.path.join(temporary, f"{name}_{split}_{index:06d}.npy"), tokens)

@@ -243,8 +243,7 @@ class TokenizedSource:
         """Yields uint16 arrays from manifest["next"] on, at most limit tokens in all."""
         first, bad = self.manifest["next"], set()
         todo = pieces(self.source, self.manifest["text_column"], bad, first["file"], first["number"])
-        for piece, tokens, skipped, error in map_in_order(
-                lambda piece: self.source.retry(lambda: tokenize(piece)), todo, self.workers, self.workers + 4):
+        for piece, tokens, skipped, error in map_in_order(tokenize, todo, self.workers, self.workers + 4):
             if piece.file in bad:
                 continue
             if error is not None:

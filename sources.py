@@ -17,7 +17,6 @@ import functools
 import hashlib
 import io
 import json
-import operator
 import os
 import re
 import socket
@@ -69,7 +68,6 @@ class Source:
     names: list          # of the files
     sizes: list          # of the files, bytes on disk or on the Hub
     open: object         # function: name -> binary file
-    retry: object = operator.call  # calls a function that reads; with_retries on the Hub
 
 
 def text_bytes(metadata, column, i):
@@ -183,7 +181,7 @@ def file_pieces(source, name, column):
     open_file = functools.partial(source.open, name)
     stem, suffix = os.path.splitext(name)
     if suffix == ".parquet":
-        metadata = source.retry(functools.partial(read_footer, open_file, name, column))
+        metadata = read_footer(open_file, name, column)
         yield from parquet_pieces(open_file, metadata, column)
         return
     with open_file() as f:
@@ -311,13 +309,23 @@ def with_retries(function, first=False):
             time.sleep(wait)
 
 
+def open_hub_file(path):
+    """A binary file on the Hub, whose every request is made with_retries; path is HfFileSystem's."""
+    from huggingface_hub import HfFileSystem
+    cache = "none" if path.endswith(".parquet") else "readahead"  # parquet: one request per row group
+    f = with_retries(lambda: HfFileSystem().open(path, "rb", cache_type=cache))
+    request = f.cache.fetcher
+    f.cache.fetcher = lambda start, end: with_retries(lambda: request(start, end))
+    return f
+
+
 def hub_source(dataset, name, split, revision, commit=None):
     """The Source of a dataset on the Hub: the files that the datasets library finds for a config and a split.
 
     commit: what revision referred to when the output folder was created, to resume it. Raises ValueError for a split that
     does not exist and for files of an unsupported format.
     """
-    from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub import HfApi
     info = with_retries(lambda: HfApi().dataset_info(dataset, revision=commit or revision), first=True)
     commit = commit or info.sha
     import datasets
@@ -338,10 +346,8 @@ def hub_source(dataset, name, split, revision, commit=None):
     description = {"dataset": dataset, "name": name, "split": split, "revision": revision, "commit": commit,
                    "files": [[path, sizes[path]] for path in paths]}
 
-    def open_file(path):
-        cache = "none" if path.endswith(".parquet") else "readahead"  # parquet: one request per row group
-        return HfFileSystem().open(f"datasets/{dataset}@{commit}/{path}", "rb", cache_type=cache)
-    return Source(description, paths, [sizes[path] for path in paths], open_file, with_retries)
+    return Source(description, paths, [sizes[path] for path in paths],
+                  lambda path: open_hub_file(f"datasets/{dataset}@{commit}/{path}"))
 
 
 def hub_shards(repo, revision, commit=None):
@@ -377,7 +383,7 @@ def estimate_tokens(source, column):
     for name, file_size in zip(source.names, source.sizes):
         if name.endswith(".parquet"):
             try:
-                tokens += source.retry(functools.partial(estimate_parquet, functools.partial(source.open, name), name, column))
+                tokens += estimate_parquet(functools.partial(source.open, name), name, column)
             except Exception as e:
                 if not is_damage(e):
                     raise

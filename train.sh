@@ -13,8 +13,13 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements.txt
 
+one_device='--device[= ](cpu|mps|cuda:[0-9]+)'  # not "cuda" or "auto", which are every GPU here
+if [[ "$*" =~ $one_device ]]; then
+  echo "train.sh: training on one device, ${BASH_REMATCH[1]}"
+  exec "$python" "$here/train_gpt2.py" "$@"
+fi
 # a build of PyTorch without CUDA would train on the CPU, unnoticed
-if [[ "$*" != *--device* ]] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+if nvidia-smi -L 2>/dev/null | grep -q GPU; then
   "$python" -c 'import sys, torch; sys.exit(None if torch.version.cuda else "error: this machine has an NVIDIA GPU, but"
     f" PyTorch {torch.__version__} has no CUDA: install another build (pytorch.org/get-started), or use --device cpu")' || exit 2
 fi

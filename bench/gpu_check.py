@@ -293,8 +293,8 @@ def overlap(args):
 
 def bench_gpu_check(args):
     """Rows of all checks that this machine can run; "result" is "ok" or "FAIL"."""
-    on_gpu = args.device != "cpu"
-    world_size = torch.cuda.device_count() if on_gpu else 2
+    on_gpu = args.device.startswith("cuda")
+    world_size = torch.cuda.device_count() if on_gpu else 2 if args.device == "cpu" else 1  # no process group has MPS
     checks = {"environment": environment, "attention kernels": attention_backends} if on_gpu else {}
     checks |= {"float32 losses": same_losses("float32", 1e-3), "bfloat16 losses": same_losses("bfloat16", 5e-2),
                "muon losses": same_losses("float32", 2e-2, optimizer="muon"),

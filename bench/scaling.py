@@ -23,14 +23,37 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import cli
+from files import atomic_write, check_output
+
+
+def parse_args():
+    """The flags; ValueError for an invalid one. None for a run of the study, whose flags are those of train_gpt2.py."""
+    if sys.argv[1:2] == ["--train"]:
+        return None
+    parser = cli.ArgumentParser(prog="python -m bench.scaling", description="Measure how many tokens Muon saves.")
+    parser.add_argument("shards", help="folder of shards, as train_gpt2.py --data takes")
+    parser.add_argument("--folder", default="scaling", help="folder of the runs in progress (default scaling)")
+    parser.add_argument("--jobs", type=cli.number(int, 1, os.cpu_count()), default=2,
+                        help="runs at a time, on one core each (default 2)")
+    parser.add_argument("--picture", help="draw the savings into this PNG file")
+    args = parser.parse_args()
+    if not os.path.isdir(args.shards):
+        raise FileNotFoundError(f"no folder of shards at {args.shards!r}; python fineweb.py creates one")
+    if args.picture is not None:
+        check_output(args.picture)
+    return args
+
+
+if __name__ == "__main__":
+    cli.run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+
 import torch
 
 import checkpoint
-import cli
 import plots
 import train_gpt2
 from bench.measure import print_table
-from files import atomic_write, check_output
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #        n_layer n_head n_embd; parameters of the blocks
@@ -67,6 +90,7 @@ class Cautious(torch.optim.Muon):
                 p.sub_(old[p] * same_sign, alpha=group["lr"] * group["weight_decay"])
 
 
+Cautious.__name__ = "Muon"  # by which parallel.py knows the state of an optimizer when a run resumes
 VARIANTS = ("cautious", "normuon")
 
 
@@ -186,23 +210,13 @@ def draw(rows, path):
 
 
 def main():
-    if sys.argv[1:2] == ["--train"]:  # a run: its optimizer, then the flags of train_gpt2.py
+    args = parse_args()
+    if args is None:  # a run: --train, its optimizer, then the flags of train_gpt2.py
         if sys.argv[2] == "cautious":
             torch.optim.Muon = Cautious
         sys.argv = ["train_gpt2.py", *sys.argv[3:]]
         train_gpt2.plot_run = lambda *args, **kwargs: None
         return train_gpt2.main()
-    parser = cli.ArgumentParser(prog="python -m bench.scaling", description="Measure how many tokens Muon saves.")
-    parser.add_argument("shards", help="folder of shards, as train_gpt2.py --data takes")
-    parser.add_argument("--folder", default="scaling", help="folder of the runs in progress (default scaling)")
-    parser.add_argument("--jobs", type=cli.number(int, 1, os.cpu_count()), default=2,
-                        help="runs at a time, on one core each (default 2)")
-    parser.add_argument("--picture", help="draw the savings into this PNG file")
-    args = parser.parse_args()
-    if not os.path.isdir(args.shards):
-        raise FileNotFoundError(f"no folder of shards at {args.shards!r}; python fineweb.py creates one")
-    if args.picture is not None:
-        check_output(args.picture)
     rows, variants = study(Study(args.shards, args.folder, args.jobs))
     print_table(rows)
     print_table(variants)

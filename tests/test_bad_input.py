@@ -293,6 +293,8 @@ TRAIN = [
     ([*NO_LOCK, "--batch-size", "3"], "is not a multiple of B*T*W = 3*16*1"),
     ([*NO_LOCK, "--optimizer", "muon", "--parallel", "zero"], "--parallel zero cannot shard muon"),
     ([*NO_LOCK, "--vocab-size", "100"], "allowed are ids below 100"),
+    ([*NO_LOCK, "--vocab-size", "100", "--sample-every", "1"], "GPT-2's 50257 tokens, the vocabulary has 100"),
+    ([*NO_LOCK, "--vocab-size", "100", "--hella-every", "1"], "--vocab-size 50304, or --sample-every 0 --hella-every 0"),
     # words
     (["--optimizer", "sgd"], "--optimizer invalid choice: 'sgd'"),
     (["--preset", "gpt5"], "--preset invalid choice: 'gpt5'"),

@@ -28,7 +28,7 @@ import sample
 from bench import measure, scaling
 from bench.train import Variant, build_step
 from model import GPTConfig
-from parallel import Ranks
+from parallel import Ranks, check_optimizer_state
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE_RANK = Ranks(0, 0, 1, "cpu", False)
@@ -426,6 +426,15 @@ def test_cautious_weight_decay_applies_where_update_and_weight_have_the_same_sig
     same = (before - plain) * before > 0
     assert 0 < same.sum() < same.numel()
     assert torch.allclose(cautious, plain - 0.1 * 0.5 * before * same)
+
+
+def test_the_state_of_cautious_is_accepted_when_an_interrupted_run_resumes():
+    """It was a KeyError: the checks of a checkpoint know optimizers by the names of their classes."""
+    p = torch.nn.Parameter(torch.ones(6, 4))
+    p.grad = torch.ones(6, 4)
+    optimizer = scaling.Cautious([p])
+    optimizer.step()
+    check_optimizer_state(optimizer, optimizer.state_dict())
 
 
 def test_the_saving_is_interpolated_over_the_logarithm_of_the_steps():

@@ -10,6 +10,7 @@ import atexit
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import pickle
 import re
@@ -147,9 +148,11 @@ def test_prune_keeps_the_best_checkpoint(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [2, 4]
 
 
-@pytest.mark.parametrize("keep_best, kept", [(False, [4]), (True, [2, 4])])
-def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, kept):
-    (tmp_path / "log.txt").write_text("1 val 3.0\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")  # step 5 has no checkpoint
+@pytest.mark.parametrize("keep_best, first, kept", [(False, 3.0, [4]), (True, 3.0, [2, 4]), (True, math.nan, [2, 4])])
+def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, first, kept):
+    """A loss of NaN at the first of them was taken for the lowest."""
+    # step 5 has no checkpoint
+    (tmp_path / "log.txt").write_text(f"1 val {first}\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")
     for step in (1, 2, 3, 4):
         state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
         checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)

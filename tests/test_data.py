@@ -7,9 +7,12 @@ the order of the data for random shard lengths, B, T, ranks and gradient accumul
 Needs no network: all data is created here.
 """
 import base64
+import errno
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -474,6 +477,17 @@ def test_files_stay_open_between_reads_within_a_bound(tmp_path, monkeypatch):
     assert stream.read(280, 5).tolist() == [7] * 5
 
 
+def test_a_read_that_returns_less_than_was_asked_for_is_continued(tmp_path, monkeypatch):
+    """Linux reads at most 2,147,479,552 bytes at once: a larger shard, read as a whole by --verify, seemed truncated."""
+    stream, tokens = make_stream(str(tmp_path), [300])
+
+    class Reader(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:97])
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: Reader(path))
+    assert stream.read(5, 290).tolist() == tokens[5:295].tolist()
+
+
 @pytest.mark.parametrize("B", [1, 2, 5])
 def test_batches_have_the_strides_of_a_new_tensor_for_any_B(B, tmp_path):
     """contiguous() keeps the strides of a single row of a larger array: torch.compile compiled a second graph for B = 1."""
@@ -548,6 +562,18 @@ def test_each_text_file_of_a_folder_is_a_document_after_endoftext(tmp_path):
     tokens = tokens_of(train) + tokens_of(val)
     assert tokens == [token for text in documents for token in (EOT, *get_tokenizer().encode_ordinary(text))]
     assert tokens_of(train).count(EOT) == 18 and tokens_of(val).count(EOT) == 2
+
+
+def test_a_text_whose_folder_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    """It was "[Errno 30] Read-only file system: '.../.tokens/...'"."""
+    (tmp_path / "t.txt").write_text("a line\n" * 20)
+
+    def makedirs(path):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+    monkeypatch.setattr(data.os, "makedirs", makedirs)
+    message = f"cannot create {tmp_path}/.tokens for the tokens of {tmp_path}/t.txt (Read-only file system): copy the text to"
+    with pytest.raises(OSError, match=re.escape(message)):
+        prepare_data(str(tmp_path / "t.txt"))
 
 
 def test_text_is_tokenized_again_only_if_the_file_has_changed(tmp_path, monkeypatch):

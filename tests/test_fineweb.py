@@ -9,6 +9,7 @@ are compared with tiktoken, one document at a time, and with a naive packing of 
 """
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import http.server
@@ -1046,6 +1047,30 @@ def test_an_unsupported_format_on_the_hub_is_one_error_line(tmp_path):
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert re.fullmatch(r"error: me/texts .* unsupported format \(data/a.csv\); supported are .parquet, .jsonl, .jsonl.gz, "
                         r".* convert .* --input\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_every_read_of_a_file_on_the_hub_is_retried(name, tmp_path, monkeypatch):
+    """Reads of .jsonl, .txt and large row groups were not: once huggingface_hub gave up, the user saw a traceback."""
+    import huggingface_hub
+    monkeypatch.setattr(sources, "PIECE_BYTES", 0)  # every row group is a large one
+    monkeypatch.setattr(sources, "HUB_WAITS", (10,))
+    waits = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)  # huggingface_hub's too
+    body = parquet_bytes(tmp_path, ["ab"]) if name == "a.parquet" else b'{"text": "ab"}\n'
+    hub = FakeHub("me/texts", {name: body})
+    connect = functools.partial(huggingface_hub.HfFileSystem, endpoint=f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", connect)
+    source = sources.Source({}, [f"datasets/me/texts@{COMMIT}/{name}"], [len(body)], sources.open_hub_file)
+    for faults, outcome in ((["500"] * 6, [["ab"]]), (["500"] * 99, None)):
+        waits.clear()
+        hub.faults = faults
+        try:
+            assert [texts for piece in sources.pieces(source, "text", set()) for texts in piece.read()] == outcome
+        except ValueError as e:
+            assert outcome is None and not sources.is_damage(e)
+            assert re.fullmatch("the request to the Hub failed .*500.* run the same command again later, .*", str(e))
+        assert [wait for wait in waits if wait > 8] == [10]
 
 
 @pytest.mark.parametrize("text, printed", [("no route to host", "no route to host"), ("", "ReadTimeout")])

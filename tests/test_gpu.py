@@ -213,3 +213,15 @@ def test_gpu_check_fails_if_a_check_does(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 1
+
+
+def test_gpu_check_runs_on_a_mac_what_needs_neither_cuda_nor_several_ranks(monkeypatch, capsys):
+    """It took MPS for CUDA, with 0 GPUs: a batch of 0 tokens."""
+    world_sizes = []
+    for name in ("graphs", "decoding", "equal_scores"):
+        monkeypatch.setattr(gpu_check, name, lambda _: (True, "fine"))
+    monkeypatch.setattr(gpu_check, "same_losses", lambda *args, **kwargs: lambda _: (True, "fine"))
+    monkeypatch.setattr(gpu_check, "deterministic_resume", lambda runs: (world_sizes.append(runs.world_size) or True, "fine"))
+    monkeypatch.setattr(gpu_check.runtime, "describe_machine", lambda device: {})
+    rows = gpu_check.bench_gpu_check(SimpleNamespace(device="mps", dtype="float32"))
+    assert world_sizes == [1] and [row["result"] for row in rows] == ["ok"] * 8

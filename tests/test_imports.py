@@ -91,6 +91,6 @@ def test_importing_the_scripts_loads_nothing_that_is_rarely_needed():
 @pytest.mark.parametrize("flag, status", [("--help", 0), ("--no-such-flag", 2)])
 def test_flags_are_parsed_before_anything_slow_is_imported(flag, status):
     """--help took 1.4 s, of which torch's import was 1.2 s."""
-    for script in [*([f"{script}.py"] for script in SCRIPTS), ["-m", "bench"]]:
+    for script in [*([f"{script}.py"] for script in SCRIPTS), ["-m", "bench"], ["-m", "bench.scaling"]]:
         names = loaded_by(*script, flag, status=status)
         assert names & SLOW == set() and "cli" in names, script

@@ -38,7 +38,7 @@ ALONE = Ranks(0, 0, 1, "cpu", False)
 MODES = ["ddp", "zero", "fsdp"]
 MOVES = [("one", "zero"), ("zero", "fsdp"), ("fsdp", "ddp")]  # all files have the same contents, so each mode is loaded once
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=64, total_batch_size=128, batch_size=2, device="cpu",
-            compile="off", dtype="float32")
+            compile="off", dtype="float32", sample_every=0, hella_every=0)
 
 
 class SharedLoader:
@@ -654,8 +654,9 @@ def test_the_estimates_constants_are_what_a_compiled_step_saves(dtype, per_block
     assert (per_token(n_layer=2) - per_token()) / 128 == pytest.approx(per_block, abs=0.25)
     assert (per_token(V=1024) - per_token()) / 512 == pytest.approx(per_logit, abs=0.01)
     small, deeper, wider = (
-        estimate_memory(TrainConfig(n_layer=n_layer, vocab_size=V, block_size=128, total_batch_size=128), 0, 1, dtype, 1,
-                        compiled=True)["micro-batch"] for n_layer, V in ((1, 512), (2, 512), (1, 1024)))
+        estimate_memory(TrainConfig(n_layer=n_layer, vocab_size=V, block_size=128, total_batch_size=128, sample_every=0,
+                                    hella_every=0), 0, 1, dtype, 1, compiled=True)["micro-batch"]
+        for n_layer, V in ((1, 512), (2, 512), (1, 1024)))
     assert (deeper - small) / (128 * 768) == per_block
     gradients = 2 * 4 * 512 * 768  # of wte and lm_head, which do not depend on the tokens
     assert (wider - small - gradients) / (128 * 512) == 2 * per_logit  # logits and their gradient

@@ -279,3 +279,19 @@ def test_a_build_of_pytorch_without_cuda_on_a_machine_with_a_gpu_is_one_line(clo
     (tmp_path / "torch.py").write_text("__version__ = '2.13.0'\nclass version: cuda = '13.0'\n"
                                        "class cuda: device_count = staticmethod(lambda: 1)\n")
     assert run(clone, **env).returncode == 0
+
+
+def test_a_device_that_is_named_is_the_only_one(clone):
+    """--device cpu on a machine of 8 GPUs started 8 processes on its CPU, and --device cuda:3 used all GPUs."""
+    (clone / "stubs" / "torch.py").unlink()
+    distributed = clone / "stubs" / "torch" / "distributed"  # a stub of torchrun
+    os.makedirs(distributed)
+    (distributed.parent / "__init__.py").write_text("class cuda: device_count = staticmethod(lambda: 8)\n")
+    (distributed / "__init__.py").touch()
+    (distributed / "run.py").write_text("import sys\nprint('torchrun', sys.argv[1:])\n")
+    for flags, device in ((["--device", "cpu"], "cpu"), (["--lr", "1", "--device=cuda:3"], "cuda:3")):
+        process = run(clone, *flags)
+        assert f"training on one device, {device}\ntrains {flags}" in process.stdout, process.stderr
+    for flags in ([], ["--device", "cuda"], ["--device=auto", "--prompt", "cuda:3"]):
+        process = run(clone, *flags)
+        assert "training on 8 GPUs\ntorchrun ['--standalone', '--nproc_per_node=8'," in process.stdout, process.stderr
