@@ -18,4 +18,5 @@ for argument in "$@"; do
 done
 "$python" -m ruff check --quiet .
 echo "test.sh: pytest ${marks[*]-} ${arguments[*]-}"
-exec "$python" -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}
+# the files of tests are distributed over the cores; a file's tests share its fixtures
+exec "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}
