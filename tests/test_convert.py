@@ -318,7 +318,7 @@ def test_init_from_takes_the_shape_of_the_weights(tmp_path, monkeypatch):
     torch.save({"model": model.state_dict(), "model_args": {**SIZES, "vocab_size": 64, "bias": False, "dropout": 0.0}}, path)
     monkeypatch.chdir(tmp_path)
     made, saved = resume.config_from_flags(["--init-from", path, "--block-size", "8", "--dropout", "0.1",
-                                            "--total-batch-size", "64"])
+                                            "--total-batch-size", "64", "--sample-every", "0"])
     assert saved is None and (made.n_layer, made.n_embd, made.vocab_size, made.block_size) == (2, 16, 64, 8)
     built = train_gpt2.build_model(made, None, parallel.Ranks(0, 0, 1, "cpu", False))
     assert built.training and built.config == GPTConfig(**{**SIZES, "vocab_size": 64, "block_size": 8}, bias=False, dropout=0.1)

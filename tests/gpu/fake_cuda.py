@@ -72,6 +72,7 @@ def fake_cuda():
             stack.enter_context(mock.patch.object(torch.Tensor, name, function))
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True))
+        stack.enter_context(mock.patch("torch.cuda.mem_get_info", lambda device: (80 * 10**9, 85 * 10**9)))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield mode
 
