@@ -102,7 +102,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return self._suggest(*super().parse_known_args(self._with_hyphens(args), namespace))
 
     def parse_known_intermixed_args(self, args=None, namespace=None):
-        """As parse_known_args, which Python calls here before 3.12.8 and 3.13.1 only."""
+        """As parse_known_args, which Python 3.12.8, 3.13.1 and later no longer call from here."""
         return self._suggest(*super().parse_known_intermixed_args(self._with_hyphens(args), namespace))
 
     @staticmethod

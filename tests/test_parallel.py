@@ -588,6 +588,13 @@ def test_sharding_over_more_ranks_needs_less_memory():
         assert needs("gpt2-1558M", 4, 1, parallel=mode) == needs("gpt2-1558M", 4, 1)  # nothing to shard
 
 
+def test_under_fsdp_an_evaluation_needs_the_unsharded_weights_and_their_casts():
+    """The casts were not counted: a run that the plan let start would run out of memory in its first evaluation."""
+    for dtype, per_parameter in (("bfloat16", 6), ("float32", 4)):
+        needed = needs("gpt2-1558M", 1, 1000, dtype, parallel="fsdp", activation_checkpointing=True)
+        assert needed > per_parameter * NUM_PARAMS["gpt2-1558M"] / 1e9
+
+
 def test_the_optimizer_state_is_16_bytes_per_parameter_divided_by_the_ranks_that_shard_it():
     config = TrainConfig(parallel="fsdp")
     for W in (2, 8):

@@ -374,6 +374,9 @@ def test_ranks_that_found_other_checkpoints_are_an_error(saved, monkeypatch):
     with pytest.raises(ValueError, match="rank 0 starts from step 0, rank 1 from step 8"):
         steps[1] = 8
         resume.check_same_step(None, ALONE)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--dry-run", "--exp-name", "none"])
+    with pytest.raises(ValueError, match="rank 0 starts from step 0, rank 1 from step 8"):
+        train_gpt2.main()
 
 
 def test_the_message_of_a_stop_names_a_command_that_resumes(unbroken):
