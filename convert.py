@@ -1,45 +1,28 @@
 """
-Reads and writes models in other projects' formats; load_model reads all of them.
+Writes models in other projects' formats; run/weights.py reads them.
 
     python convert.py info FILE_OR_FOLDER            # prints what it is
     python convert.py export RUN_OR_FILE OUT_DIR     # writes a Hugging Face folder; --dtype bfloat16, --push USER/NAME
     python convert.py convert IN OUT                 # OUT: model.pt (ours), model.bin (llm.c), or a Hugging Face folder
 
-    model, info = load_model("log/shakespeare")      # a run folder, any of the files below, a Hugging Face folder, "gpt2"
-
-    ours            model_00250.pt   see checkpoint.py
-    build-nanogpt   model_19072.pt   {"model", "config": a pickled GPTConfig object, "step", "val_loss"}
-    nanoGPT         ckpt.pt          {"model", "model_args": dict, "iter_num", "best_val_loss", "optimizer", ...}
-    llm.c           model_*.bin      256 little-endian int32 (magic 20240326; version, 3 float32 or 5 bfloat16;
-                                     max_seq_len, vocab_size, num_layers, num_heads, channels, padded_vocab_size; zeros),
-                                     then the tensors in the order of llmc_names, Linear weights as (out, in)
     Hugging Face    config.json, generation_config.json   of GPT2LMHeadModel
                     model.safetensors                     float32 or bfloat16, 50257 tokens, without the tied lm_head
                     vocab.json, merges.txt                byte for byte OpenAI's encoder.json and vocab.bpe
                     tokenizer.json, tokenizer_config.json the same for the fast tokenizer
-                    README.md                             the model card: sizes, settings and scores of the run
+                    README.md                             the model card: sizes and scores
 
-Loading runs no code from a file.
-
-Sources: https://github.com/karpathy/build-nanogpt (train_gpt2.py), https://github.com/karpathy/nanoGPT (train.py),
-https://github.com/karpathy/llm.c (train_gpt2.py: write_model; train_gpt2.cuh), https://github.com/openai/gpt-2
-(src/encoder.py) for the tokenizer, https://huggingface.co/openai-community/gpt2 for Hugging Face's files.
+Sources: https://github.com/openai/gpt-2 (src/encoder.py) for the tokenizer, https://huggingface.co/openai-community/gpt2 for
+Hugging Face's files; those of the other formats are in run/weights.py.
 """
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import json
 import os
 import re
 import shutil
 import tempfile
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from cli import ArgumentParser, run_and_report, run_main
+from run.cli import ArgumentParser, run_main, start
 
 
 def parse_args():
@@ -64,128 +47,19 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+    start(parse_args)
 
 import numpy as np
 import torch
 
-import report
-from checkpoint import check_finite, check_tensors, check_weights, load_file, model_contents, paths, save_file, steps_of
-from config import PRETRAINED
 from data import EOT, NUM_TOKENS, get_tokenizer
-from files import check_output, check_regular, is_special
-from model import GPT, GPTConfig, from_hf_names, read_hf, tie_lm_head
-
-# -----------------------------------------------------------------------------
-# torch.save's files: ours, build-nanogpt's, nanoGPT's
-
-class PickledConfig:
-    """What build-nanogpt's pickled GPTConfig is loaded as: an object with its fields and no code."""
-
-
-def allow_pickled_config():
-    """Context in which torch.load(weights_only=True) accepts the GPTConfig of the lecture's script, and no other class."""
-    return torch.serialization.safe_globals([(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2")])
-
-
-def config_of(values, path):
-    """The GPTConfig of a dict from a file; ValueError for a field that is missing, unknown, or of another type."""
-    allowed = {f.name for f in fields(GPTConfig)}
-    if not isinstance(values, dict) or not values.keys() <= allowed:
-        unknown = f"; it has {', '.join(sorted(map(str, values.keys() - allowed)))[:80]}" if isinstance(values, dict) else ""
-        raise ValueError(f"the config in {path} is not a GPTConfig, whose fields are {', '.join(sorted(allowed))}{unknown}")
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        if name not in values:
-            raise ValueError(f"the config in {path} lacks {name}")
-    try:
-        return GPTConfig(**values)
-    except ValueError as e:
-        raise ValueError(f"the config in {path} is invalid: {e}") from e
-
-
-def read_pt(contents, path):
-    """read_model's result for a file of ours, build-nanogpt's or nanoGPT's, from its contents; ValueError for others."""
-    contents = contents if isinstance(contents, dict) else {}
-    if "model" not in contents or not contents.keys() & {"config", "model_args"}:
-        raise ValueError(f'{path} is not a model checkpoint: it lacks "model" and "config" (model_*.pt of a run) or'
-                         ' "model_args" (nanoGPT)')
-    if "model_args" in contents:
-        kind, config, step, val_loss = "nanoGPT", contents["model_args"], "iter_num", "best_val_loss"
-    else:
-        kind, config, step, val_loss = "this project", contents["config"], "step", "val_loss"
-    if isinstance(config, PickledConfig):
-        kind, config = "build-nanogpt", vars(config)
-    weights = contents["model"]
-    if not isinstance(weights, dict):
-        raise ValueError(f'"model" in {path} is not a state dict')
-    # torch.compile and DDP prefix the names; the lecture's attention has its causal mask as a buffer
-    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in weights.items()
-               if not str(name).endswith(".attn.bias")}
-    check_tensors(weights, path)
-    try:
-        tie_lm_head(weights)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    info = {"kind": kind, "path": path}
-    for name, key, types in (("step", step, (int, type(None))), ("val_loss", val_loss, (int, float, type(None)))):
-        value = contents.get(key)
-        value = value.item() if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() == 1 else value
-        if type(value) not in types:
-            raise ValueError(f'"{key}" in {path} is {value!r:.40}, expected a number')
-        info[name] = value
-    return config_of(config, path), weights, info
-
+from run.checkpoint import model_contents, save_file
+from run.files import check_output, is_special
+from run.folder import read_log, steps_of
+from run.weights import (HF_WEIGHTS, LLMC_HEADER, LLMC_MAGIC, LLMC_VERSIONS, is_transposed, llmc_names, load_model, read_model)
 
 # -----------------------------------------------------------------------------
 # llm.c
-
-LLMC_MAGIC, LLMC_HEADER = 20240326, 256         # the header's length in int32
-LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}   # both with a padded vocabulary
-
-
-def llmc_names(n_layer):
-    """Our names of the tensors of a model_*.bin, in its order: each kind of tensor over all layers."""
-    kinds = [f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-             for kind in ("weight", "bias")]
-    return ["transformer.wte.weight", "transformer.wpe.weight",
-            *(f"transformer.h.{i}.{kind}" for kind in kinds for i in range(n_layer)),
-            "transformer.ln_f.weight", "transformer.ln_f.bias"]
-
-
-def is_llmc(path):
-    """Whether read_llmc reads a file: it starts with llm.c's magic, or is a .bin that torch.save (a zip) did not write."""
-    with open(path, "rb") as f:
-        start = f.read(4)
-    return start == LLMC_MAGIC.to_bytes(4, "little") or path.endswith(".bin") and not start.startswith(b"PK")
-
-
-def read_llmc(path):
-    """read_model's result for a model_*.bin, memory-mapped; the padding rows of its vocabulary are skipped."""
-    header = np.fromfile(path, dtype="<i4", count=LLMC_HEADER)
-    if len(header) < LLMC_HEADER or header[0] != LLMC_MAGIC:
-        raise ValueError(f"{path} is not an llm.c model: it starts with {header[:1].tolist()}, not {LLMC_MAGIC}"
-                         " (20240520 is a shard of tokens, 20240327 a debug state)")
-    if header[1] not in LLMC_VERSIONS:
-        raise ValueError(f"{path} has version {header[1]} of llm.c's format; supported are 3 (float32) and 5 (bfloat16)")
-    T, V, L, nh, C, rows = header[2:8].tolist()
-    config = config_of(dict(block_size=T, vocab_size=V, n_layer=L, n_head=nh, n_embd=C), path)
-    size = 4 if header[1] == 3 else 2  # bytes per value
-    # wte, wpe, ln_f; per block 12 C x C of matrices, 9 C of their biases, 4 C of norms
-    expected = 4 * LLMC_HEADER + size * (rows * C + T * C + 2 * C + L * (12 * C * C + 13 * C))
-    if rows < V or expected != os.path.getsize(path):
-        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes; its header (padded_vocab_size {rows}) says"
-                         f" {expected:,}: it is truncated or damaged")
-    # mode c, copy on write: torch warns about read-only arrays
-    flat = torch.from_numpy(np.memmap(path, dtype="<f4" if size == 4 else "<u2", mode="c", offset=4 * LLMC_HEADER))
-    flat = flat if size == 4 else flat.view(torch.bfloat16)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    weights, offset = {}, 0
-    for name in llmc_names(L):
-        weights[name] = flat[offset:offset + shapes[name].numel()].view(shapes[name])
-        offset += rows * C if name == "transformer.wte.weight" else shapes[name].numel()
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return config, weights, {"kind": "llm.c", "path": path, "step": None, "val_loss": None}
 
 
 def write_llmc(model, f, dtype="float32"):
@@ -265,7 +139,6 @@ def tokenizer_files(block_size):
 # -----------------------------------------------------------------------------
 # Hugging Face: the model's files
 
-WEIGHTS = "model.safetensors"
 HF_FILES = ("README.md", "config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
             "vocab.json")  # that write_hf writes beside the weights
 
@@ -281,11 +154,25 @@ def config_files(config, dtype):
     return {"config.json": json.dumps(model, indent=2), "generation_config.json": json.dumps(tokens, indent=2)}
 
 
+# streams of log.txt that the model card lists
+SCORES = {"val": "validation loss (nats per token)", "val_bpb": "validation loss (bits per byte)",
+          "hella": "HellaSwag acc_norm, completion style", "hella_lm_eval": "HellaSwag acc_norm, lm-evaluation-harness style"}
+
+
+def scores_of(run_dir, step):
+    """{name: score} of the last evaluations up to a step in a run's log.txt; {} without the file."""
+    path, scores = os.path.join(run_dir, "log.txt"), {}
+    log = read_log(path) if os.path.isfile(path) else {}
+    for stream, name in SCORES.items():
+        values = [value for at, value in log.get(stream, []) if step is None or at <= step]
+        if values:
+            scores[name] = values[-1]
+    return scores
+
+
 def model_card(model, name, dtype, info):
-    """README.md for the Hub. info is load_model's; settings and scores are read from the folder of its path."""
-    config, scores = model.config, {}
-    if info.get("val_loss") is not None:
-        scores[report.SCORES["val"]] = f"{info['val_loss']:.4f}"
+    """README.md for the Hub. info is load_model's; scores are read from the folder of its path."""
+    config = model.config
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "---", f"# {name}", "",
              f"A GPT-2: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, a context of"
              f" {config.block_size} tokens, GPT-2's vocabulary of {NUM_TOKENS}; {model.num_params():,} parameters as trained,"
@@ -293,9 +180,29 @@ def model_card(model, name, dtype, info):
              "```python", "from transformers import pipeline",
              'generate = pipeline("text-generation", model="PATH_OR_REPOSITORY")',
              'print(generate("Hello, I\'m a language model,", max_new_tokens=30)[0]["generated_text"])', "```", ""]
-    if info.get("path"):
-        lines += report.sections(os.path.dirname(info["path"]), info.get("step"), scores=scores)
+    scores = scores_of(os.path.dirname(info["path"]), info.get("step")) if info.get("path") else {}
+    if info.get("val_loss") is not None:
+        scores[SCORES["val"]] = info["val_loss"]
+    if scores:
+        lines += ["## Scores", "", "| | |", "| --- | --- |", *(f"| {name} | {value:.4f} |" for name, value in scores.items()), ""]
     return "\n".join(lines)
+
+
+def hf_state_dict(model, vocab_size=50257, dtype=None):
+    """The state dict of a GPT2LMHeadModel with these weights, wte cut to vocab_size rows.
+
+    dtype: a torch.dtype, default that of the weights. The tied lm_head is omitted, as in
+    Hugging Face's files. Tensors of the same layout and dtype share memory with the model.
+    """
+    state_dict = {}
+    for name, p in model.named_parameters():
+        tensor = p.detach().to(dtype or p.dtype)
+        state_dict[name] = tensor.t().contiguous() if is_transposed(name) else tensor
+        if not model.config.bias and name.split(".")[1] not in ("wte", "wpe"):
+            # Hugging Face's GPT-2 always has biases
+            state_dict[name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
+    state_dict["transformer.wte.weight"] = state_dict["transformer.wte.weight"][:vocab_size]
+    return state_dict
 
 
 def write_hf(model, folder, dtype="float32", info=None):
@@ -317,8 +224,8 @@ def write_hf(model, folder, dtype="float32", info=None):
         for file, text in texts.items():
             with open(os.path.join(temporary, file), "w", encoding="utf-8", newline="\n") as f:
                 f.write(text)
-        weights = os.path.join(temporary, WEIGHTS)
-        save_safetensors(model.hf_state_dict(NUM_TOKENS, getattr(torch, dtype)), weights, metadata={"format": "pt"})
+        weights = os.path.join(temporary, HF_WEIGHTS)
+        save_safetensors(hf_state_dict(model, NUM_TOKENS, getattr(torch, dtype)), weights, metadata={"format": "pt"})
         shutil.copymode(os.path.join(temporary, "config.json"), weights)  # safetensors creates it unreadable for others
         for file in os.listdir(temporary):
             with open(os.path.join(temporary, file), "rb+") as f:
@@ -348,75 +255,6 @@ def push(folder, repo):
     except Exception as e:  # the errors of its HTTP library are neither OSError nor ValueError
         raise OSError(f"could not push to {repo}: {str(e).strip().splitlines()[0]}; the files are in {folder}") from e
     return url
-
-
-# -----------------------------------------------------------------------------
-# a model from any source
-
-def is_hf(source):
-    """Whether a source is one of OpenAI's models, by name or by its repository on the Hub, or a Hugging Face folder."""
-    names = (WEIGHTS, f"{WEIGHTS}.index.json")
-    named = source.removeprefix("openai-community/") in PRETRAINED
-    return named or any(os.path.isfile(os.path.join(source, name)) for name in names)
-
-
-def model_file(source):
-    """Path of a run folder's newest model file, or source itself if it is a file."""
-    if os.path.isdir(source):
-        steps = steps_of(source, "model")
-        if not steps:
-            raise FileNotFoundError(f"{source} holds no checkpoint, neither a run's model_*.pt nor Hugging Face's"
-                                    " model.safetensors; train first, or name another folder")
-        return paths(source, max(steps))[0]
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"no checkpoint at {source}; give a run folder (log/...), a model_*.pt file, nanoGPT's"
-                                f" ckpt.pt, llm.c's model_*.bin, a Hugging Face folder, or one of {', '.join(PRETRAINED)};"
-                                " download other models: hf download USER/NAME --local-dir FOLDER")
-    check_regular(source)
-    if source.endswith(".safetensors"):
-        raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
-    return source
-
-
-def read_model(source):
-    """(GPTConfig, state dict under our names, {"kind", "path", "step", "val_loss"}) of what load_model takes.
-
-    The weights are as stored, mostly memory-mapped, and fit the config. "step" and "val_loss" are None if unknown.
-    """
-    if not source:
-        raise ValueError("the name of the checkpoint is empty")
-    path = source
-    if is_hf(source):
-        config, hf_state_dict = read_hf(source)
-        try:
-            weights = from_hf_names(hf_state_dict)
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from e
-        info = {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
-    elif is_llmc(path := model_file(source)):
-        config, weights, info = read_llmc(path)
-    else:
-        with allow_pickled_config():
-            contents = load_file(path, mmap=True)
-        config, weights, info = read_pt(contents, path)
-    check_weights(config, weights, path)
-    return config, weights, info
-
-
-def load_model(source, device="cpu", block_size=None, dropout=None):
-    """(GPT on device, in eval mode; {"path", "step", "val_loss"}, or {} if unknown) of a run folder, a file of any format
-    at the top of this module, a Hugging Face folder, or one of OpenAI's names, such as "gpt2-xl".
-
-    block_size: keep the first positions only. dropout: replaces the checkpoint's. ValueError for NaN or infinite weights.
-    """
-    config, weights, info = read_model(source)
-    model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
-    model.load_state_dict(weights)
-    check_finite(model, info["path"])
-    if block_size is not None:
-        model.crop_block_size(block_size)
-    known = info["step"] is not None or info["val_loss"] is not None
-    return model.to(device).eval(), {name: info[name] for name in ("path", "step", "val_loss")} if known else {}
 
 
 # -----------------------------------------------------------------------------
@@ -456,7 +294,7 @@ def check_out(source, out, dtype, overwrite, folder):
         raise ValueError(f"{out} is not a folder, which a Hugging Face model is; choose another name")
     path = os.path.realpath(out) if out else out  # what a symbolic link names is replaced, not the link
     present = os.listdir(path) if os.path.isdir(path) else []
-    check_output(os.path.join(path, WEIGHTS) if os.path.isdir(path) else path)
+    check_output(os.path.join(path, HF_WEIGHTS) if os.path.isdir(path) else path)
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
         raise ValueError(f"{out} is the source itself; choose another name")
     if steps_of(path, "model"):
@@ -467,8 +305,8 @@ def check_out(source, out, dtype, overwrite, folder):
         raise ValueError(f"{out} exists already; --overwrite replaces it")
     if not suffix and os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(f"{out} is not a folder, which a Hugging Face model is; choose another name")
-    if WEIGHTS not in present and (others := sorted({*present} & {*HF_FILES})):
-        raise ValueError(f"{out} has a {others[0]} and no {WEIGHTS}: export did not write it; choose another folder")
+    if HF_WEIGHTS not in present and (others := sorted({*present} & {*HF_FILES})):
+        raise ValueError(f"{out} has a {others[0]} and no {HF_WEIGHTS}: export did not write it; choose another folder")
     return suffix
 
 

@@ -37,12 +37,12 @@ import numpy as np
 import tiktoken
 import torch
 
-from files import atomic_write, check_regular
+from run.files import atomic_write, check_regular
 
 # -----------------------------------------------------------------------------
 # the tokenizer
 
-TOKENIZER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gpt2.tiktoken")
+TOKENIZER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run", "gpt2.tiktoken")
 TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # that of r50k_base in tiktoken
 EOT = 50256           # <|endoftext|>, GPT-2's only special token: precedes every document
 NUM_TOKENS = 50257    # size of the tokenizer's vocabulary; a model's vocab_size may be padded beyond it

@@ -28,12 +28,6 @@ workers are threads: tiktoken and pyarrow release Python's global interpreter lo
 
 The folder is locked while a process writes to it. Shards that the manifest does not list are an error, and never overwritten.
 """
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import contextlib
 import functools
 import hashlib
@@ -47,7 +41,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from cli import ArgumentParser, exit_now, number, run_and_report, run_main
+from run.cli import ArgumentParser, exit_now, number, run_main, start
 
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
@@ -98,16 +92,16 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+    start(parse_args)
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 import data
-import files
+from run import files
 from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, get_tokenizer, load_manifest, write_shard
-from runtime import free_memory
+from run.runtime import free_memory
 from sources import (estimate_tokens, hub_hash, hub_shards, hub_source, is_damage, local_source, map_in_order, pieces,
                      with_retries)
 

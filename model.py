@@ -1,5 +1,5 @@
 """
-GPT-2: the network, OpenAI's weights, and its optimizers. Its sizes, GPTConfig, are in config.py.
+GPT-2: its sizes, the network, and its optimizers. Imports nothing else of this project.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig())                  # 124M, random weights
@@ -12,37 +12,105 @@ code https://github.com/openai/gpt-2 (src/model.py).
 Shapes in this file: B batch (sequences), T time (tokens), C channels (n_embd), nh heads (n_head),
 hs head size (C / nh), V vocabulary (vocab_size).
 """
-import json
 import math
-import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from config import GPTConfig
+# -----------------------------------------------------------------------------
+# the sizes
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024   # maximum context length, tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>
+    n_layer: int = 12        # number of blocks
+    n_head: int = 12         # attention heads per block
+    n_embd: int = 768        # channels of the residual stream
+    bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
+    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help to fine-tune on little text
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)  # of any type, if it comes from a file
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r:.40}: must be an integer, 1 or more")
+        if self.n_embd % self.n_head != 0:
+            fits = [nh for nh in range(1, min(self.n_embd, 100) + 1) if self.n_embd % nh == 0]
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
+                             f" n_head that fit: {fits}")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias={self.bias!r:.40}: must be true or false")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
+
+    def num_params(self, with_wpe=True):
+        """Number of parameters; the tied wte and lm_head count once.
+
+        By arithmetic: a GPT of these sizes need not fit into memory.
+        """
+        V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
+        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
+        blocks = L * (12 * C * C + biases + 2 * norm)
+        return V * C + with_wpe * T * C + blocks + norm        # wte, wpe, blocks, ln_f
+
+    def flops_per_token(self, T):
+        """FLOPs of training on one token, forward and backward, at sequence length T.
+
+        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
+        addition in the forward and two of each in the backward; attention has the same for T keys
+        and T values of H Q = C channels. By convention the causal half is not subtracted.
+        """
+        return 6 * self.num_params(with_wpe=False) + 12 * self.n_layer * self.n_embd * T
+
+    @classmethod
+    def from_hf(cls, hf_config):
+        """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
+
+        Raises ValueError for a variant of GPT-2 that this network does not implement.
+        """
+        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
+        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
+                "tie_word_embeddings": True}
+        for name, want in gpt2.items():
+            got = hf.get(name, want)
+            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
+                raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
+        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
+                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
+
+
+# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do
+# not equal the width (XL: 24 x 128 against 2048), we keep the width and the head size.
+#                   n_layer n_head n_embd block_size
+SIZES = {
+    "gpt2":            (12,  12,   768,  1024),  #  124M parameters
+    "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
+    "gpt2-large":      (36,  20,  1280,  1024),  #  774M
+    "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
+    "gpt3-small":      (12,  12,   768,  2048),  #  125M
+    "gpt3-medium":     (24,  16,  1024,  2048),  #  350M
+    "gpt3-large":      (24,  16,  1536,  2048),  #  760M
+    "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
+}
+PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these weights
+
+
+def config_for(size, **changes):
+    """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
+    if size not in SIZES:
+        raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
+    shape = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
+    return GPTConfig(**{**shape, **changes})
+
 
 # -----------------------------------------------------------------------------
 # the network
-
-def cached_attention(q, k, v, attn_mask, cache, pos):
-    """Attention (B, nh, T, hs) of new tokens, whose q, k, v are (B, nh, T, hs), with a KV cache.
-
-    cache (2, B, nh, max_T, hs) holds the keys and values of one layer; the new ones are written
-    into it at positions pos. The token of row b at position t is at cache[:, b, :, t], so rows may
-    have different lengths.
-    """
-    B, _, T, _ = q.size()
-    rows, columns = torch.arange(B, device=q.device)[:, None], pos.expand(B, T)
-    for cached, new in zip(cache, (k, v)):
-        cached[rows, :, columns] = new.transpose(1, 2).to(cached.dtype)  # (B, T, nh, hs)
-    if attn_mask is None:
-        # the first tokens of a text: there is nothing else in the cache to attend to
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    k, v = cache[:, :, :, :attn_mask.size(-1)]                           # (B, nh, S, hs)
-    return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask).to(q.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -59,7 +127,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, attn_mask=None, cache=None, pos=None):
+    def forward(self, x, cache=None):
         B, T, C = x.size()
         # GPT-2 124M: C = 768 channels are nh = 12 heads of hs = 64 channels each
         q, k, v = self.c_attn(x).split(C, dim=2)                        # 3 x (B, T, C)
@@ -70,10 +138,13 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             # flash attention (Dao et al. 2022): softmax(q k^T / sqrt(hs)) v, causally masked,
             # without materializing the (T, T) matrix
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None,
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
-            y = cached_attention(q, k, v, attn_mask, cache, pos)
+            # sampling and scoring: other keys and values, and another mask; see GPT.hidden
+            k, v, attn_mask = cache.update(k, v)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask,
+                                               is_causal=attn_mask is None).to(q.dtype)
         # concatenate the heads; view needs contiguous memory
         y = y.transpose(1, 2).contiguous().view(B, T, C)                # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -105,11 +176,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, attn_mask=None, cache=None, pos=None):
+    def forward(self, x, cache=None):
         # pre-norm: the LayerNorms are inside the branches. The residual stream has only additions
         # from the embeddings to ln_f, so gradients reach every block unchanged along it.
-        x = x + self.attn(self.ln_1(x), attn_mask, cache, pos)  # tokens exchange information
-        x = x + self.mlp(self.ln_2(x))                          # each token is processed by itself
+        x = x + self.attn(self.ln_1(x), cache)  # tokens exchange information
+        x = x + self.mlp(self.ln_2(x))          # each token is processed by itself
         return x
 
 
@@ -176,6 +247,18 @@ class GPT(nn.Module):
         model.transformer.wte.weight = model.lm_head.weight  # to_empty separates the two
         return model
 
+    @classmethod
+    def from_pretrained(cls, source):
+        """A GPT with OpenAI's weights, "gpt2" to "gpt2-xl", or those of a file or folder.
+
+        source is anything that run.weights.read_model takes; it names the errors.
+        """
+        from run.weights import read_model
+        config, weights, _ = read_model(source)
+        model = cls.empty(config)
+        model.load_state_dict(weights)
+        return model
+
     def crop_block_size(self, block_size):
         """Keeps the first block_size positions; ValueError for more than there are."""
         if block_size > self.config.block_size:
@@ -185,36 +268,22 @@ class GPT(nn.Module):
         wpe = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
 
-    def hidden(self, idx, pos, attn_mask=None, cache=None):
-        """Final hidden states (B, T, C) of tokens idx (B, T) at positions pos (T) or (B, T).
+    def hidden(self, idx, pos=None, caches=None):
+        """Final hidden states (B, T, C) of tokens idx (B, T) at positions pos, by default 0 to T-1.
 
-        attn_mask (B, 1, T, T) bool replaces the causal mask: True where a token (dim 2) may attend
-        to another (dim 3). Several texts can then share a row, or a common prefix, and T may
-        exceed block_size; positions may not.
-
-        cache, from make_cache, receives the keys and values of idx. Without a mask idx attends to
-        itself, causally: a prompt. A mask (B, 1, T, S) instead selects among positions 0 to S-1 of
-        the cache, which include those of idx.
+        caches, one per block, replace causal attention among idx. The method update(k, v) of a
+        block's cache takes the keys and values of idx, (B, nh, T, hs), and returns those to attend
+        to, (B, nh, S, hs), and a mask (B, 1, T, S) bool, True where a token may attend; None for a
+        causal one. See sample.KVCache and hellaswag.SharedContext. pos is then (T) or (B, T).
         """
+        if pos is None:
+            pos = torch.arange(idx.size(1), device=idx.device)          # (T)
         # attention ignores the order of its keys; the position embeddings supply it
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)       # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, attn_mask, None if cache is None else cache[i], pos)
+            x = block(x) if caches is None else block(x, caches[i])
         return self.transformer.ln_f(x)
-
-    def make_cache(self, B, max_T):
-        """Allocates a KV cache (n_layer, 2, B, nh, max_T, hs) for B rows of up to max_T tokens."""
-        wte, config = self.transformer.wte.weight, self.config
-        device_type = wte.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else wte.dtype
-        if device_type == "cpu" and not autocast:
-            # for a single query, torch's bf16 attention on a CPU is three times slower than its
-            # float32 attention (measured)
-            dtype = torch.float32
-        shape = config.n_layer, 2, B, config.n_head, max_T, config.n_embd // config.n_head
-        return torch.zeros(shape, dtype=dtype, device=wte.device)
 
     def forward(self, idx, targets=None):
         """(logits, loss) of tokens idx (B, T) int64.
@@ -228,7 +297,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is over this model's block_size"
                              f" {self.config.block_size}")
-        x = self.hidden(idx, torch.arange(T, device=idx.device))        # (B, T, C)
+        x = self.hidden(idx)                                            # (B, T, C)
         # x[:, [-1]] and not x[:, -1]: keeps the time dimension
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None                    # (B, 1, V)
@@ -261,64 +330,9 @@ class GPT(nn.Module):
         """Number of parameters; the tied wte and lm_head count once."""
         return self.config.num_params(with_wpe)
 
-    # -------------------------------------------------------------------------
-    # OpenAI's weights, in Hugging Face's layout
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder):
-        """OpenAI's weights, "gpt2" to "gpt2-xl", or those of a Hub repository or a local folder.
-
-        Raises FileNotFoundError if config.json or model.safetensors is not there, ValueError if
-        one is damaged.
-        """
-        config, hf_state_dict = read_hf(name_or_folder)
-        model = cls.empty(config)
-        model.load_hf_state_dict(hf_state_dict)
-        return model
-
-    def load_hf_state_dict(self, hf_state_dict):
-        """Loads the state dict of a transformers GPT2LMHeadModel or GPT2Model.
-
-        If its vocabulary is smaller (50257, ours padded to 50304), the remaining rows are set to
-        zero. Raises ValueError naming tensors that are missing, unexpected, or of another shape.
-        """
-        theirs, ours = from_hf_names(hf_state_dict), self.state_dict()
-        if not self.config.bias:
-            # Hugging Face's GPT-2 always has biases; a model without them accepts only zeros
-            theirs = {name: t for name, t in theirs.items()
-                      if not name.endswith(".bias") or t.count_nonzero() > 0}
-        if wrong := sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"weights do not fit: {', '.join(wrong[:3])} on one side only"
-                             f" ({len(wrong)} in all); is n_layer {self.config.n_layer}?")
-        for name, tensor in theirs.items():
-            is_vocab = name in ("transformer.wte.weight", "lm_head.weight") and tensor.dim() == 2
-            rows = tensor.shape[0] if is_vocab else ours[name].shape[0]
-            if tensor.shape != ours[name][:rows].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this GPT's has"
-                                 f" {tuple(ours[name].shape)}")
-            with torch.no_grad():
-                ours[name][:rows].copy_(tensor)
-                ours[name][rows:].zero_()
-
-    def hf_state_dict(self, vocab_size=50257, dtype=None):
-        """The state dict of a GPT2LMHeadModel with these weights, wte cut to vocab_size rows.
-
-        dtype: a torch.dtype, default that of the weights. The tied lm_head is omitted, as in
-        Hugging Face's files. Tensors of the same layout and dtype share memory with the model.
-        """
-        state_dict = {}
-        for name, p in self.named_parameters():
-            tensor = p.detach().to(dtype or p.dtype)
-            state_dict[name] = tensor.t().contiguous() if is_transposed(name) else tensor
-            if not self.config.bias and name.split(".")[1] not in ("wte", "wpe"):
-                # Hugging Face's GPT-2 always has biases
-                state_dict[name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
-        state_dict["transformer.wte.weight"] = state_dict["transformer.wte.weight"][:vocab_size]
-        return state_dict
-
     def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.95),
                              optimizer="adamw", embd_lr_ratio=1.0):
-        """The list of optimizers that train this model: AdamW, or Muon or NorMuon, and AdamW.
+        """The list of optimizers that train this model: AdamW, or Muon and AdamW.
 
         "muon": Muon (Jordan et al. 2024) orthogonalizes the updates of the matrices inside the
         blocks; AdamW trains the others. A param group's "lr_scale" is its factor on the scheduled
@@ -343,133 +357,10 @@ class GPT(nn.Module):
         vector_group = {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}
         if optimizer == "adamw":
             return [adamw(hidden_group, embedding_group, vector_group)]
-        if optimizer not in ("muon", "normuon"):
-            raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon, normuon")
+        if optimizer != "muon":
+            raise ValueError(f"unknown optimizer {optimizer!r}; allowed are adamw, muon")
         # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the RMS of AdamW's, so that
         # the same learning rate suits both
-        kind = NorMuon if optimizer == "normuon" else torch.optim.Muon
-        muon = kind([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
-                    weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}], lr=learning_rate,
+                                weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, adamw(embedding_group, vector_group)]
-
-
-class NorMuon(torch.optim.Muon):
-    """Muon with rows of equal size in its updates (Li et al. 2025, arXiv 2510.05491).
-
-    Each row of the orthogonalized update is divided by a running RMS of it; the whole keeps its
-    norm. Needs a copy of the parameters during the step.
-    """
-    beta2 = 0.95  # of the running mean of squares
-
-    @torch.no_grad()
-    def step(self):
-        """One update of all parameters that have a gradient."""
-        old = {p: p.clone() for group in self.param_groups for p in group["params"]}
-        decays = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["weight_decay"] = 0.0  # added below: it is not part of the update
-        super().step()
-        for group, group["weight_decay"] in zip(self.param_groups, decays):
-            lr = max(group["lr"], torch.finfo(torch.float32).tiny)  # no division by 0
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = old[p] - p
-                # of the update without its learning rate, which changes from step to step
-                squares = (update / lr).square().mean(dim=1, keepdim=True)   # (rows, 1)
-                mean = self.state[p].setdefault("row_mean", torch.zeros_like(squares))
-                mean.lerp_(squares, 1 - self.beta2)
-                equal_rows = update / (mean.sqrt() + 1e-12)
-                scale = update.norm() / (equal_rows.norm() + 1e-12)
-                p.copy_(old[p] * (1 - group["lr"] * group["weight_decay"]) - equal_rows * scale)
-
-
-# -----------------------------------------------------------------------------
-# Hugging Face's names and files
-
-def is_transposed(name):
-    """Whether Hugging Face stores a parameter transposed: "h.0.attn.c_attn.weight" -> True."""
-    # OpenAI's checkpoints use a "Conv1D" module, weight (in, out); a Linear's is (out, in)
-    return name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
-
-
-def tie_lm_head(weights):
-    """Adds the lm_head, which files may omit, to a state dict; ValueError if it is not wte."""
-    if (wte := weights.get("transformer.wte.weight")) is None:
-        return
-    lm_head = weights.setdefault("lm_head.weight", wte)
-    # bitwise, since NaN is not equal to itself
-    bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (wte, lm_head)]
-    if wte.shape != lm_head.shape or not torch.equal(*bits):
-        raise ValueError("lm_head.weight and wte.weight differ (an untied lm_head): not a GPT-2")
-
-
-def from_hf_names(hf_state_dict):
-    """The state dict of a GPT2LMHeadModel or GPT2Model in our names and layouts, as views.
-
-    Raises ValueError for an untied lm_head.
-    """
-    weights = {}
-    for name, tensor in hf_state_dict.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # causal masks, which old files hold as buffers
-        # OpenAI's files and GPT2Model's lack the prefix
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        weights[name] = tensor.t() if is_transposed(name) and tensor.dim() == 2 else tensor
-    tie_lm_head(weights)
-    return weights
-
-
-def read_json(path, parse):
-    """parse(contents) of a JSON file; ValueError names the file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return parse(json.load(f))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        reason = f"it lacks {e}" if isinstance(e, KeyError) else e
-        raise ValueError(f"{path} is not the {os.path.basename(path)} of a GPT-2: {reason}") from e
-
-
-def read_hf(name_or_folder):
-    """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes."""
-    import safetensors.torch
-    config_path, names = hub_file(name_or_folder, "config.json"), ["model.safetensors"]
-    config, weights = read_json(config_path, GPTConfig.from_hf), {}
-    index = os.path.join(name_or_folder, "model.safetensors.index.json")  # of several files
-    if os.path.isfile(index) and not os.path.isfile(os.path.join(name_or_folder, names[0])):
-        names = read_json(index, lambda c: {os.path.basename(f) for f in c["weight_map"].values()})
-    for name in names:
-        path = hub_file(name_or_folder, name)
-        try:
-            weights |= safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, KeyError) as e:  # KeyError: an unknown dtype
-            raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
-    if config.num_params() > (n := sum(tensor.numel() for tensor in weights.values())):
-        raise ValueError(f"{config_path} says {config.num_params():,} parameters, the file {n:,}")
-    return config, weights
-
-
-def hub_file(name_or_folder, filename):
-    """Path of a file in a local folder, or of a Hub repository's file in the Hub's cache."""
-    if os.path.isdir(name_or_folder):
-        path = os.path.join(name_or_folder, filename)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder"
-                                    " has config.json and model.safetensors")
-        return path
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    repo = name_or_folder if "/" in name_or_folder else f"openai-community/{name_or_folder}"
-    unreachable = None
-    try:
-        # a single request: hf_hub_download retries for 24 seconds before it reports no connection
-        get_hf_file_metadata(hf_hub_url(repo, filename))
-    except (OSError, ValueError):
-        pass  # the Hub answered, or offline mode is on: hf_hub_download handles both
-    except Exception as e:  # its HTTP library's own class: no connection, so use the cache
-        unreachable = e
-    try:
-        return hf_hub_download(repo, filename, local_files_only=unreachable is not None)
-    except (OSError, ValueError) as e:  # every error of huggingface_hub is one of the two
-        why = str(unreachable or e).strip().splitlines()[0]
-        raise FileNotFoundError(f"could not get {filename} from {constants.ENDPOINT}/{repo}:"
-                                f" {why}. Without internet, name a local folder of it") from e

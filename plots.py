@@ -5,7 +5,6 @@ Curves of runs, and pictures of a model's weights and attention.
     python plots.py log/gpt2-124M --baselines        # a run on FineWeb-Edu, with the loss of OpenAI's GPT-2
     python plots.py log/gpt2-124M --reference        # beside the published curve that fits, or a NAME of reference/
     python plots.py log/gpt2-124M --verdict          # prints whether its losses agree with that curve
-    python plots.py log/gpt2-124M --report --price 2.50    # writes report.md and loss.png there
     python plots.py log/a log/b --by hours --out comparison.png
     python plots.py --weights log/shakespeare        # writes wpe.png, c_attn.png, norms.png, attention_0.png ... there
     python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was tired"
@@ -14,12 +13,6 @@ Curves are read from log.txt, one `step stream value` per line. The streams are 
 (acc_norm in both styles), hella_acc and hella_lm_eval_acc (acc), lr, norm, tok_per_sec and epoch; step is the number of
 updates made before the measurement.
 """
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import io
 import itertools
 import math
@@ -27,15 +20,15 @@ import os
 import sys
 import warnings
 
-from cli import ArgumentParser, first_line, number, printable, run_and_report, run_main
-from config import CORPORA
+from run.cli import ArgumentParser, first_line, printable, run_main, start
+from run.config import CORPORA
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training, without evaluations"}  # of --by
 
 
 def parse_args():
     """The flags; ValueError for an invalid one, and for some that exclude each other."""
-    parser = ArgumentParser(description="Draw, compare and report the curves of runs, or draw a model's weights.")
+    parser = ArgumentParser(description="Draw and compare the curves of runs, or draw a model's weights.")
     parser.add_argument("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture. With"
                         " --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")
     parser.add_argument("--out", help="picture to write (default: loss.png in the run folder); with --weights: folder for"
@@ -48,39 +41,32 @@ def parse_args():
                         " those of other runs (default: the published curve that fits the run)")
     parser.add_argument("--verdict", action="store_true", help="print whether the run's losses agree with the published curve"
                         " that fits, or with --reference, instead of drawing")
-    parser.add_argument("--report", action="store_true", help="write report.md and loss.png into the run folder: scores,"
-                        " verdict, settings, time")
-    parser.add_argument("--price", type=number(float, low=0), help="dollars per hour of one device, for the cost in --report")
     parser.add_argument("--weights", action="store_true", help="draw weights and attention instead of curves")
     parser.add_argument("--prompt", help="text for the attention pictures (default: the start of the run's validation data)")
     args = parser.parse_args()
-    alone = next((f"--{name}" for name in ("weights", "verdict", "report") if getattr(args, name)), None)
+    alone = next((f"--{name}" for name in ("weights", "verdict") if getattr(args, name)), None)
     if len(args.source) > 1 and (alone or args.out is None):
         raise ValueError(f"got {len(args.source)} sources; " + (f"{alone} takes one" if alone else
                          "name their common picture with --out FILE.png"))
     if args.prompt is not None and not args.weights:
         raise ValueError("--prompt is the text of the attention pictures: add --weights")
-    if args.price is not None and not args.report:
-        raise ValueError("--price is for the cost in a report: add --report")
-    if args.out is not None and alone and not args.weights:
-        raise ValueError(f"--out is the name of a picture: {alone} " + (
-            "writes report.md and loss.png into the run folder" if args.report else "prints text"))
+    if args.out is not None and args.verdict:
+        raise ValueError("--out is the name of a picture: --verdict prints text")
     return args
 
 
 if __name__ == "__main__":
-    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+    start(parse_args)
 
 import numpy as np
 import torch
 
-from checkpoint import read_config, read_log, saved_steps
-from convert import load_model
 from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
-from files import atomic_write, check_output, is_special
-from reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
+from run.files import atomic_write, check_output, is_special
+from run.folder import read_config, read_log, saved_steps
+from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
                        find_curves, fitting, size_of, verdict)
-from report import clock, write_report
+from run.weights import load_model
 
 STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}  # of the small panels
 MIN_SMOOTHED = 200    # points: a shorter curve is drawn without a running mean (choice)
@@ -125,6 +111,16 @@ def smooth(values, half):
     sums, i = np.cumsum([0.0, *values]), np.arange(len(values))
     starts, ends = i - np.minimum(i, half), np.minimum(i + np.minimum(i, half) + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def clock(steps, speeds, total_batch_size):
+    """(steps, hours): hours of training before each step, and after the last one.
+
+    speeds: tokens per second of each step. A step that was not logged counts as long as the logged step before it.
+    Example: clock([0, 1], [100, 50], 3600) -> [0, 1, 2], [0, 0.01, 0.03]
+    """
+    steps = np.append(steps, steps[-1] + 1)
+    return steps, np.append(0.0, np.cumsum(np.diff(steps) * total_batch_size / speeds / 3600))
 
 
 class Curves(dict):
@@ -467,16 +463,12 @@ def main():
     references = find_curves(args.reference or ())
     if args.reference == []:
         references = [fitting(facts_of(read_config(source)))]
-    elif args.report and not references:
-        references = fitting_references(source)
     sizes = {curve.facts.get("total_batch_size") for curve in references}
     if None in sizes:
         raise ValueError("--reference: the config.json of a run lacks total_batch_size")
     sizes |= {read_config(run_dir).get("total_batch_size") for run_dir in args.source}
     by = args.by or ("tokens" if references and len(sizes) > 1 else "step")
     figure = curves_figure(args.source, by, args.baselines, references)
-    if args.report:
-        print("wrote", write_report(source, args.reference or (), args.price))
     # the picture itself may go to stdout
     print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
 

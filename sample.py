@@ -12,19 +12,13 @@ A text ends at <|endoftext|>, which is not printed.
 A prompt longer than the model's block_size is cut to its last block_size tokens. When the context is full, its older
 half is dropped, and the newer half is processed again from position 0.
 """
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import codecs
 import contextlib
 import platform
 import shlex
 import sys
 
-from cli import ArgumentParser, number, printable, run_and_report, run_main
+from run.cli import ArgumentParser, number, printable, run_main, start
 
 
 def parse_args():
@@ -54,16 +48,16 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+    start(parse_args)
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from convert import load_model
 from data import EOT, NUM_TOKENS, encode, get_tokenizer
-from files import check_regular, open_file
-from runtime import DTYPES, choose_device, choose_dtype, free_memory, keep_freed_memory, without_cudnn_attention
+from run.files import check_regular, open_file
+from run.runtime import DTYPES, choose_device, choose_dtype, free_memory, keep_freed_memory, without_cudnn_attention
+from run.weights import load_model
 
 MAX_PROMPT = 2**22                      # bytes that are read of a prompt
 TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; its reciprocal is finite
@@ -102,6 +96,69 @@ def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1
 # -----------------------------------------------------------------------------
 # many tokens
 
+class KVCache:
+    """Keys and values of the tokens that one block has processed, k and v (B, nh, max_T, hs).
+
+    The token of row b at position t is at k[b, :, t], so rows may have different lengths. Before each forward pos, (T) or
+    (B, T), and attn_mask, (B, 1, T, S) bool or None for the first tokens of a text, are those of the new tokens.
+    """
+
+    def __init__(self, shape, dtype, device):
+        self.k, self.v = torch.zeros((2, *shape), dtype=dtype, device=device)
+        self.pos = self.attn_mask = None
+
+    def update(self, k, v):
+        """Stores the new tokens' keys and values, (B, nh, T, hs); returns those to attend to, and the mask; see GPT.hidden."""
+        B, _, T, _ = k.size()
+        rows, columns = torch.arange(B, device=k.device)[:, None], self.pos.expand(B, T)
+        for cached, new in ((self.k, k), (self.v, v)):
+            cached[rows, :, columns] = new.transpose(1, 2).to(cached.dtype)  # (B, T, nh, hs)
+        if self.attn_mask is None:
+            return k, v, None  # there is nothing else in the cache to attend to
+        S = self.attn_mask.size(-1)
+        return self.k[:, :, :S], self.v[:, :, :S], self.attn_mask
+
+
+def make_caches(model, B, max_T):
+    """A KVCache for each block, of B rows of up to max_T tokens."""
+    wte, config = model.transformer.wte.weight, model.config
+    device_type = wte.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else wte.dtype
+    if device_type == "cpu" and not autocast:
+        # for a single query, torch's bf16 attention on a CPU is three times slower than its float32 attention (measured)
+        dtype = torch.float32
+    shape = B, config.n_head, max_T, config.n_embd // config.n_head
+    return [KVCache(shape, dtype, wte.device) for _ in range(config.n_layer)]
+
+
+def prefill(hidden, rows, caches, device):
+    """Final hidden states (B, C) of the last token of each row, a list of ids; fills the caches."""
+    longest = max(len(row) for row in rows)
+    # padded on the right; later tokens overwrite the padding in the cache before they attend to it
+    idx = torch.zeros((len(rows), longest), dtype=torch.long)
+    for b, row in enumerate(rows):
+        idx[b, :len(row)] = torch.tensor(row)
+    pos = torch.arange(longest, device=device)
+    for cache in caches:
+        cache.pos, cache.attn_mask = pos, None
+    x = hidden(idx.to(device), pos, caches)                             # (B, T, C)
+    last = torch.tensor([len(row) for row in rows], device=device) - 1  # (B)
+    return x[torch.arange(len(rows), device=device), last]
+
+
+def decode(hidden, tokens, lengths, caches):
+    """Final hidden states (B, C) of one new token per row, tokens (B, 1); lengths: of the rows, with it."""
+    max_T, device = caches[0].k.size(2), tokens.device
+    # S grows in steps of 32: on a GPU kernels are chosen, and torch.compile specializes, per length
+    S = min(max_T, -(-max(lengths) // 32) * 32)
+    last = torch.tensor(lengths, device=device) - 1                     # (B)
+    attn_mask = torch.arange(S, device=device) <= last[:, None]         # (B, S)
+    for cache in caches:
+        cache.pos, cache.attn_mask = last[:, None], attn_mask[:, None, None, :]
+    return hidden(tokens, last[:, None], caches)[:, -1]
+
+
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_k=50, top_p=1.0, hidden=None):
     """Yields the next token of every row, (B) int64 on the model's device, max_new_tokens times or until all rows ended.
@@ -115,7 +172,7 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
     hidden, block_size, device = hidden or model.hidden, model.config.block_size, model.transformer.wte.weight.device
     rows = [list(prompt[-block_size:]) for prompt in prompts]  # the contexts
     B, longest = len(rows), max(len(row) for row in rows)
-    cache = model.make_cache(B, min(block_size, longest + max_new_tokens - 1))
+    caches = make_caches(model, B, min(block_size, longest + max_new_tokens - 1))
     ended, tokens = torch.zeros(B, dtype=torch.bool, device=device), None
     for _ in range(max_new_tokens):
         # Dropping one token would invalidate the KV cache, since the learned position of every other token changes; half of
@@ -123,23 +180,11 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
         full = [row for row in rows if len(row) > block_size]
         for row in full:
             del row[:(block_size + 1) // 2]
-        contexts = [len(row) for row in rows]
-        last = torch.tensor(contexts, device=device) - 1                # (B), position of each row's newest token
-        if tokens is None or full:
-            # whole contexts, padded on the right; later tokens overwrite the padding in the cache before they attend to it
-            idx = torch.zeros((B, max(contexts)), dtype=torch.long)
-            for b, row in enumerate(rows):
-                idx[b, :len(row)] = torch.tensor(row)
-            with without_cudnn_attention():
-                x = hidden(idx.to(device), torch.arange(max(contexts), device=device), None, cache)  # (B, T, C)
-            x = x[torch.arange(B, device=device), last]                 # (B, C)
-        else:
-            # one new token per row
-            # S grows in steps of 32: on a GPU kernels are chosen, and torch.compile specializes, per length
-            S = min(cache.size(-2), -(-max(contexts) // 32) * 32)
-            attn_mask = torch.arange(S, device=device) <= last[:, None]                             # (B, S)
-            with without_cudnn_attention():
-                x = hidden(tokens, last[:, None], attn_mask[:, None, None, :], cache)[:, -1]        # (B, C)
+        with without_cudnn_attention():
+            if tokens is None or full:
+                x = prefill(hidden, rows, caches, device)               # (B, C)
+            else:
+                x = decode(hidden, tokens, [len(row) for row in rows], caches)
         tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p)          # (B, 1)
         tokens = tokens.masked_fill(ended[:, None], EOT)
         ended = ended | (tokens[:, 0] == EOT)

@@ -15,55 +15,32 @@ Ctrl-C exits at once.
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, table 2.1 and
 appendix B), and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
 """
-import os
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # OpenMP's threads spin for milliseconds at the end of each operation before they sleep. If
-    # other processes use the cores too, a spinning thread takes the core of one that still works:
-    # steps took 3 to 4 times as long. 3000 rounds take about 10 us, which costs nothing. torch
-    # reads the variable when it is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
 import atexit
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
 
-from cli import StopSignals, duration, print0, report_progress, run_and_report, run_main
-from config import FINEWEB_DIR, FINEWEB_TOKENS, parse_args
-
-
-def check_flags():
-    """Before the slow imports: --help and an invalid flag end the process; else its first line.
-
-    config_from_flags parses the flags again, whether this file is run or imported.
-    """
-    parse_args()
-    print0("loading PyTorch")
-
+from run.cli import StopSignals, duration, print0, report_progress, run_main, start
+from run.config import FINEWEB_DIR, FINEWEB_TOKENS, parse_args
 
 if __name__ == "__main__":
-    run_and_report(check_flags)
+    start(parse_args)  # --help and an invalid flag end the process here
+    print0("loading PyTorch")
 
 import torch
 
-import checkpoint
 import data
 import hellaswag
-import parallel
-import reference
-from convert import load_model
 from model import GPT
-from plan import LOSS_CHUNKS, make_plan
 from plots import plot_run
-from resume import check_same_step, config_from_flags, how_to_resume
-from runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
-                     peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
+from run import checkpoint, folder, parallel, reference
+from run.runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
+                         peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
+from run.settings import (LOSS_CHUNKS, check_same_step, config_from_flags, how_to_resume,
+                          make_plan)
+from run.weights import load_model
 from sample import generate_text
 
 # -----------------------------------------------------------------------------
@@ -291,7 +268,7 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
-    print0(checkpoint.evaluation_line(step, scores))
+    print0(folder.evaluation_line(step, scores))
 
 
 def build_model(config, saved, ranks, loss_chunks=1):
@@ -392,7 +369,7 @@ def main():
     log_bytes, evaluated = 0, set()
     if saved:
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
-        log_bytes, evaluated = checkpoint.kept_log(run_dir, first_step)
+        log_bytes, evaluated = folder.kept_log(run_dir, first_step)
     evaluated = parallel.all_gather(evaluated, ranks)[0]  # rank 0's: all ranks must evaluate alike
     if is_finished(config, examples, first_step, max_steps, evaluated):
         return report_finished(config, first_step, ranks)
@@ -412,8 +389,8 @@ def main():
         saved = None  # frees its memory
 
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
-    checkpoint.write_config(run_dir, asdict(config), dtype, ranks)
-    log = checkpoint.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
+    folder.write_config(run_dir, asdict(config), dtype, ranks)
+    log = folder.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
     writer, comparison, stopping = checkpoint.Writer(), reference.Comparison(asdict(config)), None
     peak, train_seconds = (peak_flops(device, dtype) or 0) * ranks.world_size, 0.0  # 0: unknown
 

@@ -11,19 +11,12 @@ Benchmarks: each measures its reference in the same run and prints ratios.
 
 Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
 """
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports below, which take seconds, ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import json
 import os
 import sys
 
-import cli
-from config import SIZES, config_for
-from files import atomic_write, check_output, check_regular
+from run import cli
+from run.files import atomic_write, check_output, check_regular
 
 NAMES = ["train", "ladder", "hellaswag", "sample", "tokenize", "loader", "checkpoint", "gpu_check"]
 
@@ -37,8 +30,6 @@ def check_args(args):
         raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file, tokenize a folder of parquet files")
     if args.data is not None and not os.path.exists(args.data):
         raise FileNotFoundError(f"no data at {args.data!r}")
-    if args.sequence_length > (longest := config_for(args.size).block_size):
-        raise ValueError(f"--sequence-length {args.sequence_length} is over the {longest} positions of {args.size}")
     if args.picture is not None and (args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png")):
         raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file named *.png")
     for path in (args.json, args.picture):
@@ -54,7 +45,7 @@ def parse_args(argv=None):
         help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
              " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
              " gpu_check: whether this machine computes the right thing, first of all on a new one")
-    add("--size", default="gpt2", choices=list(SIZES), metavar="NAME", help=f"model: {', '.join(SIZES)} (default gpt2)")
+    add("--size", default="gpt2", metavar="NAME", help="model: gpt2 ... gpt2-xl, gpt3-small ... gpt3-xl (default gpt2)")
     add("--batch-size", type=cli.number(int, 0), default=0,
         help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
     add("--sequence-length", type=cli.number(int, 0), default=0,
@@ -78,11 +69,11 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run_and_report(parse_args)  # --help and an invalid flag end the process here: PyTorch takes a second to import
+    cli.start(parse_args)
 
 import torch
 
-import runtime
+from run import runtime
 from bench.checkpoint import bench_checkpoint
 from bench.data import bench_loader, bench_tokenize
 from bench.gpu_check import bench_gpu_check

@@ -3,9 +3,10 @@ import os
 import tempfile
 import time
 
-import checkpoint
-import parallel
-import runtime
+from run import checkpoint
+from run import parallel
+from run import runtime
+from run.folder import paths
 from bench.measure import in_fresh_process, print_table, timed
 from bench.train import Variant, build_step
 
@@ -41,7 +42,7 @@ def time_checkpoint(args):
         writer.wait()
         seconds = {"synchronous save": synchronous, "background save: stall": stall, "background save: copy": copy,
                    "load": timed(load, args.device)[0]}
-        return seconds, step, sum(os.path.getsize(path) for path in checkpoint.paths(folder, 2))
+        return seconds, step, sum(os.path.getsize(path) for path in paths(folder, 2))
 
 
 def bench_checkpoint(args):

@@ -14,7 +14,7 @@ import data
 import fineweb
 from bench.measure import in_fresh_process, print_table, timed
 from bench.train import Variant, time_step
-from config import INPUT_TXT
+from run.config import INPUT_TXT
 
 SHARD_SIZE = 1_000_000
 

@@ -24,16 +24,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import parallel
-import runtime
+from run import parallel
+from run import runtime
 import sample
-import scoring
+import hellaswag
 from bench.ladder import bench_ladder
 from bench.measure import free_port, in_fresh_process, timed
 from bench.train import Variant, build_step
-from config import TrainConfig
+from run.config import TrainConfig
 from model import GPT
-from plan import estimate_memory
+from run.settings import estimate_memory
 from train_gpt2 import train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -114,7 +114,7 @@ def equal_scores(args):
     scores, ranks = [], parallel.Ranks(0, 0, 1, args.device, False)
     for precision in ("high", "highest"):
         torch.set_float32_matmul_precision(precision)
-        scores.append(scoring.score(model, rows, args.dtype, ranks)[0])
+        scores.append(hellaswag.score(model, rows, args.dtype, ranks)[0])
     return bool((scores[0] == scores[1]).all()), f"largest difference {abs(scores[0] - scores[1]).max():.1e}"
 
 

@@ -7,13 +7,12 @@ import torch
 from torch.nn import functional as F
 
 import hellaswag
-import parallel
-import runtime
-import scoring
+from run import parallel
+from run import runtime
 from bench.measure import print_table, timed
-from config import INPUT_TXT, config_for
-from files import atomic_write
-from model import GPT
+from run.config import INPUT_TXT
+from run.files import atomic_write
+from model import GPT, config_for
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def bench_hellaswag(args):
         return [lecture_prediction(model, example, args.device, args.dtype) for example in examples]
 
     def ours(dtype=args.dtype):
-        sums, _ = scoring.score(model, encoded, dtype, parallel.Ranks(0, 0, 1, args.device, False))
+        sums, _ = hellaswag.score(model, encoded, dtype, parallel.Ranks(0, 0, 1, args.device, False))
         return hellaswag.predictions(sums, task.lengths["completion"][chosen])[1].tolist()
 
     lecture_prediction(model, examples[0], args.device, args.dtype)  # warm-up

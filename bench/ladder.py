@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import torch
 
-import runtime
+from run import runtime
 from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, print_table
 from bench.train import Variant, flash_attention, naive_attention, time_step
-from config import config_for
-from files import atomic_write
+from model import config_for
+from run.files import atomic_write
 
 
 def rungs(dtype, device, world_size):

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-import runtime
+from run import runtime
 
 
 def in_fresh_process(function, *args):

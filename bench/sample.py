@@ -10,11 +10,11 @@ import statistics
 
 import torch
 
-import runtime
+from run import runtime
 from bench.measure import in_fresh_process, print_table, read_bandwidth, timed
-from config import config_for
+from convert import hf_state_dict
 from data import NUM_TOKENS
-from model import GPT
+from model import GPT, config_for
 from sample import prepare_for_sampling, sample_next_token, stream
 
 PROMPT_LENGTH = 8
@@ -54,7 +54,7 @@ def time_transformers(args, B, num_tokens):
     c = ours.config
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, bos_token_id=None, eos_token_id=None))
-    hf.load_state_dict(ours.hf_state_dict(), strict=False)
+    hf.load_state_dict(hf_state_dict(ours), strict=False)
     hf.eval().to(args.device, runtime.DTYPES[args.dtype])
     prompts = random_prompts(B).to(args.device)
 

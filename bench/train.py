@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-import parallel
-import runtime
+from run import parallel
+from run import runtime
 from bench.measure import forward_backward_seconds, free_port, in_fresh_process, matmul_peak, peak_gb, print_table, timed
-from config import TrainConfig, config_for
-from model import GPT, CausalSelfAttention
+from run.config import TrainConfig
+from model import GPT, CausalSelfAttention, config_for
 from train_gpt2 import train_step
 
 

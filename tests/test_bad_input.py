@@ -29,11 +29,12 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-import checkpoint
-import cli
+from run import checkpoint
+from run import cli
 import convert
 import data
-import files
+from run import files
+from convert import hf_state_dict
 from model import GPT, GPTConfig
 
 TIMEOUT = 20      # seconds that a command may take
@@ -50,7 +51,7 @@ def run(script, argv, monkeypatch):
     unlocks, register = [], atexit.register
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     monkeypatch.setattr(atexit, "register", lambda function, *args, **kwargs: (
-        unlocks.append(function) if function.__module__ == "checkpoint" else register(function, *args, **kwargs)))
+        unlocks.append(function) if function.__module__ == "run.folder" else register(function, *args, **kwargs)))
     with pytest.raises(SystemExit) as end:
         cli.run_main(importlib.import_module(script).main)
         sys.exit(0)
@@ -874,7 +875,7 @@ def hf(text=None, weights=None, index=None, **changes):
         (folder / "hf").mkdir()
         config = {**json.loads(convert.config_files(GPTConfig(**SIZES), "float32")["config.json"]), "vocab_size": 16, **changes}
         (folder / "hf" / "config.json").write_text(json.dumps(config) if text is None else text)
-        state_dict = GPT(GPTConfig(**SIZES)).hf_state_dict()
+        state_dict = hf_state_dict(GPT(GPTConfig(**SIZES)))
         files = {"model.safetensors": save_safetensors(state_dict | weights if isinstance(weights, dict) else state_dict)}
         files |= {"model.safetensors": weights} if isinstance(weights, bytes) else {}
         files |= {"model.safetensors": b"", "model.safetensors.index.json": index} if index is not None else {}
@@ -1108,8 +1109,7 @@ BENCH = [
     (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
     (["train", "--steps", "1.5"], "--steps 1.5: must be an integer"),
     (["train", "--batch_size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
-    (["train", "--size", "gpt4"], "invalid choice: 'gpt4'"),
-    (["train", "--sequence-length", "2048"], "--sequence-length 2048 is over the 1024 positions of gpt2"),
+    (["train", "--size", "gpt4"], "unknown model size 'gpt4'"),
     (["ladder", "--ranks", "20000"], "--ranks 20000: must be an integer, 0 or more and at most"),
     (["train", "--device", "tpu"], "device 'tpu' is not available"),
     (["train", "--dtype", "int8"], "unknown dtype 'int8'"),

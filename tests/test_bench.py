@@ -22,13 +22,13 @@ import bench.hellaswag
 import bench.ladder
 import bench.sample
 import bench.train
-import config
 import hellaswag
 import sample
-from bench import measure, scaling
+from bench import measure
 from bench.train import Variant, build_step
 from model import GPTConfig
-from parallel import Ranks, check_optimizer_state
+from run.parallel import Ranks
+import model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE_RANK = Ranks(0, 0, 1, "cpu", False)
@@ -37,7 +37,7 @@ ONE_RANK = Ranks(0, 0, 1, "cpu", False)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Adds a size "tiny" in this process; restores torch's float32 matmul precision afterwards."""
-    monkeypatch.setitem(config.SIZES, "tiny", (2, 2, 32, 64))
+    monkeypatch.setitem(model.SIZES, "tiny", (2, 2, 32, 64))
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -168,7 +168,7 @@ def test_a_ladder_without_memory_for_any_rung_is_an_error(monkeypatch):
 
 
 def test_the_published_ladder_has_no_empty_rows():
-    with open(os.path.join(ROOT, "figures", "ladder.json"), encoding="utf-8") as f:
+    with open(os.path.join(ROOT, "docs", "figures", "ladder.json"), encoding="utf-8") as f:
         rows = json.load(f)["benchmarks"]["ladder"]
     assert all(row["tok/s"] > 0 for row in rows)
     names = {name for name, _, _ in bench.ladder.rungs("bfloat16", "cpu", 1)}
@@ -202,7 +202,7 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
     bench.hellaswag.write_examples(path, 6)
     render = hellaswag.render_example
     monkeypatch.setattr(hellaswag, "render_example", lambda example: scored.append(example["ctx"]) or render(example))
-    monkeypatch.setattr(config, "SIZES", {"tiny": (1, 1, 4, 256)})
+    monkeypatch.setattr(model, "SIZES", {"tiny": (1, 1, 4, 256)})
     monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
     rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
     assert [row["differ"] for row in rows] == [0, 0, 0] and {row["examples"] for row in rows} == {2}
@@ -406,53 +406,3 @@ def test_the_command_prints_a_table(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["loader"]
     assert [row["loader"] for row in rows] == ["read and cast a batch", "wait for a batch", "training step"]
     assert process.stdout.splitlines()[-4].split() == ["loader", "ms/batch", "%", "of", "step"]
-
-
-# -----------------------------------------------------------------------------
-# the scaling study
-
-def one_step(kind, weight_decay):
-    """(weights before, weights after) of a matrix with learning rate 0.1."""
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(6, 4))
-    before, p.grad = p.detach().clone(), torch.randn(6, 4)
-    kind([p], lr=0.1, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw").step()
-    return before, p.detach()
-
-
-def test_cautious_weight_decay_applies_where_update_and_weight_have_the_same_sign():
-    before, plain = one_step(torch.optim.Muon, 0.0)
-    _, cautious = one_step(scaling.Cautious, 0.5)
-    same = (before - plain) * before > 0
-    assert 0 < same.sum() < same.numel()
-    assert torch.allclose(cautious, plain - 0.1 * 0.5 * before * same)
-
-
-def test_the_state_of_cautious_is_accepted_when_an_interrupted_run_resumes():
-    """It was a KeyError: the checks of a checkpoint know optimizers by the names of their classes."""
-    p = torch.nn.Parameter(torch.ones(6, 4))
-    p.grad = torch.ones(6, 4)
-    optimizer = scaling.Cautious([p])
-    optimizer.step()
-    check_optimizer_state(optimizer, optimizer.state_dict())
-
-
-def test_the_saving_is_interpolated_over_the_logarithm_of_the_steps():
-    points = [(260, 6.4), (200, 6.5)]
-    assert scaling.steps_at(6.5, points) == pytest.approx(200) and scaling.steps_at(6.4, points) == pytest.approx(260)
-    assert scaling.steps_at(6.45, points) == pytest.approx((200 * 260) ** 0.5)
-    assert scaling.steps_at(6.35, points) == pytest.approx(260 * (260 / 200) ** 0.5)  # outside: the line goes on
-    assert scaling.rates_at("25M", "adamw", (8e-4, 1e-2)) == pytest.approx((3e-4, 1e-2))
-    assert scaling.rates_at("25M", "muon", (8e-3, 1e-2)) == pytest.approx((8e-3 * (192 / 512) ** 0.5, 1e-2))
-
-
-def test_a_finished_run_of_the_study_is_not_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "ROOT", str(tmp_path))
-    (tmp_path / "bench").mkdir()
-    name = "2M-muon-0.006-0.012-0.5-2"
-    (tmp_path / "bench" / "scaling.json").write_text(json.dumps({name: 6.5}))
-    study = scaling.Study(str(tmp_path), str(tmp_path / "runs"), 1)
-    assert study.run("2M", "muon", (6e-3, 12e-3), 0.5, 2) == 6.5
-    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", "oh"))
-    with pytest.raises(RuntimeError, match="2M-muon-0.006-0.012-0.5-3 failed: oh"):
-        study.run("2M", "muon", (6e-3, 12e-3), 0.5, 3)

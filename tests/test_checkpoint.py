@@ -21,12 +21,15 @@ import types
 import pytest
 import torch
 
-import checkpoint
-import cli
+from run import checkpoint
+from run import cli
 import train_gpt2
-from checkpoint import Log, check_tracker, kept_log, read_log
+from run.folder import Log, check_tracker, kept_log, read_log
 from model import GPT, GPTConfig
-from parallel import Ranks
+from run.parallel import Ranks
+from run import folder
+from run import weights
+from run import parallel
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=31)
@@ -89,7 +92,7 @@ def test_a_step_without_both_files_is_skipped(tmp_path):
     os.remove(tmp_path / "model_00030.pt")
     os.remove(tmp_path / "state_00020.pt")
     (tmp_path / "model_00040.pt.tmp").write_bytes(b"half")
-    assert checkpoint.saved_steps(str(tmp_path)) == [10]
+    assert folder.saved_steps(str(tmp_path)) == [10]
     loaded = checkpoint.load_latest(str(tmp_path))
     assert loaded.step == 10
     assert "step 30" in loaded.messages[0] and "model_00030.pt" in loaded.messages[0]
@@ -98,7 +101,7 @@ def test_a_step_without_both_files_is_skipped(tmp_path):
 
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.load_latest(str(tmp_path)) is None
-    assert checkpoint.load_latest(str(tmp_path / "nowhere")) is None and checkpoint.saved_steps(str(tmp_path / "nowhere")) == []
+    assert checkpoint.load_latest(str(tmp_path / "nowhere")) is None and folder.saved_steps(str(tmp_path / "nowhere")) == []
 
 
 def test_after_a_kill_during_the_first_save_the_run_starts_over(tmp_path):
@@ -126,9 +129,9 @@ def test_files_of_another_step_or_kind_are_an_error(tmp_path):
 
 
 def test_step_of_reads_the_step_from_a_files_name():
-    assert checkpoint.step_of("log/a/model_00250.pt") == 250 and checkpoint.step_of("state_100000.pt") == 100000
+    assert folder.step_of("log/a/model_00250.pt") == 250 and folder.step_of("state_100000.pt") == 100000
     with pytest.raises(ValueError, match="log/a/best.pt is not named like a checkpoint"):
-        checkpoint.step_of("log/a/best.pt")
+        folder.step_of("log/a/best.pt")
 
 
 def test_prune_keeps_the_newest_checkpoints_and_other_files(tmp_path):
@@ -138,14 +141,14 @@ def test_prune_keeps_the_newest_checkpoints_and_other_files(tmp_path):
     checkpoint.prune(str(tmp_path), 2)
     assert sorted(os.listdir(tmp_path)) == ["log.txt", "model_100000.pt", "model_99999.pt", "state_100000.pt", "state_99999.pt"]
     checkpoint.prune(str(tmp_path), 3)
-    assert checkpoint.saved_steps(str(tmp_path)) == [99999, 100000]
+    assert folder.saved_steps(str(tmp_path)) == [99999, 100000]
 
 
 def test_prune_keeps_the_best_checkpoint(tmp_path):
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     checkpoint.prune(str(tmp_path), 1, best=2)
-    assert checkpoint.saved_steps(tmp_path) == [2, 4]
+    assert folder.saved_steps(tmp_path) == [2, 4]
 
 
 @pytest.mark.parametrize("keep_best, first, kept", [(False, 3.0, [4]), (True, 3.0, [2, 4]), (True, math.nan, [2, 4])])
@@ -156,7 +159,7 @@ def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_p
     for step in (1, 2, 3, 4):
         state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
         checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
-    assert checkpoint.saved_steps(tmp_path) == kept
+    assert folder.saved_steps(tmp_path) == kept
     assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model_00004.pt'}\n")
 
 
@@ -171,7 +174,7 @@ def test_newer_checkpoints_are_renamed_and_a_state_without_its_model_is_pruned(t
     assert checkpoint.load_latest(str(tmp_path)).step == 1 and (tmp_path / "state_00003.pt").exists()
     save_step(tmp_path, 5)
     checkpoint.prune(str(tmp_path), 2)
-    assert checkpoint.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
+    assert folder.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
 
 
 def test_renamed_checkpoints_are_never_overwritten(tmp_path):
@@ -183,7 +186,7 @@ def test_renamed_checkpoints_are_never_overwritten(tmp_path):
         if rollback == 2:
             os.remove(tmp_path / "state_00002.pt")
         checkpoint.rename_newer(str(tmp_path), 1)
-    kept = [checkpoint.load_file(str(tmp_path / f"model_00002.pt{end}"))["model"] for end in (".aside", ".2.aside", ".3.aside")]
+    kept = [weights.load_file(str(tmp_path / f"model_00002.pt{end}"))["model"] for end in (".aside", ".2.aside", ".3.aside")]
     assert all(same_weights(weights, make_model(seed).state_dict()) for seed, weights in enumerate(kept, 1))
     assert (tmp_path / "state_00002.pt.3.aside").exists() and not (tmp_path / "state_00002.pt.2.aside").exists()
     assert [(tmp_path / f"log.txt{end}").read_text() for end in (".aside", ".3.aside", "")] == [
@@ -195,16 +198,16 @@ def test_a_log_that_was_edited_does_not_stop_a_run_that_keeps_the_best_checkpoin
     for step, contents in ((1, "1 val 3.0\n"), (2, "a note of mine\n1 val 3.0\n")):
         (tmp_path / "log.txt").write_text(contents)
         checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
-    assert checkpoint.saved_steps(tmp_path) == [1, 2] and "--keep-best needs the log" in capsys.readouterr().out
+    assert folder.saved_steps(tmp_path) == [1, 2] and "--keep-best needs the log" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
     model = make_model()
-    weights = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
+    wrong = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
     with pytest.raises(ValueError, match=r"weights of a.pt do not fit this model: .*wpe.weight \(9, 8\) for \(8, 8\)"):
-        checkpoint.check_weights(model.config, weights, "a.pt")
+        weights.check_weights(model.config, wrong, "a.pt")
     with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias.*12 tensors"):
-        checkpoint.check_weights(model.config, make_model(n_layer=2).state_dict(), "a.pt")
+        weights.check_weights(model.config, make_model(n_layer=2).state_dict(), "a.pt")
 
 
 # -----------------------------------------------------------------------------
@@ -215,12 +218,12 @@ def test_a_snapshot_does_not_change_with_its_original_and_keeps_tied_weights_tie
     optimizer = torch.optim.AdamW(model.parameters())
     value = {"model": model.state_dict(), "rest": [(1, "a", optimizer.state_dict())], "empty": torch.zeros(0)}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copy = checkpoint.snapshot(value)
+    copy = parallel.snapshot(value)
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     assert same_weights(copy["model"], before) and copy["rest"][0][:2] == (1, "a")
     assert copy["model"]["lm_head.weight"].data_ptr() == copy["model"]["transformer.wte.weight"].data_ptr()
-    assert checkpoint.num_bytes(copy["model"]) == 4 * model.num_params() == checkpoint.num_bytes(value)
+    assert weights.num_bytes(copy["model"]) == 4 * model.num_params() == weights.num_bytes(value)
 
 
 def test_the_writers_error_is_raised_once_at_the_next_call():
@@ -252,9 +255,10 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, 
 # atomic writes
 
 FULL_DISK = """
-import resource, sys, torch, checkpoint
+import resource, sys, torch
+from run import checkpoint
 from model import GPT, GPTConfig
-from cli import run_main
+from run.cli import run_main
 def main():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=1000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes per file: a write fails as on a full disk
@@ -283,7 +287,8 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
 
 
 KILL_EVERYWHERE = """
-import os, signal, sys, torch, checkpoint
+import os, signal, sys, torch
+from run import checkpoint
 from model import GPT, GPTConfig
 torch.set_num_threads(1)
 STATE = {STATE}
@@ -374,7 +379,7 @@ def test_a_flipped_bit_in_any_byte_is_detected_or_harmless(tmp_path):
     for i in range(len(intact)):
         path.write_bytes(intact[:i] + bytes([intact[i] ^ 0x10]) + intact[i + 1:])
         try:
-            loaded = checkpoint.load_file(str(path))
+            loaded = weights.load_file(str(path))
         except ValueError as e:
             assert str(path) in str(e) and "\n" not in str(e)
             detected += 1
@@ -400,7 +405,7 @@ def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
     path = tmp_path / "model_00001.pt"
     write({"model": {}, "config": Code(str(tmp_path / "ran"))}, path)
     with pytest.raises(ValueError, match="model_00001.pt.*(could run code|not a checkpoint)"):
-        checkpoint.load_file(str(path))
+        weights.load_file(str(path))
     assert not os.path.exists(tmp_path / "ran")
 
 
@@ -415,7 +420,7 @@ def lock(monkeypatch):
 
     def call(run_dir=None, at_exit=False):
         if not at_exit:
-            checkpoint.lock_run(str(run_dir))
+            folder.lock_run(str(run_dir))
         while at_exit and registered:
             registered.pop()()
     yield call
@@ -514,9 +519,9 @@ def test_the_log_of_a_run_without_checkpoints_is_copied_before_it_is_truncated(t
 
 
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
-    assert checkpoint.read_config(str(tmp_path)) == {}
-    checkpoint.write_config(str(tmp_path), {"lr": 0.1}, "bfloat16", Ranks(0, 0, 2, "cpu", True))
-    assert checkpoint.read_config(str(tmp_path)) == {"lr": 0.1}
+    assert folder.read_config(str(tmp_path)) == {}
+    folder.write_config(str(tmp_path), {"lr": 0.1}, "bfloat16", Ranks(0, 0, 2, "cpu", True))
+    assert folder.read_config(str(tmp_path)) == {"lr": 0.1}
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["command"] == sys.argv and description["device"]
     assert (description["world_size"], description["dtype"], description["torch"]) == (2, "bfloat16", torch.__version__)
@@ -527,7 +532,7 @@ def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(
 def test_a_config_json_of_something_else_is_an_error(tmp_path, contents):
     (tmp_path / "config.json").write_text(contents)
     with pytest.raises(ValueError, match="config.json is not the config.json of a run"):
-        checkpoint.read_config(str(tmp_path))
+        folder.read_config(str(tmp_path))
 
 
 # -----------------------------------------------------------------------------

@@ -19,8 +19,8 @@ import time
 import pytest
 import torch
 
-import cli
-from cli import StopSignals, number, run_main
+from run import cli
+from run.cli import StopSignals, number, run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -55,7 +55,7 @@ def test_ctrl_c_is_status_130_without_a_traceback(capsys):
 THREADS_IN_CPP = """
 import atexit, io, sys, threading, time
 import pyarrow as pa, pyarrow.parquet as pq
-from cli import run_main
+from run.cli import run_main
 pq.write_table(pa.table({"n": list(range(20000))}), "a.parquet", row_group_size=100)
 def read():
     while True:

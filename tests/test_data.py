@@ -29,8 +29,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Tokenizer
 
 import data
-from data import (EOT, DataLoaderLite, TokenStream, find_shards, get_tokenizer, iterate_batches, open_shard, permute,
-                  prepare_data, split_texts, write_shard)
+from data import EOT, DataLoaderLite, TokenStream, find_shards, get_tokenizer, iterate_batches, open_shard, permute, prepare_data, split_texts, write_shard
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -35,7 +35,6 @@ NOT_RUN = {
     r"torchrun .*": "needs several GPUs or machines; tests/test_parallel.py runs two ranks",
     r"sbatch .*": "needs Slurm; tests/test_faults.py runs it with stand-ins",
     r"python -m bench .*": "takes minutes; tests/test_bench.py runs the package",
-    r"python -m bench\.scaling .*": "takes hours; tests/test_bench.py runs its parts",
     r"python train_gpt2\.py --data SHARDS .*": "takes minutes",
 }
 
@@ -83,7 +82,7 @@ def test_every_flag_of_a_command_exists():
         for command in commands(page):
             script = re.search(r" (\w+\.py)\b(.*)", command)
             if script:
-                text = read(script[1]) + (read("config.py") if script[1] == "train_gpt2.py" else "")
+                text = read(script[1]) + (read("run/config.py") if script[1] == "train_gpt2.py" else "")
                 for flag in re.findall(r" --([a-z][a-z-]*)", script[2]):
                     assert f'"--{flag}"' in text or f'    {flag.replace("-", "_")}: ' in text, (command, flag)
 
@@ -96,7 +95,7 @@ def test_the_file_table_names_every_tracked_file():
     top = {name.split("/")[0] + "/" * ("/" in name) for name in files.stdout.split()}
     hidden = {name for name in top if name.startswith(".")}
     for name in top - hidden - {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "constraints.txt",
-                                "pytest.ini", "ruff.toml"}:
+                                "pyproject.toml"}:
         assert f"`{name}`" in table, name
     for name in re.findall(r"`([\w/.]+)`", table):
         assert name.rstrip("/") in {item.rstrip("/") for item in top} or name == "DataLoaderLite", name

@@ -25,9 +25,11 @@ import psutil
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 import data
 from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
+from run import folder
+from run import weights
 
 STEPS = 24
 FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # 50 ms per step
@@ -106,8 +108,8 @@ def test_signals_finish_the_step_save_and_exit_with_their_status(stops, uninterr
         if how == "closed stdout":
             assert rest == "stdout cannot be written (Broken pipe): stop requested; finishing the step, then saving\n"
         else:
-            assert int(re.search(r"stopped at step (\d+) by " + how.name, rest)[1]) == checkpoint.saved_steps(run_dir)[-1]
-        assert checkpoint.saved_steps(run_dir)[-1] > step - 1
+            assert int(re.search(r"stopped at step (\d+) by " + how.name, rest)[1]) == folder.saved_steps(run_dir)[-1]
+        assert folder.saved_steps(run_dir)[-1] > step - 1
         survived(f"{getattr(how, 'name', how)} while training")
     process = train(tmp_path, *FLAGS)
     assert process.returncode == 0, process.stderr
@@ -126,7 +128,7 @@ def test_a_closed_terminal_saves_although_nothing_can_be_printed(uninterrupted, 
         printed += os.read(terminal, 10000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
-    assert checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1] >= 7
+    assert folder.saved_steps(tmp_path / "log" / "shakespeare")[-1] >= 7
     assert train(tmp_path, *FLAGS).returncode == 0
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
     survived("closed terminal")
@@ -150,7 +152,7 @@ def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text,
     process = train(tmp_path, "--data", text, f"--exp-name={name}")
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert "finished; curves: not drawn, IsADirectoryError" in process.stdout
-    assert checkpoint.saved_steps(tmp_path / "log" / name) == [4, 8]
+    assert folder.saved_steps(tmp_path / "log" / name) == [4, 8]
     os.rmdir(tmp_path / "log" / name / "loss.png")
     process = train(tmp_path, "--data", text, f"--exp-name={name}")  # draws what is missing
     assert process.returncode == 0 and os.path.getsize(tmp_path / "log" / name / "loss.png") > 1000, process.stderr
@@ -158,8 +160,9 @@ def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text,
 
 
 SLOW_SAVE = """
-import sys, time, checkpoint, train_gpt2
-from cli import run_main
+import sys, time, train_gpt2
+from run import checkpoint
+from run.cli import run_main
 save_file = checkpoint.save_file
 def slowly(contents, path):
     print("writing", flush=True)
@@ -180,7 +183,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     wait_for(process, "writing")  # the second file: by now the main thread only waits
     os.kill(process.pid, signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and checkpoint.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
+    assert process.returncode == 0 and folder.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
     survived("signal while the last checkpoint is written")
 
 
@@ -209,7 +212,7 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
     time.sleep(0.7)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=5)
-    assert process.returncode == 130 and not checkpoint.saved_steps(tmp_path / "log" / "shakespeare")
+    assert process.returncode == 130 and not folder.saved_steps(tmp_path / "log" / "shakespeare")
     survived("second Ctrl-C")
 
 
@@ -226,7 +229,7 @@ def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, 
             lives += 1
         out = process.communicate(timeout=60)[0]
         assert "Traceback" not in out or "KeyboardInterrupt" in out, out
-        if checkpoint.saved_steps(tmp_path / "log" / "shakespeare")[-1:] == [STEPS]:
+        if folder.saved_steps(tmp_path / "log" / "shakespeare")[-1:] == [STEPS]:
             break
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
@@ -326,7 +329,7 @@ def test_two_nodes_survive_the_loss_of_a_rank(uninterrupted_pair, text, tmp_path
     while not {rank for agent in first for rank in ranks_of(agent)} == {0, 1}:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    while not checkpoint.saved_steps(tmp_path / "log" / "shakespeare"):
+    while not folder.saved_steps(tmp_path / "log" / "shakespeare"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     victim = next(child for agent in agents for rank, child in ranks_of(agent).items() if rank == 1)
@@ -447,10 +450,10 @@ def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(uninterru
     """Each file of the newest checkpoint, each kind of damage: the previous checkpoint is loaded, or the same contents if a
     flipped bit is in the file's padding."""
     monkeypatch.chdir(tmp_path)
-    steps = checkpoint.saved_steps(uninterrupted)[-2:]
+    steps = folder.saved_steps(uninterrupted)[-2:]
     run_dir = str(tmp_path / "run")
-    original = {path: checkpoint.load_file(path) for step in steps for path in checkpoint.paths(uninterrupted, step)}
-    newest = checkpoint.paths(uninterrupted, steps[1])
+    original = {path: weights.load_file(path) for step in steps for path in folder.paths(uninterrupted, step)}
+    newest = folder.paths(uninterrupted, steps[1])
     for k, source in enumerate(newest):
         for name in damages(source):
             os.makedirs(run_dir)
@@ -475,8 +478,8 @@ def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(uninterru
 def test_a_run_resumes_before_a_damaged_checkpoint_and_renames_it(uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    newest = checkpoint.saved_steps(run_dir)[-1]
-    os.truncate(checkpoint.paths(run_dir, newest)[0], 1000)
+    newest = folder.saved_steps(run_dir)[-1]
+    os.truncate(folder.paths(run_dir, newest)[0], 1000)
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0 and f"skipping step {newest}" in process.stdout, process.stderr
     assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
@@ -487,7 +490,7 @@ def test_a_run_resumes_before_a_damaged_checkpoint_and_renames_it(uninterrupted,
 def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "moved" / "elsewhere"
     shutil.copytree(uninterrupted, run_dir)
-    older, newest = checkpoint.saved_steps(run_dir)[-2:]
+    older, newest = folder.saved_steps(run_dir)[-2:]
     process = train(tmp_path, "--resume", f"moved/elsewhere/model_{older:05d}.pt", *FLAGS)
     assert process.returncode == 0 and f"from step {older}" in process.stdout, process.stderr
     assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
@@ -508,7 +511,7 @@ def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, 
 ])
 def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, uninterrupted, text, tmp_path,  # noqa: F811
                                                                monkeypatch, capsys):
-    import cli
+    from run import cli
     import train_gpt2
     monkeypatch.chdir(tmp_path)
     shutil.copytree(uninterrupted, "log/shakespeare")
@@ -570,7 +573,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_
     """A tmpfs with room for one checkpoint; with more room the run resumes."""
     disk = tmp_path / "disk"
     os.mkdir(disk)
-    size = sum(os.path.getsize(path) for path in checkpoint.paths(uninterrupted, STEPS))
+    size = sum(os.path.getsize(path) for path in folder.paths(uninterrupted, STEPS))
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")

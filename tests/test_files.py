@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-import files
+from run import files
 
 
 @pytest.mark.parametrize("mode, old, new", [("wb", b"old", b"new"), ("w", "alt: \u00e4\n", "neu: \u00fc\r\n")])

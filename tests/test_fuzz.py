@@ -27,15 +27,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file as save_safetensors
 
 import bench.__main__ as bench_command
-import checkpoint
 import convert
 import data
 import fineweb
 import hellaswag
 import plots
-import report
 import train_gpt2
+from convert import hf_state_dict
 from model import GPT, GPTConfig
+from run import folder
+from run import weights
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=50257)
 SECONDS = 5  # for one input
@@ -212,18 +213,17 @@ LOG = "\n".join(f"{step} {stream} {value}" for step in range(3) for stream, valu
 @given(st.one_of(st.just(LOG), damaged(LOG)),
        st.one_of(mutated(RUN_CONFIG).map(text_of).map(str.encode), damaged(text_of(RUN_CONFIG).encode())))
 def test_log_and_config_of_a_run(tmp_path_factory, log, contents):
-    folder = tmp_path_factory.getbasetemp() / "run"
-    folder.mkdir(exist_ok=True)
-    (folder / "log.txt").write_bytes(log)
-    (folder / "config.json").write_bytes(contents)
+    run_dir = tmp_path_factory.getbasetemp() / "run"
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "log.txt").write_bytes(log)
+    (run_dir / "config.json").write_bytes(contents)
     with contextlib.redirect_stdout(io.StringIO()):
-        size, _ = checkpoint.kept_log(str(folder), 2)
+        size, _ = folder.kept_log(str(run_dir), 2)
     assert 0 <= size <= len(log)
-    reads_or_explains(lambda: checkpoint.read_log(str(folder / "log.txt")), "log.txt")
-    reads_or_explains(lambda: report.report(str(folder)), str(folder))  # reads both
-    reads_or_explains(lambda: report.run_scores(str(folder), 2), "log.txt")
+    reads_or_explains(lambda: folder.read_log(str(run_dir / "log.txt")), "log.txt")
+    reads_or_explains(lambda: convert.scores_of(str(run_dir), 2), "log.txt")
     for by in plots.AXES:
-        reads_or_explains(lambda by=by: plots.Curves(str(folder), by), str(folder))
+        reads_or_explains(lambda by=by: plots.Curves(str(run_dir), by), str(run_dir))
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def check_model(path):
     """info, and if it is a model of finite weights, loading it."""
     name = os.path.basename(path)
     if reads_or_explains(lambda: convert.describe(path), name):
-        reads_or_explains(lambda: convert.load_model(path), name)
+        reads_or_explains(lambda: weights.load_model(path), name)
 
 
 @fuzz(15)
@@ -321,7 +321,7 @@ def test_header_of_llmc(tmp_path_factory, changes, noise):
     check_model(str(path))
 
 
-HF_WEIGHTS = SMALL.hf_state_dict()
+HF_WEIGHTS = hf_state_dict(SMALL)
 HF_CONFIG = {**json.loads(convert.config_files(SMALL.config, "float32")["config.json"]), "vocab_size": 16, "n_inner": None}
 HF_INDEX = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(HF_WEIGHTS, "model-00001-of-00001.safetensors")}
 
@@ -383,7 +383,7 @@ def trained(tmp_path_factory):
     (folder / "run").mkdir()
     with contextlib.chdir(folder):
         train("--max-steps", "2")
-    return folder, checkpoint.load_file(str(folder / "run" / "state_00002.pt"))
+    return folder, weights.load_file(str(folder / "run" / "state_00002.pt"))
 
 
 def train(*flags):
@@ -391,7 +391,7 @@ def train(*flags):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as at_exit:
         patch.setattr(atexit, "register", at_exit.callback)
         patch.setattr(sys, "argv", ["train_gpt2.py", *FLAGS, *flags])
-        patch.setattr(checkpoint, "lock_run", lambda run_dir: None)  # this process would hold it until its end
+        patch.setattr(folder, "lock_run", lambda run_dir: None)  # this process would hold it until its end
         patch.setattr(train_gpt2, "plot_run", lambda *args, **kwargs: "")
         with pytest.raises(SystemExit):
             train_gpt2.main()

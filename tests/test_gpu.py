@@ -22,10 +22,10 @@ import bench.__main__ as command
 import bench.gpu_check as gpu_check
 import data
 import sample
-import scoring
+import hellaswag
 import train_gpt2
 from model import GPT, GPTConfig
-from parallel import Ranks
+from run.parallel import Ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPU = os.path.join(ROOT, "tests", "gpu")
@@ -170,7 +170,7 @@ def test_evaluations_use_full_float32_and_what_reads_variable_lengths_no_cudnn_a
     torch.set_float32_matmul_precision("high")  # as in training
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
-        scoring.score(model, rows, "float32", ranks)
+        hellaswag.score(model, rows, "float32", ranks)
         assert set(seen) == {("highest", False)}
         seen.clear()
         list(sample.stream(model, [[1, 2], [3]], 3))

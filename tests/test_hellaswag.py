@@ -25,11 +25,12 @@ import torch
 
 import convert
 import hellaswag
-import scoring
-from cli import StopSignals
+from run.cli import StopSignals
 from data import EOT, NUM_TOKENS, get_tokenizer
+from convert import hf_state_dict
+from run.weights import from_hf_names
 from model import GPT, GPTConfig
-from parallel import Ranks
+from run.parallel import Ranks
 
 SINGLE = Ranks(0, 0, 1, "cpu", False)
 ROOT = os.path.dirname(os.path.abspath(hellaswag.__file__))
@@ -86,8 +87,8 @@ def make_dataset(tmp_path, examples):
 
 
 def compute_sums(model, dataset, style="completion", dtype="float32", **options):
-    """The first result of scoring.score, (n, 4), on a single process."""
-    return scoring.score(model, dataset.encoded[style], dtype, SINGLE, **options)[0]
+    """The first result of hellaswag.score, (n, 4), on a single process."""
+    return hellaswag.score(model, dataset.encoded[style], dtype, SINGLE, **options)[0]
 
 
 @torch.no_grad()
@@ -150,11 +151,11 @@ def test_scores_do_not_depend_on_batches_or_their_order(tmp_path):
 
 
 def test_batches_contain_every_ending_once_and_respect_batch_tokens():
-    rows, _ = scoring.pack(hellaswag.tokenize(make_examples(40), "completion"), 256)
-    batches = scoring.make_batches(rows, 600)
+    rows, _ = hellaswag.pack(hellaswag.tokenize(make_examples(40), "completion"), 256)
+    batches = hellaswag.make_batches(rows, 600)
     assert sorted(ending_id for batch, _ in batches for _, endings in batch for ending_id, _ in endings) == list(range(160))
     for batch, T in batches:
-        assert len(batch) == 1 or scoring.collate(batch, T)[0].size <= 600
+        assert len(batch) == 1 or hellaswag.collate(batch, T)[0].size <= 600
     assert max(len(batch) for batch, _ in batches) > 1
 
 
@@ -170,7 +171,7 @@ def test_endings_are_masked_from_each_other(tmp_path):
 def test_texts_longer_than_the_block_are_truncated(tmp_path, style):
     """As in the harness: the last block_size + 1 tokens of context + ending are kept; the endings' contexts then differ."""
     model, dataset = small_model(block_size=36), make_dataset(tmp_path, make_examples(12))
-    sums, num_truncated = scoring.score(model, dataset.encoded[style], "float32", SINGLE)
+    sums, num_truncated = hellaswag.score(model, dataset.encoded[style], "float32", SINGLE)
     over = sum(len(c) + max(map(len, endings)) > 37 for c, endings in dataset.encoded[style])
     assert num_truncated == over and 0 < over < 12
     np.testing.assert_allclose(sums, reference_sums(model, dataset, style), atol=1e-4, rtol=0)
@@ -200,7 +201,7 @@ def test_a_padded_vocabulary_scores_as_the_exported_model(tmp_path):
     """The 47 padding ids get no probability: the score is the same with and without them."""
     padded = small_model(50304)
     trimmed = small_model(NUM_TOKENS)
-    trimmed.load_hf_state_dict(padded.hf_state_dict())
+    trimmed.load_state_dict(from_hf_names(hf_state_dict(padded)))
     dataset = make_dataset(tmp_path, make_examples(3))
     np.testing.assert_allclose(compute_sums(padded, dataset), compute_sums(trimmed, dataset), atol=1e-5, rtol=0)
 
@@ -233,14 +234,14 @@ def test_metrics_of_a_worked_example():
 @pytest.fixture
 def stop_after_two_batches(monkeypatch):
     """Requests a stop, as SIGTERM would, after the second batch; returns the list of the batches scored."""
-    batches, score_batch = [], scoring.score_batch
+    batches, score_batch = [], hellaswag.score_batch
 
     def score_batch_and_stop(model, hidden, *batch):
         batches.append(batch)
         if len(batches) == 2:
             monkeypatch.setattr(StopSignals, "received", "SIGTERM")
         return score_batch(model, hidden, *batch)
-    monkeypatch.setattr(scoring, "score_batch", score_batch_and_stop)
+    monkeypatch.setattr(hellaswag, "score_batch", score_batch_and_stop)
     return batches
 
 
@@ -268,15 +269,15 @@ def test_non_finite_log_probabilities_have_no_score_and_do_not_end_the_training(
 
 def test_batches_that_do_not_fit_into_memory_are_refused_with_a_number_that_fits(tmp_path, monkeypatch):
     model, dataset = small_model(), make_dataset(tmp_path, make_examples(20))
-    monkeypatch.setattr(scoring, "free_memory", lambda device: 20 * 10**6)
+    monkeypatch.setattr(hellaswag, "free_memory", lambda device: 20 * 10**6)
     with pytest.raises(ValueError, match="GB of memory, 0.0 GB are available: use [0-9]{3} or fewer") as error:
         compute_sums(model, dataset, batch_tokens=2**60)
     fits = int(re.search("use ([0-9]+)", str(error.value))[1])
-    sums, batches, score_batch = compute_sums(model, dataset, batch_tokens=fits), [], scoring.score_batch
-    monkeypatch.setattr(scoring, "score_batch", lambda *args: batches.append(len(args[2]) * args[3]) or score_batch(*args))
+    sums, batches, score_batch = compute_sums(model, dataset, batch_tokens=fits), [], hellaswag.score_batch
+    monkeypatch.setattr(hellaswag, "score_batch", lambda *args: batches.append(len(args[2]) * args[3]) or score_batch(*args))
     # the default is halved until it fits: no reason to end a training
     assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4 and 0 < max(batches) <= fits
-    monkeypatch.setattr(scoring, "all_gather", lambda value, ranks: [value, 10**6])  # another rank has less memory
+    monkeypatch.setattr(hellaswag, "all_gather", lambda value, ranks: [value, 10**6])  # another rank has less memory
     largest, batches[:] = max(batches), []
     assert np.abs(sums - compute_sums(model, dataset)).max() < 1e-4 and 0 < max(batches) < largest
 
@@ -297,7 +298,7 @@ def hf_model(model):
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=NUM_TOKENS, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                                         n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    theirs.load_state_dict(model.hf_state_dict(), strict=False)
+    theirs.load_state_dict(hf_state_dict(model), strict=False)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -395,8 +396,8 @@ def test_a_compiled_network_gives_the_same_scores_from_few_graphs(tmp_path):
     hidden = torch.compile(model.hidden, dynamic=True, backend=counter)
     sums = compute_sums(model, dataset, batch_tokens=250, hidden=hidden)
     np.testing.assert_allclose(sums, compute_sums(model, dataset, batch_tokens=250), atol=1e-4, rtol=0)
-    rows, _ = scoring.pack(dataset.encoded["completion"], 256)
-    shapes = {(len(batch), T) for batch, T in scoring.make_batches(rows, 250)}
+    rows, _ = hellaswag.pack(dataset.encoded["completion"], 256)
+    shapes = {(len(batch), T) for batch, T in hellaswag.make_batches(rows, 250)}
     assert len(shapes) >= 6 and counter.frame_count <= 3, (len(shapes), counter.frame_count)
 
 
@@ -670,7 +671,7 @@ def test_out_replaces_the_target_of_a_link(command, monkeypatch):
 def test_ctrl_c_while_scoring_leaves_no_out(command, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(scoring, "score_batch", interrupt)
+    monkeypatch.setattr(hellaswag, "score_batch", interrupt)
     assert run_hellaswag(monkeypatch, "--out", "scores.jsonl") == 130
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\ninterrupted\n") and os.listdir(".") == ["model_00007.pt", "examples.jsonl"]
@@ -731,7 +732,7 @@ def test_the_help_has_the_defaults_of_batch_tokens(command, capsys):
     """The flags are parsed before scoring.py is imported, which imports torch."""
     with pytest.raises(SystemExit):
         command("--help")
-    cpu, gpu = scoring.BATCH_TOKENS["cpu"], scoring.BATCH_TOKENS["cuda"]
+    cpu, gpu = hellaswag.BATCH_TOKENS["cpu"], hellaswag.BATCH_TOKENS["cuda"]
     assert f"(default {cpu} on the CPU, {gpu} on a GPU)" in " ".join(capsys.readouterr().out.split())
 
 

@@ -18,15 +18,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # each module imports only modules of the layers above it in this list
 LAYERS = [
-    {"cli", "files", "sources"},
-    {"config", "data", "runtime"},
-    {"model"},
-    {"checkpoint", "fineweb"},
-    {"reference"},
-    {"report"},
-    {"convert", "parallel"},
-    {"plan", "plots", "resume", "sample", "scoring"},
-    {"hellaswag"},
+    {"run.cli", "run.files", "sources", "model"},
+    {"run.config", "run.runtime", "data"},
+    {"run.folder", "fineweb"},
+    {"run.weights", "run.reference"},
+    {"run.checkpoint", "run.parallel"},
+    {"run.settings", "convert", "plots", "sample", "hellaswag"},
     {"train_gpt2"},
 ]
 SCRIPTS = ["train_gpt2", "fineweb", "hellaswag", "sample", "plots", "convert"]
@@ -43,13 +40,14 @@ def imports_of(path):
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            names.add(node.module)
+            names |= {f"run.{alias.name}" for alias in node.names} if node.module == "run" else {node.module}
     return names
 
 
 def our_imports():
-    """{module: set of our own modules that it imports} of the top-level modules."""
-    paths = {os.path.basename(path).removesuffix(".py"): path for path in glob.glob(os.path.join(ROOT, "*.py"))}
+    """{module: set of our own modules that it imports}, of the root and of run/: {"data": {"run.files"}, ...}."""
+    paths = {os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, "."): path for pattern in ("*.py", "run/[!_]*.py")
+             for path in glob.glob(os.path.join(ROOT, pattern))}
     return {module: imports_of(path) & paths.keys() for module, path in paths.items()}
 
 
@@ -57,11 +55,19 @@ def test_every_module_imports_only_modules_of_the_layers_below_it():
     """Hence there is no cycle. bench is a package above all of them."""
     layer_of = {module: i for i, layer in enumerate(LAYERS) for module in layer}
     imports = our_imports()
+    imports["model"].discard("run.weights")  # inside from_pretrained, which the lecture has there
+    imports["run.config"].discard("model")   # inside functions: flags are parsed before PyTorch is imported
     assert imports.keys() == layer_of.keys()
     wrong = [f"{module} imports {other}" for module in sorted(imports) for other in sorted(imports[module])
              if layer_of[other] >= layer_of[module]]
     assert wrong == []
-    assert "model" in imports["checkpoint"] and "checkpoint" in imports["convert"]  # imports_of finds them
+    assert "model" in imports["run.weights"] and "run.checkpoint" in imports["train_gpt2"]  # imports_of finds them
+
+
+def test_only_training_imports_a_command():
+    imports = our_imports()
+    found = {(module, command) for module in imports for command in imports[module] & set(SCRIPTS)}
+    assert found == {("train_gpt2", "hellaswag"), ("train_gpt2", "sample"), ("train_gpt2", "plots")}
 
 
 def test_imports_inside_of_functions_are_found(tmp_path):
@@ -80,7 +86,7 @@ def loaded_by(*arguments, status=0):
 
 def test_import_model_loads_nothing_slow():
     names = loaded_by("-c", "import model")
-    assert names & {*RARE, "huggingface_hub", "tiktoken"} == set() and "torch.nn.modules.linear" in names
+    assert names & {*RARE, "huggingface_hub", "tiktoken", "run"} == set() and "torch.nn.modules.linear" in names
 
 
 def test_importing_the_scripts_loads_nothing_that_is_rarely_needed():
@@ -91,6 +97,6 @@ def test_importing_the_scripts_loads_nothing_that_is_rarely_needed():
 @pytest.mark.parametrize("flag, status", [("--help", 0), ("--no-such-flag", 2)])
 def test_flags_are_parsed_before_anything_slow_is_imported(flag, status):
     """--help took 1.4 s, of which torch's import was 1.2 s."""
-    for script in [*([f"{script}.py"] for script in SCRIPTS), ["-m", "bench"], ["-m", "bench.scaling"]]:
+    for script in [*([f"{script}.py"] for script in SCRIPTS), ["-m", "bench"]]:
         names = loaded_by(*script, flag, status=status)
-        assert names & SLOW == set() and "cli" in names, script
+        assert names & SLOW == set() and "run.cli" in names, script

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import cli
-import reference
-import runtime
+from run import cli
+from run import reference
+from run import runtime
 import train_gpt2
-from config import PRESETS, TrainConfig
+from run.config import TrainConfig, preset_settings
 from data import DataLoaderLite, TokenStream
 from model import GPT, GPTConfig
-from parallel import Ranks
+from run.parallel import Ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 V, T, L, NH, C = 512, 32, 2, 4, 32                             # the small model
@@ -180,14 +180,14 @@ def test_a_seed_gives_bitwise_the_lectures_initial_weights(shape):
 
 
 def test_every_step_of_the_schedule_has_the_lectures_learning_rate():
-    c = TrainConfig(**PRESETS["gpt2-124M-lecture"])
+    c = TrainConfig(**preset_settings("gpt2-124M-lecture"))
     ours = [train_gpt2.get_lr(step, c.lr, c.lr * c.min_lr_ratio, c.warmup_steps, c.max_steps, c.schedule)
             for step in range(19073)]
     assert ours == pytest.approx([lecture_lr(step, 6e-4, 715, 19073) for step in range(19073)], rel=1e-12)
 
 
 def test_the_preset_has_the_lectures_settings():
-    c = TrainConfig(**PRESETS["gpt2-124M-lecture"])
+    c = TrainConfig(**preset_settings("gpt2-124M-lecture"))
     assert (c.init, c.shuffle, c.seed, c.max_steps, c.total_batch_size, c.sequence_length) == \
         ("lecture", "off", 1337, 19073, 2**19, 1024)
     assert c.val_tokens == 20 * 64 * 1024 * 8  # 20 batches on each of 8 GPUs
@@ -245,7 +245,7 @@ def test_on_shards_of_100M_tokens_the_batches_are_the_lectures_for_190_steps(B, 
 @pytest.mark.slow
 def test_the_124M_model_starts_as_the_lectures():
     """The numbers are those of build-nanogpt's script with seed 1337 and torch 2.13."""
-    config = TrainConfig(**PRESETS["gpt2-124M-lecture"])
+    config = TrainConfig(**preset_settings("gpt2-124M-lecture"))
     runtime.seed_all(config.seed)
     model = train_gpt2.build_model(config, None, Ranks(0, 0, 1, "cpu", False))
     found = {name: [*p[0, :3].tolist(), p.double().norm().item()]

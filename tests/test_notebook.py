@@ -55,9 +55,9 @@ def executed(tmp_path_factory):
     """The notebook executed in a copy of a fresh clone, without access to the Hub; .updates as Client counts them."""
     clone = tmp_path_factory.mktemp("clone")
     for name in os.listdir(ROOT):
-        if name.endswith((".py", ".tiktoken", ".txt", ".ipynb")):
+        if name.endswith((".py", ".txt", ".ipynb")):
             shutil.copy(os.path.join(ROOT, name), clone)
-    for name in ("figures", "reference"):
+    for name in ("docs", "run"):
         shutil.copytree(os.path.join(ROOT, name), clone / name)
     notebook = nbformat.read(clone / "play.ipynb", as_version=4)
     setting = code_cells(notebook)[0]

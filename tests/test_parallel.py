@@ -24,15 +24,17 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # for the ranks, which do not read pytest.ini
 
-import checkpoint  # noqa: E402
-import parallel  # noqa: E402
-from cli import StopSignals, run_main  # noqa: E402
-from config import PRESETS, TrainConfig, parse_args  # noqa: E402
+from run import checkpoint  # noqa: E402
+from run import parallel  # noqa: E402
+from run.cli import StopSignals, run_main  # noqa: E402
+from run.config import TrainConfig, parse_args, preset_settings  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
-from plan import estimate_memory  # noqa: E402
-from runtime import autocast  # noqa: E402
+from run.parallel import Ranks, setup, stop_requested, teardown  # noqa: E402
+from run.settings import estimate_memory  # noqa: E402
+from run.runtime import autocast  # noqa: E402
 from train_gpt2 import capture, evaluate_loss, train_step  # noqa: E402
+from run import folder
+from run import weights
 
 ALONE = Ranks(0, 0, 1, "cpu", False)
 MODES = ["ddp", "zero", "fsdp"]
@@ -118,7 +120,7 @@ def check_losses(ranks, folder):
             assert model.loss_chunks == 3
             results[f"val {mode}, loss in chunks"] = evaluate_loss(model, UnequalStream(), 1, 16, 80, "float32", ranks)
     for before, after in MOVES:
-        saved = checkpoint.load_file(os.path.join(folder, f"{before}.pt"))
+        saved = weights.load_file(os.path.join(folder, f"{before}.pt"))
         results[f"{before} to {after}"] = train(start(ranks, saved, 10, parallel=after), 5)
     return results
 
@@ -251,15 +253,16 @@ def test_torchrun_on_a_mac_is_an_error_that_names_a_device(monkeypatch):
 def test_more_processes_than_gpus_is_an_error_that_names_the_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("runtime.check_cuda", lambda index: None)
+    monkeypatch.setattr("run.runtime.check_cuda", lambda index: None)
     set_environment(monkeypatch, RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1")
     with pytest.raises(ValueError, match="3 processes or more on this machine, which has 2 GPUs: --nproc_per_node=2"):
         parallel.setup("cuda")
 
 
 TWO_RANKS = """
-import os, sys, time, torch, parallel
-from cli import StopSignals, exit_now, print0
+import os, sys, time, torch
+from run import parallel
+from run.cli import StopSignals, exit_now, print0
 ranks = parallel.setup("cpu")
 file = sys.argv[1]
 with parallel.rank0_first(ranks):
@@ -334,7 +337,7 @@ def test_a_checkpoint_resumes_in_every_mode(two_ranks):
     for before, after in MOVES:
         assert near(results[f"{before} to {after}"], alone[10:15]), (before, after)
     for before in MODES:
-        saved = checkpoint.load_file(str(folder / f"{before}.pt"))
+        saved = weights.load_file(str(folder / f"{before}.pt"))
         assert near(train(start(ALONE, saved, 10), 5), alone[10:15]), before
 
 
@@ -358,9 +361,9 @@ def assert_same(value, expected, where=""):
 
 def test_every_mode_writes_the_checkpoint_of_one_process(two_ranks):
     *_, folder = two_ranks
-    one = checkpoint.load_file(str(folder / "one.pt"))
+    one = weights.load_file(str(folder / "one.pt"))
     for mode in MODES:
-        assert_same(checkpoint.load_file(str(folder / f"{mode}.pt")), one, mode)
+        assert_same(weights.load_file(str(folder / f"{mode}.pt")), one, mode)
 
 
 def test_a_captured_checkpoint_shares_no_memory_with_the_training(two_ranks):
@@ -408,7 +411,7 @@ def test_a_resumed_run_does_not_keep_its_checkpoint_mapped(tmp_path):
     run, path = start(ALONE), str(tmp_path / "state.pt")
     train(run, 1)
     torch.save(parallel.full_state(run.raw_model, run.optimizers, ALONE), path)
-    saved = checkpoint.load_file(path, mmap=True)
+    saved = weights.load_file(path, mmap=True)
     assert is_mapped()
     other = start(ALONE, saved, 1)
     del saved
@@ -429,7 +432,8 @@ def test_a_float16_overflow_on_one_rank_is_skipped_by_all(tmp_path):
 # errors under torchrun
 
 WITH_ERROR = """
-import os, sys, cli, train_gpt2
+import os, sys, train_gpt2
+from run import cli
 from types import SimpleNamespace
 train_step, kind, rank = train_gpt2.train_step, os.environ["KIND"], os.environ["RANK"]
 def failing(step, *args):
@@ -532,7 +536,7 @@ def test_the_loss_in_chunks_is_not_compiled(monkeypatch):
     assert (2, 16, 16) in shapes and not [shape for shape in shapes if shape[-1:] == (61,)]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+@pytest.mark.parametrize("optimizer", ["muon"])
 def test_muon_goes_on_bitwise_from_its_saved_state(optimizer):
     run = start(ALONE, optimizer=optimizer)
     train(run, 2)
@@ -546,8 +550,8 @@ def test_muon_cannot_be_sharded():
     for mode in ("zero", "fsdp"):
         with pytest.raises(ValueError, match="use --optimizer adamw or --parallel ddp"):
             TrainConfig(optimizer="muon", parallel=mode)
-        with pytest.raises(ValueError, match="cannot shard normuon"):
-            TrainConfig(optimizer="normuon", parallel=mode)
+        with pytest.raises(ValueError, match="cannot shard muon"):
+            TrainConfig(optimizer="muon", parallel=mode)
     assert TrainConfig(optimizer="muon", parallel="ddp").parallel == "ddp"
 
 
@@ -565,7 +569,7 @@ NUM_PARAMS = {"gpt2-124M": 124_475_904, "gpt2-1558M": 1_557_686_400}  # of a voc
 
 def needs(preset, B, W, dtype="bfloat16", **changes):
     """estimate_memory of a preset on GPUs, GB."""
-    config = TrainConfig(**{**PRESETS[preset], "optimizer": "adamw", **changes})
+    config = TrainConfig(**{**preset_settings(preset), "optimizer": "adamw", **changes})
     return sum(estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, compiled=True).values()) / 1e9
 
 
@@ -686,7 +690,7 @@ def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path
     process = subprocess.run([sys.executable, *launcher, "measure.py", *argv], cwd=tmp_path, capture_output=True, text=True,
                              timeout=580, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", **GIVE_BACK})
     assert process.returncode == 0, process.stderr[-3000:]
-    config = TrainConfig(**{**PRESETS["gpt2-124M"], **parse_args(argv)})
+    config = TrainConfig(**{**preset_settings("gpt2-124M"), **parse_args(argv)})
     estimate = sum(estimate_memory(config, NUM_PARAMS["gpt2-124M"], 1, "float32", W, config.compile == "on").values())
     for line in re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE):
         assert int(line) == pytest.approx(estimate, rel=0.15)
@@ -714,7 +718,7 @@ def write_inputs(folder):
 
 def log_values(run_dir, *streams):
     """{(step, stream): value} of a run's log."""
-    return {(step, stream): value for stream in streams for step, value in checkpoint.read_log(run_dir / "log.txt")[stream]}
+    return {(step, stream): value for stream in streams for step, value in folder.read_log(run_dir / "log.txt")[stream]}
 
 
 def train_py(*flags, ranks, cwd):

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import plots
-from checkpoint import read_log, save_file
-from cli import run_main
-from config import SIZES
+from run.folder import read_log
+from run.checkpoint import save_file
+from run.cli import run_main
+from convert import hf_state_dict
+from model import SIZES
 from data import get_tokenizer
 from model import GPT, GPTConfig
 from plots import curves_figure, plot_run, short_count, size_of, smooth
@@ -375,7 +377,7 @@ def test_q_k_and_v_are_drawn_whole_side_by_side_in_one_scale(model):
     images = images_of(figure)
     assert [title for title, _ in images] == ["q", "k", "v"] and has_color_bar(figure)
     # laid out (in, out), as OpenAI's files have it
-    theirs = model.hf_state_dict()["transformer.h.1.attn.c_attn.weight"]
+    theirs = hf_state_dict(model)["transformer.h.1.attn.c_attn.weight"]
     assert np.array_equal(np.concatenate([image for _, image in images], axis=1), theirs)
     assert len({panel.images[0].get_clim() for panel in figure.axes[:3]}) == 1
     assert figure.get_suptitle() == "h.1.attn.c_attn.weight"
@@ -490,15 +492,12 @@ def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_pl
     assert run_plots("--weights", run, run) == (2, "", "error: got 2 sources; --weights takes one\n")
 
 
-def test_verdict_and_report_of_the_command_line(tmp_path, run_plots):
-    """The report's picture is drawn with it."""
+def test_verdict_of_the_command_line(tmp_path, run_plots):
     run = make_run(tmp_path / "a", total_batch_size=524288)
     status, out, _ = run_plots(run, "--verdict")
     assert status == 0 and out.startswith("a is not compared with published runs: the data, unknown, are not known")
     status, out, _ = run_plots(run, "--verdict", "--reference", run)
     assert status == 0 and out.startswith("compared with a: 2 of 2 validations are within its band\n")
-    assert run_plots(run, "--report", "--price", "2") == (0, f"wrote {run}/report.md\nwrote {run}/loss.png\n", "")
-    assert "device-hours at $2.00" in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, monkeypatch):
@@ -513,9 +512,6 @@ def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, mon
     (["--reference", "nope"], "--reference nope: neither a run folder nor a published curve, which are edu-lecture-1gpu,"),
     (["--reference"], "the data, unknown, are not known to be FineWeb's"),
     (["--reference", "edu-lecture-8gpu", "--by", "hours"], "the hours of --reference's curves are not known"),
-    (["--price", "2"], "--price is for the cost in a report: add --report"),
-    (["--report", "--price", "-1"], "--price -1: must be a number, 0 or more"),
-    (["--report", "--out", "a.png"], "--report writes report.md and loss.png into the run folder"),
     (["--verdict", "--out", "a.png"], "--verdict prints text")])
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, run_plots, arguments, words):
     run = make_run(tmp_path / "a")

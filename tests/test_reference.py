@@ -13,10 +13,9 @@ import shutil
 
 import pytest
 
-import reference
-from config import CORPORA
-from reference import (Comparison, Fingerprint, NotComparable, Reference, corpus_of, facts_of, fitting, interpolate,
-                       published, verdict)
+from run import reference
+from run.config import CORPORA
+from run.reference import Comparison, Fingerprint, NotComparable, Reference, corpus_of, facts_of, fitting, interpolate, published, verdict
 
 CONFIG = {"preset": "gpt2-124M", "data": "edu_fineweb10B", "n_layer": 12, "n_head": 12, "n_embd": 768, "lr": 6e-4,
           "total_batch_size": 524288, "val_tokens": 10485760, "max_steps": 18787, "shuffle": "on", "warmup_steps": 715,
@@ -295,12 +294,13 @@ def test_training_of_the_lectures_preset_checks_the_first_losses():
 def test_whatever_is_wrong_with_the_reference_training_gets_one_line(tmp_path, monkeypatch):
     comparison = Comparison({**CONFIG, "data": "my_shards"})
     assert [bool(comparison(step, val=4.0)) for step in (0, 250, 500)] == [True, False, False]
+    curves = reference.FOLDER
     (tmp_path / "text.txt").write_text("to be")
     assert Comparison({**CONFIG, "data": str(tmp_path / "text.txt")})(0, val=4.0) is None
     monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "missing"))
     text = Comparison(CONFIG)(250, val=6.1)
     assert text.startswith("not compared with published runs: FileNotFoundError: there are no published curves")
-    shutil.copytree(os.path.join(os.path.dirname(reference.__file__), "reference"), tmp_path / "edited")
+    shutil.copytree(curves, tmp_path / "edited")
     (tmp_path / "edited" / "edu-lecture-8gpu.csv").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "edited"))
     text = Comparison(CONFIG)(250, val=6.1)

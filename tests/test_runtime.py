@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from runtime import autocast, choose_device, choose_dtype, describe_machine, get_rng_state, peak_flops, seed_all, set_rng_state
+from run.runtime import autocast, choose_device, choose_dtype, describe_machine, get_rng_state, peak_flops, seed_all, set_rng_state
 
 
 def fake_devices(monkeypatch, cuda=0, mps=False):

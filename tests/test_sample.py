@@ -20,15 +20,15 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
-import checkpoint
+from run import checkpoint
 import sample
 import train_gpt2
 from data import EOT, NUM_TOKENS, get_tokenizer
+from convert import hf_state_dict
 from model import GPT, GPTConfig
-from parallel import Ranks
-from runtime import autocast
-from sample import (can_pack, encode_prompt, generate, generate_text, prepare_for_sampling, sample_next_token, stream,
-                    stream_text)
+from run.parallel import Ranks
+from run.runtime import autocast
+from sample import can_pack, encode_prompt, generate, generate_text, prepare_for_sampling, sample_next_token, stream, stream_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -133,15 +133,13 @@ def test_sampling_does_not_modify_the_logits():
 def cached_logits(model, idx, lengths):
     """[(positions (B), logits (B, V)), ...] with the cache: row b's prompt is its first lengths[b] tokens."""
     B, T = idx.size()
-    cache = model.make_cache(B, T)
+    caches = sample.make_caches(model, B, T)
+    x = sample.prefill(model.hidden, [row[:n].tolist() for row, n in zip(idx, lengths)], caches, idx.device)
     last = torch.tensor(lengths) - 1
-    longest = max(lengths)
-    x = model.hidden(idx[:, :longest], torch.arange(longest), None, cache)[torch.arange(B), last]
     steps = [(last, model.lm_head(x))]
     while (last := last + 1).max() < T:
-        mask = torch.arange(int(last.max()) + 1) <= last[:, None]
-        x = model.hidden(idx[torch.arange(B), last][:, None], last[:, None], mask[:, None, None, :], cache)
-        steps.append((last, model.lm_head(x[:, -1])))
+        x = sample.decode(model.hidden, idx[torch.arange(B), last][:, None], (last + 1).tolist(), caches)
+        steps.append((last, model.lm_head(x)))
     return steps
 
 
@@ -172,19 +170,24 @@ def test_a_prompt_does_not_attend_to_the_previous_contents_of_the_cache():
     model = make_model(211)
     idx = torch.tensor(random_rows([9, 9]))
     with torch.no_grad():
-        uncached = model.hidden(idx, torch.arange(9))
-        cache = model.make_cache(2, 32).fill_(float("nan"))
-        assert torch.allclose(model.hidden(idx, torch.arange(9), None, cache), uncached, atol=1e-6)
-    assert cache[:, :, :, :, :9].isfinite().all() and cache[:, :, :, :, 9:].isnan().all()
+        uncached = model.hidden(idx)
+        caches = sample.make_caches(model, 2, 32)
+        for cache in caches:
+            cache.k.fill_(float("nan")), cache.v.fill_(float("nan"))
+        x = sample.prefill(model.hidden, idx.tolist(), caches, idx.device)
+        assert torch.allclose(x, uncached[:, -1], atol=1e-6)
+    for cached in (caches[0].k, caches[-1].v):
+        assert cached[:, :, :9].isfinite().all() and cached[:, :, 9:].isnan().all()
 
 
 def test_the_cache_has_the_dtype_of_attention():
     model = make_model(211)
-    assert model.make_cache(1, 4).dtype == torch.float32
+    assert sample.make_caches(model, 1, 4)[0].k.dtype == torch.float32
     with autocast("cpu", "bfloat16"):
-        assert model.make_cache(1, 4).dtype == torch.bfloat16
+        assert sample.make_caches(model, 1, 4)[0].v.dtype == torch.bfloat16
         assert len(greedy(model, random_rows([3]), 5)[0]) == 5
-    assert make_model(211, n_head=4).make_cache(3, 7).shape == (2, 2, 3, 4, 7, 4)
+    caches = sample.make_caches(make_model(211, n_head=4), 3, 7)
+    assert [cache.k.shape for cache in caches] == [(3, 4, 7, 4)] * 2
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def test_greedy_tokens_equal_those_of_transformers(lengths):
     model, rows = make_model(211), random_rows(lengths)
     hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=211, bos_token_id=None,
                                     eos_token_id=None)).eval()
-    hf.load_state_dict(model.hf_state_dict(), strict=False)
+    hf.load_state_dict(hf_state_dict(model), strict=False)
     new = 32 - max(lengths)
     padded = torch.tensor([[0] * (max(lengths) - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (max(lengths) - len(row)) + [1] * len(row) for row in rows])

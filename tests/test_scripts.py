@@ -244,11 +244,11 @@ def third_party(pattern):
                 if isinstance(node, (ast.Import, ast.ImportFrom)):
                     found = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                     names |= {name.split(".")[0] for name in found if name}
-    return {NAMES.get(name, name) for name in names - ours - sys.stdlib_module_names - {"bench"}}
+    return {NAMES.get(name, name) for name in names - ours - sys.stdlib_module_names - {"bench", "run"}}
 
 
 def test_every_package_that_the_scripts_import_is_required():
-    needed, required = third_party("*.py"), packages("requirements.txt").keys()
+    needed, required = third_party("*.py") | third_party("run/*.py"), packages("requirements.txt").keys()
     assert {"torch", "pyarrow", "pillow"} <= needed  # third_party finds them
     assert needed - OPTIONAL - required == set()
     assert required - needed == {"ipykernel"}  # which the notebook needs

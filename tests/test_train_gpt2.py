@@ -22,17 +22,17 @@ import weakref
 import pytest
 import torch
 
-import checkpoint
-import cli
-import parallel
-import plan as plan_module
-import resume
-import runtime
+from run import checkpoint
+from run import cli
+from run import parallel
+from run import settings
+from run import runtime
 import train_gpt2
-from config import INPUT_TXT, PRESETS, TrainConfig, parse_args
+from run.config import INPUT_TXT, PRESETS, TrainConfig, parse_args, preset_settings
 from model import GPT, GPTConfig
-from parallel import Ranks
+from run.parallel import Ranks
 from train_gpt2 import NonFinite, evaluate_loss, get_lr, train_step
+from run import folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALONE = Ranks(0, 0, 1, "cpu", False)
@@ -109,22 +109,23 @@ def test_wsd_decay_must_be_a_fraction():
 @pytest.mark.parametrize("preset, parameters", [("gpt2-124M", 124_475_904), ("gpt2-350M", 354_871_296),
                                                 ("gpt2-774M", 774_090_240), ("gpt2-1558M", 1_557_686_400)])
 def test_presets_are_the_lectures_models_with_a_padded_vocabulary(preset, parameters):
-    config = TrainConfig(**PRESETS[preset])
+    config = TrainConfig(**preset_settings(preset))
     with torch.device("meta"):
         assert GPT(config.gpt_config()).num_params() == parameters
     assert config.vocab_size == 50304 and config.sequence_length == 1024
 
 
 def test_every_preset_divides_its_batch_and_names_its_run():
-    for preset, changes in PRESETS.items():
+    for preset in PRESETS:
+        changes = preset_settings(preset)
         config = TrainConfig(**changes, preset=preset)
         assert config.exp_name == preset
-        B, _ = plan_module.choose_batch_size(config, 10**6, 8 if preset != "shakespeare" else 1, None, False, "bfloat16", True)
+        B, _ = settings.choose_batch_size(config, 10**6, 8 if preset != "shakespeare" else 1, None, False, "bfloat16", True)
         assert B >= 1
 
 
 def test_the_124M_preset_is_the_lectures_recipe():
-    c = TrainConfig(**PRESETS["gpt2-124M"])
+    c = TrainConfig(**preset_settings("gpt2-124M"))
     assert (c.total_batch_size, c.lr, c.min_lr_ratio, c.warmup_steps, c.beta1, c.beta2, c.weight_decay, c.grad_clip) == \
         (524288, 6e-4, 0.1, 715, 0.9, 0.95, 0.1, 1.0)
     assert c.optimizer == "adamw" and c.epochs == 1.0
@@ -133,18 +134,18 @@ def test_the_124M_preset_is_the_lectures_recipe():
 def test_a_batch_size_that_does_not_divide_lists_those_that_do():
     config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
     with pytest.raises(ValueError, match=r"\[1, 2, 3, 4, 6, 12\], or --total-batch-size 320 or 480"):
-        plan_module.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
+        settings.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
     config.batch_size = 32
     with pytest.raises(ValueError, match=r", or --total-batch-size 1024$"):
-        plan_module.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
+        settings.choose_batch_size(config, 10**6, 1, None, True, "float32", False)
     config.batch_size = 0
     with pytest.raises(ValueError, match=r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"):
-        plan_module.choose_batch_size(config, 10**6, 8, None, True, "float32", False)
+        settings.choose_batch_size(config, 10**6, 8, None, True, "float32", False)
 
 
 def test_the_automatic_batch_size_fits_the_available_memory():
     config = TrainConfig()
-    sizes, eager = ([plan_module.choose_batch_size(config, 124_475_904, 8, gigabytes * 1e9, False, "bfloat16", compiled)[0]
+    sizes, eager = ([settings.choose_batch_size(config, 124_475_904, 8, gigabytes * 1e9, False, "bfloat16", compiled)[0]
                      for gigabytes in (4, 8, 24, 80)] for compiled in (True, False))
     assert all(a <= b for a, b in zip(eager, sizes)) and eager != sizes  # the compiled step needs less memory
     assert sizes == sorted(sizes) and sizes[1] >= 4 and sizes[-1] == 64 and sizes[0] < sizes[-1]
@@ -156,7 +157,7 @@ def test_the_loss_is_computed_in_chunks_only_where_a_larger_batch_then_fits():
     """On a card of 4 to 8 GB, or where the given B would not fit."""
     def choose(gigabytes, batch_size=0, compiled=True):
         config = TrainConfig(batch_size=batch_size)
-        return plan_module.choose_batch_size(config, 124_475_904, 1, gigabytes * 1e9, False, "bfloat16", compiled)
+        return settings.choose_batch_size(config, 124_475_904, 1, gigabytes * 1e9, False, "bfloat16", compiled)
     assert choose(4.5) == (2, 8) and choose(4.5, compiled=False) == (2, 8) and choose(8, compiled=False) == (4, 8)
     assert choose(8) == (4, 1) and choose(80) == (64, 1)
     assert choose(20, batch_size=32) == (32, 8) and choose(24, batch_size=32) == (32, 1)
@@ -188,25 +189,25 @@ def test_each_text_has_its_own_run_unless_a_preset_or_a_name_is_given(tmp_path, 
     open("texts.d/shards/a_train_000001.npy", "w").close()
     names = {"my book.txt": "my book", "texts.d": "texts.d", "texts.d/": "texts.d", ".": tmp_path.name, "-.txt": "shakespeare",
              INPUT_TXT: "shakespeare", "texts.d/shards": "gpt2-124M"}
-    assert {path: resume.run_folder({"data": path}) for path in names} == \
+    assert {path: settings.run_folder({"data": path}) for path in names} == \
         {path: os.path.join("log", name) for path, name in names.items()}
-    assert resume.run_folder({"data": "a.txt", "preset": "gpt2-124M"}) == "log/gpt2-124M"
-    assert resume.run_folder({"data": "a.txt", "exp_name": "b", "log_dir": "c"}) == "c/b"
+    assert settings.run_folder({"data": "a.txt", "preset": "gpt2-124M"}) == "log/gpt2-124M"
+    assert settings.run_folder({"data": "a.txt", "exp_name": "b", "log_dir": "c"}) == "c/b"
 
 
 def test_epochs_replace_the_max_steps_of_a_preset():
-    config, _ = resume.config_from_flags(["--preset", "shakespeare", "--epochs", "3", "--eval-only"])
+    config, _ = settings.config_from_flags(["--preset", "shakespeare", "--epochs", "3", "--eval-only"])
     assert (config.epochs, config.max_steps) == (3, 0)
     with pytest.raises(ValueError, match="--epochs and --max-steps both set"):
-        resume.config_from_flags(["--epochs", "3", "--max-steps", "5"])
+        settings.config_from_flags(["--epochs", "3", "--max-steps", "5"])
 
 
 def test_the_help_has_the_presets_values_and_examples(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     out = capsys.readouterr().out
-    assert re.search(r"gpt2-1558M +48 +25 +1600 +1024 +1048576 +358 +0.0002\n", out)
-    assert "shakespeare also has max_steps 600, batch_size 8, optimizer muon" in out
+    assert re.search(r"gpt2-1558M +gpt2-xl +1048576 +358 +0.0002\n", out)
+    assert "shakespeare also has n_layer 2" in out
     assert out.count("train_gpt2.py") == 4 and "the optimizer:" in out  # usage, three examples
     assert "default 0)" not in out.replace("\n", " ").split("--seed")[0].split("--warmup")[0]
     for preset in PRESETS:
@@ -244,18 +245,18 @@ def saved(unbroken):
 
 def test_a_refused_change_is_not_announced_first(saved, monkeypatch, capsys):
     """It printed that the run resumes with changed settings, and then that it does not."""
-    monkeypatch.setattr(resume, "load_run", lambda given: saved)
+    monkeypatch.setattr(settings, "load_run", lambda given: saved)
     with pytest.raises(ValueError, match="n_layer cannot change"):
-        resume.config_from_flags(["--n-layer", "2"])
+        settings.config_from_flags(["--n-layer", "2"])
     assert capsys.readouterr().out == ""
 
 
 def test_every_setting_is_refused_or_takes_effect_when_a_run_resumes(saved, monkeypatch):
-    monkeypatch.setattr(resume, "load_run", lambda given: saved)
-    monkeypatch.setattr(checkpoint, "check_tracker", lambda name: None)
+    monkeypatch.setattr(settings, "load_run", lambda given: saved)
+    monkeypatch.setattr(folder, "check_tracker", lambda name: None)
     assert CHANGES.keys() == TrainConfig.__dataclass_fields__.keys()
-    assert {name for name, (_, what) in CHANGES.items() if what == "refused"} == {*resume.FIXED, "bias"}
-    assert {name for name, (_, what) in CHANGES.items() if what == "forced"} == set(resume.FORCED)
+    assert {name for name, (_, what) in CHANGES.items() if what == "refused"} == {*settings.FIXED, "bias"}
+    assert {name for name, (_, what) in CHANGES.items() if what == "forced"} == set(settings.FORCED)
     for name, (value, what) in CHANGES.items():
         flag = ["--" + name.replace("_", "-"), *([value] if value is not True else [])]
         flag += ["--optimizer", "adamw"] if name == "parallel" else []  # muon cannot be sharded
@@ -264,41 +265,41 @@ def test_every_setting_is_refused_or_takes_effect_when_a_run_resumes(saved, monk
                 parse_args(["--bias"])
         elif what == "refused":
             with pytest.raises(ValueError, match=f"{name}.* cannot change when a run resumes"):
-                resume.config_from_flags([*flag, "--sequence-length", "16"] if name == "block_size" else flag)
+                settings.config_from_flags([*flag, "--sequence-length", "16"] if name == "block_size" else flag)
         elif what == "forced":
             with pytest.raises(ValueError, match=f"changing {name} makes it a different run"):
-                resume.config_from_flags(flag)
-            assert str(getattr(resume.config_from_flags([*flag, "--force"])[0], name)) == value
+                settings.config_from_flags(flag)
+            assert str(getattr(settings.config_from_flags([*flag, "--force"])[0], name)) == value
         elif name != "parallel":
-            config, _ = resume.config_from_flags(flag)
+            config, _ = settings.config_from_flags(flag)
             assert str(getattr(config, name)) in (str(value), f"{value}.0")
 
 
 def test_a_resumed_run_keeps_the_settings_that_are_given_again(saved, monkeypatch, capsys):
-    monkeypatch.setattr(resume, "load_run", lambda given: saved)
-    config, _ = resume.config_from_flags([*TINY, "--exp-name", "x"])
+    monkeypatch.setattr(settings, "load_run", lambda given: saved)
+    config, _ = settings.config_from_flags([*TINY, "--exp-name", "x"])
     assert "changed" not in capsys.readouterr().out
     assert (config.preset, config.max_steps, config.log_dir, config.exp_name) == ("shakespeare", 8, "log", "x")
-    config, _ = resume.config_from_flags(["--epochs", "3"])
+    config, _ = settings.config_from_flags(["--epochs", "3"])
     assert (config.epochs, config.max_steps) == (3, 0)
 
 
 def test_how_a_run_was_started_is_not_taken_over_when_it_resumes(saved, monkeypatch, capsys):
     """Else a run once resumed with --force would accept every later change."""
     started = {"dry_run": True, "eval_only": True, "force": True, "resume": "never", "price": 2.5, "tok_per_sec": 9.0}
-    assert started.keys() == set(resume.STARTED)
+    assert started.keys() == set(settings.STARTED)
     state = {**saved.state, "train_config": {**saved.state["train_config"], **started}}
-    monkeypatch.setattr(resume, "load_run", lambda given: saved._replace(state=state))
-    config, _ = resume.config_from_flags([])
+    monkeypatch.setattr(settings, "load_run", lambda given: saved._replace(state=state))
+    config, _ = settings.config_from_flags([])
     assert {name: getattr(config, name) for name in started} == {name: getattr(TrainConfig, name) for name in started}
-    resume.config_from_flags(["--price", "3", "--force"])
+    settings.config_from_flags(["--price", "3", "--force"])
     assert "changed" not in capsys.readouterr().out
 
 
 def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tmp_path, monkeypatch):
     """They were announced as changed, and the checkpoint's stayed in effect."""
-    monkeypatch.setattr(resume, "load_run", lambda given: saved)
-    config, _ = resume.config_from_flags(["--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
+    monkeypatch.setattr(settings, "load_run", lambda given: saved)
+    config, _ = settings.config_from_flags(["--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
                                    "--dropout", "0.2", "--force", "--log-dir", str(tmp_path), "--exp-name", "x"])
     raw_model = train_gpt2.build_model(config, saved, ALONE)
     optimizers = parallel.make_optimizers(raw_model, config, ALONE)
@@ -313,9 +314,9 @@ def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tm
 
 def test_a_moved_clone_finds_its_input_txt(saved, monkeypatch):
     state = {**saved.state, "train_config": {**saved.state["train_config"], "data": "/no/such/clone/input.txt"}}
-    monkeypatch.setattr(resume, "load_run", lambda given: saved._replace(state=state))
-    assert resume.config_from_flags([])[0].data == INPUT_TXT
-    assert resume.config_from_flags(["--data", "mine.txt"])[0].data == "mine.txt"
+    monkeypatch.setattr(settings, "load_run", lambda given: saved._replace(state=state))
+    assert settings.config_from_flags([])[0].data == INPUT_TXT
+    assert settings.config_from_flags(["--data", "mine.txt"])[0].data == "mine.txt"
 
 
 def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_loaded_it(unbroken, tmp_path, monkeypatch):
@@ -330,10 +331,10 @@ def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_load
     path = os.path.join(run_dir, "model_00004.pt")
 
     def step():
-        return resume.config_from_flags(["--resume", path])[1].step
+        return settings.config_from_flags(["--resume", path])[1].step
 
     def starts():  # what main does before it trains
-        checkpoint.write_config(run_dir, {"resume": path}, "float32", ALONE)
+        folder.write_config(run_dir, {"resume": path}, "float32", ALONE)
     assert step() == 4
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert step() == 4                                      # config.json is of an earlier run
@@ -347,7 +348,7 @@ def test_restarted_ranks_resume_from_the_named_checkpoint_until_the_run_has_load
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")          # the job was requeued: torchrun's first start in it
     assert step() == 8
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert resume.config_from_flags(["--resume", run_dir])[1].step == 8
+    assert settings.config_from_flags(["--resume", run_dir])[1].step == 8
 
 
 def test_restarted_ranks_do_not_touch_the_run_that_resume_never_found(unbroken, tmp_path, monkeypatch):
@@ -358,22 +359,22 @@ def test_restarted_ranks_do_not_touch_the_run_that_resume_never_found(unbroken, 
     for name, value in {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "first"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="already holds a run"):
-        resume.config_from_flags(flags)
-    checkpoint.write_config(run_dir, {"resume": "never"}, "float32", ALONE)  # what main does before it trains
-    assert resume.load_run(resume.parse_args(flags)).step == 8
+        settings.config_from_flags(flags)
+    folder.write_config(run_dir, {"resume": "never"}, "float32", ALONE)  # what main does before it trains
+    assert settings.load_run(settings.parse_args(flags)).step == 8
 
 
 def test_ranks_that_found_other_checkpoints_are_an_error(saved, monkeypatch):
     """DDP sends rank 0's weights to all; the moments, the learning rate and the data's position would differ."""
     steps = [saved.step, saved.step]
     monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value, *steps[1:]])
-    resume.check_same_step(saved, ALONE)
+    settings.check_same_step(saved, ALONE)
     steps[1] = 0
     with pytest.raises(ValueError, match=f"rank 0 starts from step {saved.step}, rank 1 from step 0: the run folder"):
-        resume.check_same_step(saved, ALONE)
+        settings.check_same_step(saved, ALONE)
     with pytest.raises(ValueError, match="rank 0 starts from step 0, rank 1 from step 8"):
         steps[1] = 8
-        resume.check_same_step(None, ALONE)
+        settings.check_same_step(None, ALONE)
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--dry-run", "--exp-name", "none"])
     with pytest.raises(ValueError, match="rank 0 starts from step 0, rank 1 from step 8"):
         train_gpt2.main()
@@ -384,14 +385,14 @@ def test_the_message_of_a_stop_names_a_command_that_resumes(unbroken):
     run_dir = unbroken[0]
     def told(value):
         log_dir, name = os.path.split(str(run_dir))
-        return resume.how_to_resume(TrainConfig(resume=value, log_dir=log_dir, exp_name=name))
+        return settings.how_to_resume(TrainConfig(resume=value, log_dir=log_dir, exp_name=name))
     assert told("auto") == told(str(run_dir)) == "the same command"
     assert told("never") == told(os.path.join(run_dir, "model_00004.pt")) == f"--resume {run_dir}"
 
 
 def test_the_plan_of_weights_without_biases_has_none(tmp_path):
     torch.save({**checkpoint.model_contents(tiny_model(bias=False, vocab_size=50257), None), "step": 0}, tmp_path / "m.pt")
-    config, _ = resume.config_from_flags(["--init-from", str(tmp_path / "m.pt"), "--data", "x.txt", "--total-batch-size", "64",
+    config, _ = settings.config_from_flags(["--init-from", str(tmp_path / "m.pt"), "--data", "x.txt", "--total-batch-size", "64",
                                    "--preset", "shakespeare", "--eval-only"])
     assert not config.bias and not config.gpt_config().bias
 
@@ -400,25 +401,25 @@ def test_weights_and_a_text_are_fine_tuned(tmp_path, monkeypatch, capsys):
     """They had the preset shakespeare: Muon at 0.012, and 8 sequences per micro-step although 1,024 tokens are one."""
     monkeypatch.chdir(tmp_path)
     torch.save({**checkpoint.model_contents(tiny_model(block_size=1024, vocab_size=50257), None), "step": 0}, "m.pt")
-    c, saved = resume.config_from_flags(["--init-from", "m.pt", "--data", "my_book.txt"])
+    c, saved = settings.config_from_flags(["--init-from", "m.pt", "--data", "my_book.txt"])
     assert (c.preset, c.exp_name, c.optimizer, c.lr, c.n_layer) == ("finetune", "my_book-finetune", "adamw", 3e-5, 2)
-    plan_module.make_plan(c, 10**5, "float32", ALONE)
+    settings.make_plan(c, 10**5, "float32", ALONE)
     assert "100 steps of 8,192 tokens" in capsys.readouterr().out
     for flags, preset, name in ((["--data", "my_book.txt"], "shakespeare", "my_book"),
                                 (["--init-from", "m.pt"], "finetune", "finetune"),
                                 (["--init-from", "m.pt", "--preset", "gpt2-124M"], "gpt2-124M", "gpt2-124M")):
-        c, _ = resume.config_from_flags(flags)
+        c, _ = settings.config_from_flags(flags)
         assert (c.preset, c.exp_name) == (preset, name)
     os.mkdir("edu_fineweb10B")
     open("edu_fineweb10B/edufineweb_train_000001.npy", "w").close()
-    assert resume.config_from_flags(["--init-from", "m.pt", "--exp-name", "x"])[0].preset == "gpt2-124M"
+    assert settings.config_from_flags(["--init-from", "m.pt", "--exp-name", "x"])[0].preset == "gpt2-124M"
 
 
 def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
     def plan(memory, **changes):
-        monkeypatch.setattr(plan_module, "free_memory", lambda device: memory)
-        config = TrainConfig(**{**PRESETS["shakespeare"], "preset": "shakespeare", **changes})
-        plan_module.make_plan(config, 10**6, "float32", ALONE)
+        monkeypatch.setattr(settings, "free_memory", lambda device: memory)
+        config = TrainConfig(**{**preset_settings("shakespeare"), "preset": "shakespeare", **changes})
+        settings.make_plan(config, 10**6, "float32", ALONE)
         return capsys.readouterr().out
     # with less memory than that the loss is computed in chunks, which needs less
     whole, chunked = (1e9 * float(re.search(r"about ([\d.]+) GB", plan(memory, force=True))[1]) for memory in (None, 1e8))
@@ -440,11 +441,11 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(monkeypatch, capsys):
 def test_the_plan_has_the_hours_and_the_cost_where_the_speed_is_known(monkeypatch, capsys):
     """1,000 steps of 524,288 tokens at 100,000 tok/s are 5,243 s."""
     def time_line(peak, W, **changes):
-        monkeypatch.setattr(plan_module, "peak_flops", lambda *args: peak)
-        monkeypatch.setattr(plan_module, "device_name", lambda device: "card")
+        monkeypatch.setattr(settings, "peak_flops", lambda *args: peak)
+        monkeypatch.setattr(settings, "device_name", lambda device: "card")
         monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value])
         config = TrainConfig(max_steps=1000, **changes)
-        plan_module.make_plan(config, 10**9, "bfloat16", parallel.Ranks(0, 0, W, "cpu", False))
+        settings.make_plan(config, 10**9, "bfloat16", parallel.Ranks(0, 0, W, "cpu", False))
         return re.search("^time: .*$", capsys.readouterr().out, re.MULTILINE)[0]
     assert time_line(None, 1).startswith("time: unknown on this device, --tok-per-sec gives its speed")
     assert time_line(None, 1, tok_per_sec=1e5) == "time: 1.5 hours at 100,000 tok/s"
@@ -473,7 +474,7 @@ def test_available_memory_includes_the_page_cache():
 
 
 def test_ranks_with_other_data_are_an_error(text, monkeypatch):
-    config = TrainConfig(**{**PRESETS["shakespeare"], "preset": "shakespeare", "data": text})
+    config = TrainConfig(**{**preset_settings("shakespeare"), "preset": "shakespeare", "data": text})
     monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value, value])
     assert len(train_gpt2.open_data(config, ALONE)) == 2
     monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value, [value[0], "another"]])
@@ -483,14 +484,14 @@ def test_ranks_with_other_data_are_an_error(text, monkeypatch):
 
 def test_the_preset_follows_from_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config, saved = resume.config_from_flags([])
+    config, saved = settings.config_from_flags([])
     assert config.preset == "shakespeare" and config.data == INPUT_TXT and saved is None
     assert "holds no shards" in capsys.readouterr().out
     os.mkdir("edu_fineweb10B")
     open("edu_fineweb10B/edufineweb_train_000001.npy", "w").close()
-    config, _ = resume.config_from_flags([])
+    config, _ = settings.config_from_flags([])
     assert (config.preset, config.data) == ("gpt2-124M", "edu_fineweb10B")
-    assert resume.config_from_flags(["--preset", "gpt2-350M", "--lr", "1"])[0].lr == 1.0
+    assert settings.config_from_flags(["--preset", "gpt2-350M", "--lr", "1"])[0].lr == 1.0
 
 
 def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken, tmp_path, monkeypatch, capsys):
@@ -500,7 +501,7 @@ def test_settings_of_an_older_version_that_no_longer_exist_are_ignored(unbroken,
     for path in glob.glob("log/shakespeare/state_*.pt"):
         state = torch.load(path)
         torch.save({**state, "train_config": {**state["train_config"], "save_minutes": 30.0, "skip_nonfinite": 0}}, path)
-    config, saved = resume.config_from_flags(["--exp-name", "shakespeare"])
+    config, saved = settings.config_from_flags(["--exp-name", "shakespeare"])
     assert saved.step == 8 and config.n_embd == 16
     assert "ignored: the run's settings save_minutes, skip_nonfinite, which no longer exist" in capsys.readouterr().out
 
@@ -685,7 +686,7 @@ def test_validation_is_the_same_for_any_micro_batch(tmp_path):
 def test_a_stop_request_ends_an_evaluation_at_the_next_batch(tmp_path, monkeypatch):
     import numpy as np
 
-    import cli
+    from run import cli
     import data
     path = str(tmp_path / "a_val_000000.npy")
     data.write_shard(path, np.zeros(203, dtype=np.uint16))
@@ -747,7 +748,7 @@ def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(te
     flops = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=50304).flops_per_token(16)
     assert float(mfu) == pytest.approx(100 * flops * int(tok_per_sec.replace(",", "")) / 1e9, rel=0.01)
     assert status == 0 and "samples: python sample.py new/a" in out
-    assert checkpoint.saved_steps("new/a") == [2]
+    assert folder.saved_steps("new/a") == [2]
     before = {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in glob.glob("new/**", recursive=True)}
     val = re.search(r"step     2 \| val \d+\.\d{4} \| val_bpb \d+\.\d{4}\n", out)[0]
     for weights in (["--resume", "new/a"], [*TINY, "--data", text, "--init-from", "new/a"]):
@@ -800,8 +801,8 @@ def test_a_resumed_run_can_give_up_a_tracker_that_is_not_installed(unbroken, tmp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     shutil.copytree("log/shakespeare", "log/other")  # this process keeps its lock
     with pytest.raises(ValueError, match="--tracker wandb needs the package wandb"):
-        resume.config_from_flags(["--exp-name", "other"])
-    assert resume.config_from_flags(["--exp-name", "shakespeare", "--tracker", "none"])[0].tracker == "none"
+        settings.config_from_flags(["--exp-name", "other"])
+    assert settings.config_from_flags(["--exp-name", "shakespeare", "--tracker", "none"])[0].tracker == "none"
 
 
 def kill_when(process, pattern):
@@ -885,7 +886,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path)
 ])
 def test_bad_input_is_one_line_with_status_2(flags, message, text, tmp_path, monkeypatch, capsys):
     """In this process, through the main and run_main of the command line."""
-    import cli
+    from run import cli
     import train_gpt2
     monkeypatch.chdir(tmp_path)
     argv = [*TINY, "--data", text, *flags]

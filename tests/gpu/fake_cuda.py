@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 
 import data  # noqa: E402
-import parallel  # noqa: E402
-import runtime  # noqa: E402
+from run import parallel  # noqa: E402
+from run import runtime  # noqa: E402
 import sample  # noqa: E402
-import scoring  # noqa: E402
 import train_gpt2  # noqa: E402
-from config import TrainConfig  # noqa: E402
+from run.config import TrainConfig  # noqa: E402
 from model import GPT  # noqa: E402
+import hellaswag as scorer  # noqa: E402
 
 RANKS = parallel.Ranks(0, 0, 1, "cuda:0", False)
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, sequence_length=16, vocab_size=50304, total_batch_size=64,
@@ -110,7 +110,7 @@ def hellaswag(dtype):
     """Number of scores of three examples."""
     rows = [(np.arange(5, dtype=np.uint16), [np.arange(3 + k, dtype=np.uint16) for k in range(4)])] * 3
     with fake_cuda() as mode, mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor):
-        return scoring.score(on_gpu(TrainConfig(**SIZES), mode), rows, dtype, RANKS)[0].size
+        return scorer.score(on_gpu(TrainConfig(**SIZES), mode), rows, dtype, RANKS)[0].size
 
 
 def sampling(dtype, top_p):

@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import cli  # noqa: E402
-import parallel  # noqa: E402
+from run import cli  # noqa: E402
+from run import parallel  # noqa: E402
 import train_gpt2  # noqa: E402
 
 calls, order, steps, report = collections.Counter(), [], [], {}

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from cli import first_line
+from run.cli import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

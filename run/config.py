@@ -15,102 +15,13 @@ import textwrap
 from argparse import SUPPRESS, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 
-from cli import ArgumentParser, number
+from run.cli import ArgumentParser, number
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 FINEWEB_TOKENS = 9_850_000_000  # approximate size of its train split, for --dry-run before the shards exist
-INPUT_TXT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+INPUT_TXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "input.txt")
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}  # of published results; their samples of 10B tokens
 TRACKERS = ("none", "tensorboard", "wandb")             # the last two are names of packages
-
-
-# -----------------------------------------------------------------------------
-# the model's sizes
-
-@dataclass
-class GPTConfig:
-    block_size: int = 1024   # maximum context length, tokens
-    vocab_size: int = 50257  # 50,000 BPE merges + 256 byte tokens + 1 <|endoftext|>
-    n_layer: int = 12        # number of blocks
-    n_head: int = 12         # attention heads per block
-    n_embd: int = 768        # channels of the residual stream
-    bias: bool = True        # in Linear and LayerNorm; GPT-2 has it, nanoGPT can go without
-    dropout: float = 0.0     # 0 for pretraining; GPT-2's 0.1 may help to fine-tune on little text
-
-    def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)  # of any type, if it comes from a file
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r:.40}: must be an integer, 1 or more")
-        if self.n_embd % self.n_head != 0:
-            fits = [nh for nh in range(1, min(self.n_embd, 100) + 1) if self.n_embd % nh == 0]
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head};"
-                             f" n_head that fit: {fits}")
-        if type(self.bias) is not bool:
-            raise ValueError(f"bias={self.bias!r:.40}: must be true or false")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r:.40}: must be at least 0 and less than 1")
-
-    def num_params(self, with_wpe=True):
-        """Number of parameters; the tied wte and lm_head count once.
-
-        By arithmetic: a GPT of these sizes need not fit into memory.
-        """
-        V, T, L, C = self.vocab_size, self.block_size, self.n_layer, self.n_embd
-        norm, biases = C * (1 + self.bias), 9 * C * self.bias  # LayerNorm, a block's Linears
-        blocks = L * (12 * C * C + biases + 2 * norm)
-        return V * C + with_wpe * T * C + blocks + norm        # wte, wpe, blocks, ln_f
-
-    def flops_per_token(self, T):
-        """FLOPs of training on one token, forward and backward, at sequence length T.
-
-        6N + 12 L H Q T (PaLM, appendix B): each weight except wpe has a multiplication and an
-        addition in the forward and two of each in the backward; attention has the same for T keys
-        and T values of H Q = C channels. By convention the causal half is not subtracted.
-        """
-        return 6 * self.num_params(with_wpe=False) + 12 * self.n_layer * self.n_embd * T
-
-    @classmethod
-    def from_hf(cls, hf_config):
-        """The GPTConfig of a transformers GPT2Config, or of the dict in its config.json.
-
-        Raises ValueError for a variant of GPT-2 that this network does not implement.
-        """
-        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-        gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
-                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
-                "tie_word_embeddings": True}
-        for name, want in gpt2.items():
-            got = hf.get(name, want)
-            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
-                raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
-        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
-                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
-
-
-# GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do
-# not equal the width (XL: 24 x 128 against 2048), we keep the width and the head size.
-#                   n_layer n_head n_embd block_size
-SIZES = {
-    "gpt2":            (12,  12,   768,  1024),  #  124M parameters
-    "gpt2-medium":     (24,  16,  1024,  1024),  #  350M
-    "gpt2-large":      (36,  20,  1280,  1024),  #  774M
-    "gpt2-xl":         (48,  25,  1600,  1024),  # 1558M
-    "gpt3-small":      (12,  12,   768,  2048),  #  125M
-    "gpt3-medium":     (24,  16,  1024,  2048),  #  350M
-    "gpt3-large":      (24,  16,  1536,  2048),  #  760M
-    "gpt3-xl":         (24,  16,  2048,  2048),  #  1.3B
-}
-PRETRAINED = [size for size in SIZES if size.startswith("gpt2")]  # OpenAI released these weights
-
-
-def config_for(size, **changes):
-    """GPTConfig of a size in SIZES, fields changed: config_for("gpt2", vocab_size=50304)."""
-    if size not in SIZES:
-        raise ValueError(f"unknown model size {size!r}; allowed are {', '.join(SIZES)}")
-    shape = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
-    return GPTConfig(**{**shape, **changes})
 
 
 # -----------------------------------------------------------------------------
@@ -170,8 +81,7 @@ class TrainConfig:
     shuffle: str = flag("on", "order of the windows: on, a seeded permutation per epoch; off, the order in the files",
                         choices=("on", "off"))
     # the optimizer; defaults from the GPT-3 paper, appendix B
-    optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest; normuon: with NorMuon, which"
-                          " ended a little lower in our runs (docs/speed.md)", choices=("adamw", "muon", "normuon"))
+    optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = flag(6e-4, "peak learning rate", above=0)
     min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak", high=1)
     embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
@@ -241,6 +151,7 @@ class TrainConfig:
         if self.optimizer != "adamw" and self.parallel != "ddp":
             raise ValueError(f"--parallel {self.parallel} cannot shard {self.optimizer}, which needs unsharded matrices; use"
                              " --optimizer adamw or --parallel ddp")
+        from model import GPTConfig
         if self.vocab_size < GPTConfig.vocab_size and (self.sample_every or self.hella_every and self.hellaswag != "off"):
             raise ValueError(f"samples and HellaSwag need GPT-2's {GPTConfig.vocab_size} tokens, the vocabulary has"
                              f" {self.vocab_size}: use --vocab-size {TrainConfig.vocab_size}, or --sample-every 0"
@@ -255,33 +166,29 @@ class TrainConfig:
 
     def gpt_config(self):
         """The GPTConfig of the model to train."""
+        from model import GPTConfig
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)})
 
 
-def _size(size, lr, **changes):
-    n_layer, n_head, n_embd, block_size = SIZES[size]
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, lr=lr, **changes)
-
-
-# What a preset changes in TrainConfig. Learning rates and the XL's 1M tokens per step: GPT-3 paper, table 2.1.
+# What a preset changes in TrainConfig; size is a key of model.SIZES, the shape of the network. Learning rates and the XL's 1M tokens per step: GPT-3 paper, table 2.1.
 PRESETS = {
-    "gpt2-124M":  _size("gpt2", 6e-4),
+    "gpt2-124M":  dict(size="gpt2", lr=6e-4),
     # The lecture's run, build-nanogpt's train_gpt2.py: the same initial weights, schedule and validation tokens (20 batches of
     # 64 x 1024 on 8 GPUs), and on shards of 100M tokens the same batch in each of the first 190 steps (189 with B=64 on 8
     # GPUs). Its loader then skips the rest of the shard, at most 2 B T W tokens, while ours reads on: the batches of later
     # steps are shifted. 19,073 steps are more than an epoch; both start over with the first shard.
-    "gpt2-124M-lecture": _size("gpt2", 6e-4, init="lecture", shuffle="off", max_steps=19073),
+    "gpt2-124M-lecture": dict(size="gpt2", lr=6e-4, init="lecture", shuffle="off", max_steps=19073),
     # Learning rate, warmup and number of steps of anw-g01/gpt2_124m, a rewrite of the lecture on the same data, which reports a
     # final loss 0.035 below the lecture's and HellaSwag .3128 (lecture: .3022). The next best, ashegde/build-nanoGPT, changed
     # only the learning rate, to 1.2e-3, and ended 0.026 below. Decay to 10% and the rest as in gpt2-124M.
-    "gpt2-124M-tuned": _size("gpt2", 2e-3, warmup_steps=750, max_steps=18850),
-    "gpt2-350M":  _size("gpt2-medium", 3e-4),
-    "gpt2-774M":  _size("gpt2-large", 2.5e-4),
-    "gpt2-1558M": _size("gpt2-xl", 2e-4, total_batch_size=2**20, warmup_steps=358),
-    "gpt3-125M":  _size("gpt3-small", 6e-4),
-    "gpt3-350M":  _size("gpt3-medium", 3e-4),
-    "gpt3-760M":  _size("gpt3-large", 2.5e-4),
-    "gpt3-1.3B":  _size("gpt3-xl", 2e-4, total_batch_size=2**20, warmup_steps=358),
+    "gpt2-124M-tuned": dict(size="gpt2", lr=2e-3, warmup_steps=750, max_steps=18850),
+    "gpt2-350M":  dict(size="gpt2-medium", lr=3e-4),
+    "gpt2-774M":  dict(size="gpt2-large", lr=2.5e-4),
+    "gpt2-1558M": dict(size="gpt2-xl", lr=2e-4, total_batch_size=2**20, warmup_steps=358),
+    "gpt3-125M":  dict(size="gpt3-small", lr=6e-4),
+    "gpt3-350M":  dict(size="gpt3-medium", lr=3e-4),
+    "gpt3-760M":  dict(size="gpt3-large", lr=2.5e-4),
+    "gpt3-1.3B":  dict(size="gpt3-xl", lr=2e-4, total_batch_size=2**20, warmup_steps=358),
     # minutes on a laptop's CPU; tuned by us on input.txt, which more steps only overfit (README, "Results")
     "shakespeare": dict(n_layer=2, n_head=4, n_embd=192, block_size=128, total_batch_size=1024, max_steps=600, batch_size=8,
                         optimizer="muon", lr=0.012, weight_decay=0.3, embd_lr_ratio=2.0, min_lr_ratio=0.0, warmup_steps=20,
@@ -290,6 +197,15 @@ PRESETS = {
     "finetune": dict(total_batch_size=8192, max_steps=100, lr=3e-5, warmup_steps=10, val_every=20, sample_every=50,
                      save_every=50, keep_last=2, hella_every=0),
 }
+
+
+def preset_settings(preset):
+    """What a preset changes in TrainConfig, {field: value}, with the model's shape."""
+    from model import SIZES
+    changes = dict(PRESETS[preset])
+    if size := changes.pop("size", None):
+        changes |= dict(zip(("n_layer", "n_head", "n_embd", "block_size"), SIZES[size]))
+    return changes
 
 
 # -----------------------------------------------------------------------------
@@ -307,8 +223,8 @@ EXAMPLES = """examples:
 
 def presets_table():
     """The values of the presets, for --help."""
-    columns = ["n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "warmup_steps", "lr"]
-    rows = [["preset", *columns], *([preset, *(str(changes.get(name, getattr(TrainConfig, name))) for name in columns)]
+    columns = ["size", "total_batch_size", "warmup_steps", "lr"]
+    rows = [["preset", *columns], *([preset, *(str(changes.get(name, getattr(TrainConfig, name, "-"))) for name in columns)]
                                     for preset, changes in PRESETS.items())]
     lines = ["  ".join(value.ljust(max(len(row[i]) for row in rows)) for i, value in enumerate(row)).rstrip() for row in rows]
     for preset, changes in PRESETS.items():
@@ -329,7 +245,7 @@ def parse_args(argv=None):
             group = parser.add_argument_group(GROUPS[f.name])
         kwargs = {**f.metadata, "default": SUPPRESS}
         if f.default is not False and "default" not in kwargs["help"]:  # the others say what their default is
-            in_preset = any(f.name in changes for changes in PRESETS.values())
+            in_preset = f.name == "n_head" or any(f.name in changes for changes in PRESETS.values())
             kwargs["help"] += f" (default {f.default}{'; depends on the preset' if in_preset else ''})"
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:

@@ -26,10 +26,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from checkpoint import copy_to_cpu, snapshot
-from cli import StopSignals, print0
+from run.cli import StopSignals, print0
 from model import GPT
-from runtime import autocast, choose_device, get_rng_state, set_rng_state
+from run.runtime import autocast, choose_device, get_rng_state, set_rng_state
 
 # -----------------------------------------------------------------------------
 # the process group
@@ -368,6 +367,30 @@ def gather_zero(optimizer, ranks):
     return gathered
 
 
+def copy_to_cpu(tensor):
+    """A copy of a tensor in CPU memory, from a GPU in pinned memory, which is several times as fast to copy to."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False).copy_(tensor)
+
+
+def snapshot(value):
+    """value with every tensor in it copied to CPU memory; training may then change the originals.
+
+    Tensors that share memory (the tied wte and lm_head) share it in the copy.
+    """
+    copies = {}
+
+    def copy(v):
+        if isinstance(v, torch.Tensor):
+            key = (v.data_ptr(), v.shape, v.stride(), v.dtype) if v.numel() else id(v)
+            if key not in copies:
+                copies[key] = copy_to_cpu(v.detach())
+            return copies[key]
+        if isinstance(v, dict):
+            return {k: copy(item) for k, item in v.items()}
+        return type(v)(copy(item) for item in v) if isinstance(v, (list, tuple)) else v
+    return copy(value)
+
+
 def full_state(raw_model, optimizers, ranks):
     """(raw_model's state dict, [state dict of each optimizer]) with unsharded tensors, copied to the CPU.
 
@@ -395,7 +418,7 @@ def full_state(raw_model, optimizers, ranks):
 
 # names of the state of each parameter, by the optimizer's class
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "ZeroRedundancyOptimizer": ("step", "exp_avg", "exp_avg_sq"),
-           "Muon": ("momentum_buffer",), "NorMuon": ("momentum_buffer", "row_mean")}
+           "Muon": ("momentum_buffer",)}
 
 
 def check_optimizer_state(optimizer, saved):
@@ -403,10 +426,7 @@ def check_optimizer_state(optimizer, saved):
     def kind(tensor):  # the fused AdamW writes out of bounds if one differs
         return tensor.shape, tensor.dtype, tensor.layout, tensor.device.type
 
-    def shape_of(name, p):
-        return {"step": (), "row_mean": (len(p), 1)}.get(name, p.shape)
-
-    expected = [{name: (shape_of(name, p), torch.float32, torch.strided, "cpu")
+    expected = [{name: (() if name == "step" else p.shape, torch.float32, torch.strided, "cpu")
                  for name in MOMENTS[type(optimizer).__name__]} for p in params_of(optimizer)]
     try:
         found = [{name: kind(v) for name, v in saved["state"][i].items()} for i in range(len(saved["state"]))]

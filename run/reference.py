@@ -1,7 +1,7 @@
 """
 Published training curves, and whether the losses of a run agree with them.
 
-    reference/NAME.csv     a published curve: `# key: value` lines (what it is, its source and settings), then step,stream,value
+    curves/NAME.csv     a published curve: `# key: value` lines (what it is, its source and settings), then step,stream,value
     comparison = Comparison(config)               # in train_gpt2.py, for one line per validation
     print(verdict("log/gpt2-124M"))               # python plots.py RUN --verdict
 
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import read_config, read_log
-from cli import first_line, print0, printable
-from config import CORPORA
+from run.cli import first_line, print0, printable
+from run.config import CORPORA
+from run.folder import read_config, read_log
 from data import load_manifest
 
-FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference")
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "curves")
 
 # Published results by model size; GPT-3's 760M is under "774M", its 1.3B under "1558M".
 # Loss of OpenAI's GPT-2: on FineWeb-Edu val (build-nanogpt's notebook; 124M only), on FineWeb val (llm.c's vislog).
@@ -93,7 +93,7 @@ def published(name):
         if not {"corpus", "n_layer", "n_embd", "total_batch_size"} <= facts.keys() or "val" not in streams:
             raise ValueError("its header or its val values are incomplete")
     except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({first_line(e)}); restore it, with git checkout reference/") from e
+        raise ValueError(f"{path} is damaged ({first_line(e)}); restore it, with git checkout run/curves") from e
     return Curve(name, facts, streams)
 
 
@@ -189,7 +189,7 @@ def fitting(run):
     """
     curves = [curve for curve in map(published, published_names()) if "not_compared" not in curve.facts]
     if not curves:
-        raise FileNotFoundError(f"there are no published curves in {FOLDER}; restore it, with git checkout reference/")
+        raise FileNotFoundError(f"there are no published curves in {FOLDER}; restore it, with git checkout run/curves")
     if comparable := [curve for curve in curves if obstacle(run, curve.facts) is None]:
         return min(comparable, key=lambda curve: (abs(math.log(curve.facts.get("val_tokens", 1) / run["val_tokens"])),
                                                   len(differences(run, curve.facts)), -len(curve.facts)))
