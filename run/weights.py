@@ -151,7 +151,7 @@ def read_llmc(path):
     shape = dict(block_size=T, vocab_size=V, n_layer=L, n_head=nh, n_embd=C)
     config = config_of(shape, path)
     itemsize = 4 if version == 3 else 2  # bytes per value
-    padding = (padded_V - V) * C         # values
+    padding = max(padded_V - V, 0) * C   # values
     expected = 4 * LLMC_HEADER + itemsize * (config.num_params() + padding)
     if os.path.getsize(path) != expected:
         raise ValueError(f"{path} is truncated or damaged: expected {expected:,} bytes, found"
