@@ -68,7 +68,7 @@ def save_and_prune(run_dir, step, model, state):
             print0(f"saved {paths(run_dir, step)[0]}; no checkpoint is removed, because --keep-best"
                    f" needs the log: {e}")
             return
-    prune(run_dir, config["keep_last"], best)
+    prune(run_dir, step, config["keep_last"], best)
     print0(f"saved {paths(run_dir, step)[0]}")
 
 
@@ -80,17 +80,18 @@ def best_step(run_dir):
     return min(steps, key=losses.get, default=None)
 
 
-def prune(run_dir, keep_last, best=None):
-    """Removes the checkpoints before the newest keep_last, except that of step best.
+def prune(run_dir, step, keep_last, best=None):
+    """Keeps the newest keep_last checkpoints up to step, and that of step best; removes the others.
 
-    Also removes an older step's single file, which a killed process left.
+    Also removes an older step's single file, which a killed process left. Files after step, from
+    which the run did not resume because they are damaged, are neither counted nor removed.
     """
-    steps = saved_steps(run_dir)
+    steps = [s for s in saved_steps(run_dir) if s <= step]
     kept = {*steps[-keep_last:], best}
     # sorted: a model before its state, because a model without its state would look damaged
     for name in sorted(os.listdir(run_dir)):
         match = re.fullmatch(r"(model|state)_(\d+)\.pt", name)
-        if match and int(match[2]) not in kept and int(match[2]) < max(steps):
+        if match and int(match[2]) not in kept and int(match[2]) < step:
             os.remove(os.path.join(run_dir, name))
 
 

@@ -108,23 +108,23 @@ def test_prune_keeps_the_newest_and_the_best_checkpoints_and_other_files(tmp_pat
     for step in (5, 10, 99999, 100000):
         save_step(tmp_path, step)
     (tmp_path / "log.txt").touch()
-    checkpoint.prune(str(tmp_path), 2, best=5)
+    checkpoint.prune(str(tmp_path), 100000, 2, best=5)
     assert folder.saved_steps(tmp_path) == [5, 99999, 100000]
-    checkpoint.prune(str(tmp_path), 3)
+    checkpoint.prune(str(tmp_path), 100000, 3)
     assert folder.saved_steps(tmp_path) == [5, 99999, 100000]
-    checkpoint.prune(str(tmp_path), 1)
+    checkpoint.prune(str(tmp_path), 100000, 1)
     assert sorted(os.listdir(tmp_path)) == ["log.txt", "model_100000.pt", "state_100000.pt"]
 
 
-def test_prune_removes_an_older_single_file_and_keeps_a_newer_one(tmp_path):
-    """A newer model whose state is damaged or missing is all that is left of its step."""
-    for step in (1, 2, 3, 4):
+def test_prune_removes_an_older_single_file_and_neither_counts_nor_removes_newer_files(tmp_path):
+    """A run that resumed before a damaged checkpoint must not keep it in place of its own."""
+    for step in (1, 2, 3, 4, 5):
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00002.pt")
-    os.remove(tmp_path / "state_00004.pt")
-    checkpoint.prune(str(tmp_path), 2)
-    assert folder.steps_of(tmp_path, "model") == {1, 3, 4}
-    assert folder.steps_of(tmp_path, "state") == {1, 3}
+    os.remove(tmp_path / "state_00005.pt")
+    checkpoint.prune(str(tmp_path), 3, 1)
+    assert folder.steps_of(tmp_path, "model") == {3, 4, 5}
+    assert folder.steps_of(tmp_path, "state") == {3, 4}
 
 
 @pytest.mark.parametrize("keep_best, first, kept", [
@@ -651,11 +651,12 @@ def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # W&B leaves a folder wandb/ where it runs; it is not a package
-    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
-    for found in (None, spec):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-        with pytest.raises(ValueError, match="--tracker wandb needs the package wandb, which is"):
-            check_tracker("wandb")
+    folder_spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    specs = {"wandb": folder_spec, "tensorboard": None}
+    monkeypatch.setattr(importlib.util, "find_spec", specs.get)
+    for name in specs:
+        with pytest.raises(ValueError, match=f"--tracker {name} needs the package {name}, which"):
+            check_tracker(name)
     check_tracker("none")
 
 
