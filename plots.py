@@ -17,7 +17,6 @@ import io
 import itertools
 import math
 import os
-import sys
 import warnings
 
 from run.cli import ArgumentParser, first_line, printable, run_main, start
@@ -62,7 +61,7 @@ import numpy as np
 import torch
 
 from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
-from run.files import atomic_write, check_output, is_special
+from run.files import atomic_write, check_output
 from run.folder import read_config, read_log, saved_steps
 from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG, NotComparable, facts_of,
                        find_curves, fitting, size_of, verdict)
@@ -458,7 +457,7 @@ def main():
     path = os.path.join(source, "loss.png") if args.out is None else args.out
     if args.out is not None:
         check_output(path)
-        if not os.path.realpath(path).endswith(".png") and not is_special(path):
+        if not os.path.realpath(path).endswith(".png"):
             raise ValueError(f"--out {path}: pictures are PNG files; choose a name that ends in .png")
     references = find_curves(args.reference or ())
     if args.reference == []:
@@ -469,8 +468,7 @@ def main():
     sizes |= {read_config(run_dir).get("total_batch_size") for run_dir in args.source}
     by = args.by or ("tokens" if references and len(sizes) > 1 else "step")
     figure = curves_figure(args.source, by, args.baselines, references)
-    # the picture itself may go to stdout
-    print("wrote", write_figure(figure, path), file=sys.stderr if is_special(path) else sys.stdout)
+    print("wrote", write_figure(figure, path))
 
 
 if __name__ == "__main__":

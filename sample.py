@@ -55,7 +55,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from data import EOT, NUM_TOKENS, encode, get_tokenizer
-from run.files import check_regular, open_file
+from run.files import check_regular
 from run.runtime import DTYPES, choose_device, choose_dtype, free_memory, keep_freed_memory, without_cudnn_attention
 from run.weights import load_model
 
@@ -280,7 +280,7 @@ def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
 
 def read_file(name=None):
     """The text of a prompt's file, or of stdin for None. ValueError if it is too long, not UTF-8, or may never end."""
-    if name is not None and open_file(name) is None:  # process substitution, /dev/fd/63, is a FIFO
+    if name is not None and not name.startswith("/dev/fd/"):  # process substitution is a FIFO
         check_regular(name)
     with open(name, "rb") if name is not None else contextlib.nullcontext(sys.stdin.buffer) as f:
         contents = f.read(MAX_PROMPT + 1)

@@ -314,10 +314,6 @@ def restore(saved, optimizers, scaler, config, ranks):
         # only dropout draws from these generators; the order of the data is rank-independent
         print0(f"  changed: {ranks.world_size} processes, were {len(state['rng'])}; the order of"
                " the data is the same")
-    if ranks.master_process:
-        # --resume may name an older checkpoint; newer ones belong to another run
-        for path in checkpoint.rename_newer(config.run_dir, saved.step):
-            print0(f"renamed {path} to *.aside: it is newer than the checkpoint")
 
 
 def is_finished(config, examples, first_step, max_steps, evaluated):

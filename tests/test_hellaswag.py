@@ -639,28 +639,6 @@ def test_the_score_is_printed_even_if_out_cannot_be_written(command, monkeypatch
     assert not os.path.isfile("/dev/full") and os.listdir(".") == ["model_00007.pt", "examples.jsonl"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
-def test_out_may_be_stdout_even_if_that_is_a_file(command, monkeypatch, name):
-    """A file to which stdout was redirected was replaced: the score was lost."""
-    with open("scores.txt", "w", encoding="utf-8") as f:
-        f.write("before\n")
-        f.flush()
-        saved = os.dup(1)
-        os.dup2(f.fileno(), 1)
-        monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="utf-8", closefd=False))
-        try:
-            status = run_hellaswag(monkeypatch, "--out", name, "--limit", "2")
-            os.fstat(1)  # still open
-        finally:
-            os.dup2(saved, 1)
-            os.close(saved)
-    with open("scores.txt", encoding="utf-8") as f:
-        before, score, *lines = f.read().splitlines()
-    assert status == 0 and before == "before" and score.startswith("HellaSwag | completion") and len(lines) == 2
-    assert all("logprobs" in json.loads(line)["lm-eval"] for line in lines) and os.path.islink("/dev/stdout")
-
-
 def test_out_replaces_the_target_of_a_link(command, monkeypatch):
     os.mkdir("there")
     os.symlink("there/scores.jsonl", "link")

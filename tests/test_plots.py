@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 
 import matplotlib.image
 import numpy as np
@@ -466,17 +465,6 @@ def test_errors_of_the_command_line_are_one_line(run_dir, tmp_path, run_plots):
     (run_dir / "config.json").write_text("{")
     status, _, error = run_plots(run_dir)
     assert status == 2 and "config.json is not the config.json of a run" in error and error.count("\n") == 1
-
-
-def test_a_picture_can_go_to_a_device_or_a_pipe(run_dir, tmp_path, run_plots):
-    """A device such as /dev/stdout was once replaced by a regular file."""
-    pipe, received = tmp_path / "pipe", []
-    os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
-    reader.start()
-    assert run_plots(run_dir, "--out", pipe) == (0, "", f"wrote {pipe}\n")
-    reader.join(timeout=60)
-    assert received[0].startswith(b"\x89PNG") and received[0].endswith(b"IEND\xaeB`\x82") and pipe.is_fifo()
 
 
 def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_plots):
