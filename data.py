@@ -199,7 +199,7 @@ def load_manifest(folder):
             manifest = json.load(f)
         if has_fields(manifest, version=int) and manifest["version"] != MANIFEST_VERSION:
             raise ValueError(f"its format version is {manifest['version']}, supported is {MANIFEST_VERSION}")
-        if not has_fields(manifest, version=int, source=dict, shards=list, bad_files=list, next=dict,
+        if not has_fields(manifest, version=int, source=dict, shards=list, next=dict,
                           complete=bool) or not has_fields(manifest["next"], skipped=int):
             raise ValueError("a field is missing or of another type")
         names = set()

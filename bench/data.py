@@ -38,7 +38,7 @@ def time_fineweb(paths, out, workers):
     def run():
         source = fineweb.local_source(paths)
         settings = {"source": source.description, "shard_size": SHARD_SIZE, "val": "documents", "val_tokens": SHARD_SIZE,
-                    "max_tokens": 0, "format": "npy", "text_column": "text", "skip_bad_files": False}
+                    "max_tokens": 0, "format": "npy", "text_column": "text"}
         manifest = fineweb.make_shards(source, settings, os.path.join(out, "shards"), workers)
         return sum(shard["tokens"] for shard in manifest["shards"])
     return timed(run)

@@ -28,7 +28,6 @@ from safetensors.torch import save as save_safetensors
 import bench.__main__ as bench_command
 import convert
 import data
-import fineweb
 import hellaswag
 import plots
 from common import tiny_model
@@ -139,24 +138,19 @@ def text_of(value):
 
 SHARDS = [{"file": "a_val_000000.npy", "split": "val", "tokens": 4, "documents": 1, "sha256": "0" * 64},
           {"file": "a_train_000001.npy", "split": "train", "tokens": 4, "documents": 1, "sha256": "0" * 64}]
-SETTINGS = {"tokenizer": {"name": "gpt2", "sha256": data.TOKENIZER_SHA256}, "source": {"files": ["in.txt"], "bytes": [9]},
-            "shard_size": 100, "val_tokens": 10, "max_tokens": 0, "format": "npy", "text_column": "text",
-            "skip_bad_files": False}
-MANIFEST = {**fineweb.open_manifest("nowhere", SETTINGS), "shards": SHARDS, "bad_files": [{"file": 0, "why": "damaged"}],
-            "complete": True, "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0}}
+MANIFEST = {"version": data.MANIFEST_VERSION, "source": {"files": [["in.txt", 9]]}, "shards": SHARDS,
+            "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0},
+            "complete": True}
 
 
 @fuzz(20)
 @given(st.one_of(mutated(MANIFEST).map(text_of).map(str.encode), damaged(text_of(MANIFEST).encode())))
 def test_manifest(tmp_path_factory, contents):
     folder = tmp_path_factory.mktemp("fuzz")
-    for split, i in (("val", 0), ("train", 1)):
-        data.write_shard(str(folder / f"a_{split}_{i:06d}.npy"), np.array([50256, 1, 2, 3], dtype=np.uint16))
+    for shard in SHARDS:
+        data.write_shard(str(folder / shard["file"]), np.array([50256, 1, 2, 3], dtype=np.uint16))
     (folder / "manifest.json").write_bytes(contents)
-    reads_or_explains(lambda: fineweb.open_manifest(str(folder), SETTINGS), str(folder))
     reads_or_explains(lambda: data.prepare_data(str(folder)), str(folder))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        reads_or_explains(lambda: fineweb.verify(str(folder)), str(folder))
 
 
 EXAMPLES = [{"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
