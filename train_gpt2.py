@@ -351,7 +351,7 @@ def main():
 
     # data: two streams of tokens, HellaSwag's examples, how the tokens of a step are split up
     train_stream, val_stream = open_data(config, ranks)
-    examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
+    examples = hellaswag.load_examples(config.hellaswag, ranks) if config.hella_every else None
     if config.eval_only:
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
     B, loss_chunks, grad_accum_steps, max_steps, compiled = make_plan(

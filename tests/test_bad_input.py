@@ -560,98 +560,58 @@ def damaged(kind):
     return save
 
 
-def fifo(folder):
-    os.mkfifo(folder / "fifo")
-
-
 def hella(contents, message, name="bad.jsonl"):
     """The row of a file of examples."""
     return ["run", "--data", name], message, write(name, contents)
 
 
 def changed(**changes):
-    """A line with a changed example: a value of None removes the field, null sets it to None."""
-    return json.dumps({name: None if value == "null" else value for name, value in {**EXAMPLE, **changes}.items()
-                       if value is not None}) + "\n"
+    """A line with a changed example; a value of None removes the field."""
+    example = {name: value for name, value in {**EXAMPLE, **changes}.items() if value is not None}
+    return json.dumps(example) + "\n"
 
 
 LINE = json.dumps(EXAMPLE).encode() + b"\n"
 GZIP = gzip.compress(LINE * 200, mtime=0)
+HELLA = ["run", "--data", "hella.jsonl"]
 HELLASWAG = [
     # flags
-    (["run", "--data", "hella.jsonl", "--limit", "0"], "--limit 0: must be an integer, 1 or more"),
-    (["run", "--data", "hella.jsonl", "--limit", "1e-3"], "--limit 1e-3: must be an integer, 1 or more"),
-    (["run", "--data", "hella.jsonl", "--show", "-1"], "--show -1: must be an integer, 0 or more"),
-    (["run", "--data", "hella.jsonl", "--batch-tokens", "0"], "--batch-tokens 0: must be an integer, 1 or more"),
-    (["run", "--data", "hella.jsonl", "--batch_tokens", str(2**63)], "--batch-tokens 9223372036854775808: must be an integer"),
-    (["run", "--data", "hella.jsonl", "--dtype", "int8"], "unknown dtype 'int8'"),
-    (["run", "--data", "hella.jsonl", "--device", "tpu"], "device 'tpu' is not available"),
-    (["run", "--data", "hella.jsonl", "--jsn"], "unknown flag --jsn: did you mean --json?"),
+    ([*HELLA, "--limit", "0"], "--limit 0: must be an integer, 1 or more"),
+    ([*HELLA, "--batch-tokens", "0"], "--batch-tokens 0: must be an integer, 1 or more"),
+    ([*HELLA, "--dtype", "int8"], "unknown dtype 'int8'"),
+    ([*HELLA, "--device", "tpu"], "device 'tpu' is not available"),
+    ([*HELLA, "--jsn"], "unknown flag --jsn: did you mean --json?"),
     (["run", "hella.jsonl"], "unrecognized arguments: hella.jsonl"),
     (["--data", "hella.jsonl"], "name a model to score: python hellaswag.py MODEL --data FILE"),
     (["--out", "scores.jsonl"], "name a model to score"),
     # --out
-    (["run", "--data", "hella.jsonl", "--out", ""], "the empty name"),
-    (["run", "--data", "hella.jsonl", "--out", "run"], "'run' is not the name of a file to write"),
-    (["run", "--data", "hella.jsonl", "--out", "new/scores.jsonl"], "new is not an existing folder"),
-    (["run", "--data", "hella.jsonl", "--out", "in.txt/scores.jsonl"], "in.txt is not an existing folder"),
-    (["run", "--data", "hella.jsonl", "--out", "link"], "new is not an existing folder",
-     lambda folder: os.symlink("new/scores.jsonl", folder / "link")),
-    (["run", "--data", "hella.jsonl", "--out", "hella.jsonl"], "would replace a file that is read"),
-    (["run", "--data", "hella.jsonl", "--out", "link"], "would replace a file that is read",
-     lambda folder: os.symlink("hella.jsonl", folder / "link")),
-    (["run/model_00002.pt", "--data", "hella.jsonl", "--out", "run/model_00002.pt"], "would replace a file that is read"),
+    ([*HELLA, "--out", "run"], "'run' is not the name of a file to write"),
+    ([*HELLA, "--out", "new/scores.jsonl"], "new is not an existing folder"),
     # --data
     (["run", "--data", "nowhere.jsonl"], "no HellaSwag examples at nowhere.jsonl"),
     (["run", "--data", ""], "no HellaSwag examples at"),
-    (["run", "--data", "run"], "run is not a regular file"),
-    (["run", "--data", "/dev/zero"], "/dev/zero is not a regular file"),
-    (["run", "--data", "fifo"], "fifo is not a regular file", fifo),
-    (["run", "--data", "in.txt"], "in.txt, line 1 is not a HellaSwag example"),
-    (["run", "--data", "run/model_00002.pt"], "run/model_00002.pt, line 1 is not a HellaSwag example"),
-    hella("", "bad.jsonl has no examples"),
+    (["run", "--data", "run"], "Is a directory: 'run'"),
+    (["run", "--data", "in.txt"], "cannot read HellaSwag examples from in.txt, line 1"),
+    (["run", "--data", "run/model_00002.pt"], "examples from run/model_00002.pt, line 1"),
     hella("\n \n", "bad.jsonl has no examples"),
-    hella(LINE * 2 + b"[1, 2]\n", "line 3 is not a HellaSwag example: it must be a JSON object"),
-    hella("null\n", "it must be a JSON object"),
-    hella("[" * 100_000, "maximum recursion depth exceeded"),
-    hella('{"a":' * 50_000 + "1" + "}" * 50_000, "line 1 is not a HellaSwag example: it is longer than 262,144 bytes"),
-    hella(LINE + b"x" * 2**19, "line 2 is not a HellaSwag example: it is longer than 262,144 bytes"),
-    hella(LINE + LINE[:50], "line 2 is not a HellaSwag example: Unterminated string"),
-    hella(LINE.replace(b"roof", b"r\xffof"), "'utf-8' codec can't decode byte 0xff"),
-    hella(LINE.decode().encode("utf-16"), "'utf-8' codec can't decode byte 0xff in position 0"),
-    hella(LINE.replace(b"roof", b"\\ud800"), "surrogates not allowed"),
-    hella(GZIP[:100], "bad.gz is damaged after line", "bad.gz"),
-    hella(GZIP[:40] + b"\xff" * 20 + GZIP[60:], "is damaged after line"),
-    hella(GZIP[:-8] + b"\0" * 8, "is damaged after line 200: CRC check failed"),
-    hella(GZIP[:10], "is damaged after line 0"),
-    hella(changed(endings="abcd"), "endings is 'abcd', it must be four non-empty strings in a list"),
-    hella(changed(endings=dict(a="1", b="2", c="3", d="4")), "it must be four non-empty strings in a list"),
-    hella(changed(endings=["a", "b", "c"]), "it must be four non-empty strings in a list"),
-    hella(changed(endings=["a", "b", "c", 4]), "it must be four non-empty strings in a list"),
-    hella(changed(endings=["a", "b", "c", ""]), "it must be four non-empty strings in a list"),
-    hella(changed(endings="null"), "endings is None"),
-    hella(changed(label=2.7), "label is 2.7, it must be 0, 1, 2 or 3"),
-    hella(changed(label=True), "label is True"),
-    hella(changed(label=-1), "label is -1"),
-    hella(changed(label=10**400), "label is 1000"),
-    hella(changed(label="null"), "label is None"),
-    hella(changed(label=float("inf")), "label is inf"),
-    hella(changed(label=float("nan")), "label is nan"),
-    hella(changed(label=""), "it has no label, as in the test split"),
-    hella(changed(label=None), "it lacks label"),
-    hella(changed(ctx=None, activity_label=None), "it lacks activity_label, ctx"),
-    hella(changed(ctx=["a"]), "ctx is ['a'], it must be a string"),
-    hella(changed(ctx_a="null"), "ctx_a is None, it must be a string"),
-    hella(changed(ctx_b=5), "ctx_b is 5, it must be a string"),
-    hella(changed(ctx_b=None), "both ctx_a and ctx_b, or neither"),
-    hella(changed(activity_label=7), "activity_label is 7"),
+    hella(LINE * 2 + b"[1, 2]\n", "line 3: an example must be a JSON object with activity_label"),
+    hella(LINE + LINE[:50], "line 2: Unterminated string"),
+    hella(LINE.replace(b"roof", b"r\xffof"), "line 1: 'utf-8' codec can't decode byte 0xff"),
+    hella(GZIP[:100], "bad.gz, line 0: Compressed file ended", "bad.gz"),
+    hella(GZIP[:-8] + b"\0" * 8, "bad.gz, line 200: CRC check failed", "bad.gz"),
+    hella(GZIP[:40] + b"\xff" * 20 + GZIP[60:], "examples from bad.gz, line", "bad.gz"),
+    hella(LINE, "bad.gz, line 0: Not a gzipped file", "bad.gz"),
+    hella(changed(endings="abcd"), "endings must be a list of four strings"),
+    hella(changed(endings=["a", "b", "c"]), "endings must be a list of four strings"),
+    hella(changed(label=4), "label is '4', it must be 0, 1, 2 or 3"),
+    hella(changed(label=""), "label is '', it must be 0, 1, 2 or 3; the test split, whose labels are"),
+    hella(changed(label=None), "a JSON object with activity_label, ctx, endings, label"),
     # the model
     (["nowhere", "--data", "hella.jsonl"], "no checkpoint at nowhere"),
-    (["hella.jsonl", "--data", "hella.jsonl"], "cannot load hella.jsonl"),
-    (["shards", "--data", "hella.jsonl"], "shards holds no checkpoint"),
-    (["nan.pt", "--data", "hella.jsonl"], "nan.pt has NaN or infinite weights: transformer.ln_f.weight", damaged("nan")),
-    (["char.pt", "--data", "hella.jsonl"], "vocabulary has 65 tokens; HellaSwag needs GPT-2's 50257", damaged("char")),
-    (["run", "--data", "hella.jsonl"], "example 0 has an ending of 40 tokens; this model's block_size is only 16",
+    (["nan.pt", "--data", "hella.jsonl"], "nan.pt has NaN or infinite weights", damaged("nan")),
+    (["char.pt", "--data", "hella.jsonl"],
+     "vocabulary has 65 tokens; HellaSwag needs GPT-2's 50257", damaged("char")),
+    (HELLA, "example 0 has an ending of 40 tokens; this model's block_size is only 16",
      write("hella.jsonl", changed(endings=["a", "b", "c", "b" + " d" * 39]))),
 ]
 
@@ -668,47 +628,29 @@ SAMPLE = [
     # flags
     ([], "the following arguments are required: source"),
     (["run", "--num-samples", "0"], "--num-samples 0: must be an integer, 1 or more"),
-    (["run", "--num-samples", "2.5"], "--num-samples 2.5: must be an integer, 1 or more"),
-    (["run", "--num-samples", str(10**30)], "must be an integer, 1 or more"),
     (["run", "--max-new-tokens", "-1"], "--max-new-tokens -1: must be an integer, 1 or more"),
     (["run", "--temperature", "-0.1"], "--temperature -0.1: must be a number, 0 or more"),
-    (["run", "--temperature", "inf"], "--temperature inf: must be a number, 0 or more"),
     (["run", "--temperature", "hot"], "--temperature hot: must be a number, 0 or more"),
     (["run", "--top-k", "-1"], "--top-k -1: must be an integer, 0 or more"),
     (["run", "--top-p", "0"], "--top-p 0: must be a number, above 0 and at most 1"),
-    (["run", "--top-p", "nan"], "--top-p nan: must be a number"),
-    (["run", "--top-p", "1e-400"], "--top-p 1e-400: must be a number, above 0"),
+    (["run", "--top-p", "1.5"], "--top-p 1.5: must be a number, above 0 and at most 1"),
     (["run", "--seed", "-1"], "--seed -1: must be an integer, 0 or more"),
-    (["run", "--seed", str(2**64)], "--seed 18446744073709551616: must be an integer"),
     (["run", "--dtype", "fp16"], "unknown dtype 'fp16'"),
     (["run", "--device", "gpu"], "device 'gpu' is not available"),
     (["run", "--start", "x"], "unknown flag --start: did you mean --prompt?"),
     (["run", "--max_tokens", "5"], "unknown flag --max-tokens: did you mean --max-new-tokens?"),
+    (["run", "--tokens", "5"], "unknown flag --tokens: did you mean --max-new-tokens?"),
     (["run", "--out_dir", "x"], "unrecognized arguments: --out-dir x"),
     # prompts
     (["run", "To be"], "unexpected 'To be': a prompt is given as --prompt 'To be'"),
-    (["run", "--prompt", "To", "be"], "unexpected 'be': a prompt is given as --prompt be"),
     (["run", "--prompt"], "--prompt expected one argument"),
-    (["run", "--prompt", "a", "--prompt-file", "in.txt"], "give only one of --prompt, --prompt-file, - (stdin) and"),
+    (["run", "--prompt", "a", "--prompt-file", "in.txt"], "give only one of --prompt, --prompt-f"),
     (["run", "--prompt", "", "-"], "give only one of --prompt"),
-    (["run", "--interactive", "--prompt-file", "in.txt"], "give only one of --prompt"),
+    (["run", "--interactive", "-"], "give only one of --prompt"),
     (["run", "--prompt", "a\udcffb"], "not valid Unicode at character 2"),
-    (["run", "--prompt", " " * 1_500_000], "1,500,000 consecutive blanks from character 1"),
     (["run", "--prompt-file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
-    (["run", "--prompt-file", ""], "No such file or directory: ''"),
-    (["run", "--prompt-file", "run"], "run is not a regular file"),
-    (["run", "--prompt-file", "/dev/zero"], "/dev/zero is not a regular file"),
-    (["run", "--prompt-file", "fifo"], "fifo is not a regular file", fifo),
-    (["run", "--prompt-file", "/dev/fd/999"], "No such file or directory: '/dev/fd/999'"),
-    (["run", "--prompt-file", "run/model_00002.pt"], "run/model_00002.pt is not valid UTF-8 at byte"),
     (["run", "--prompt-file", "utf16.txt"], "utf16.txt is not valid UTF-8 at byte 1",
      write("utf16.txt", "To be".encode("utf-16"))),
-    (["run", "--prompt-file", "big.txt"], "big.txt has over 4 MiB", lambda folder: os.truncate(folder / "in.txt", 2**41) or
-     os.rename(folder / "in.txt", folder / "big.txt")),
-    # memory
-    (["run", "--num-samples", "1000000000"], "GB are available: --num-samples may be at most"),
-    (["run", "--num-samples", "1", "--max-new-tokens", str(10**12)], "GB are available: --max-new-tokens may be at most"),
-    (["run", "--num-samples", str(2**62), "--top-k", "0"], "4,611,686,018,427,387,904 sample(s) of 64 tokens need about"),
     # the model
     (["nowhere"], "no checkpoint at nowhere"),
     ([""], "the name of the checkpoint is empty"),
@@ -718,12 +660,13 @@ SAMPLE = [
     (["run/state_00002.pt"], 'it lacks "model"'),
     (["run/model_00001.pt"], "no checkpoint at run/model_00001.pt"),
     (["empty.pt"], "cannot load empty.pt", write("empty.pt", b"")),
-    (["run"], "cannot load run/model_00002.pt", lambda folder: os.truncate(folder / "run" / "model_00002.pt", 1000)),
-    (["nan.pt"], "nan.pt has NaN or infinite weights: transformer.ln_f.weight (1 tensors in all)", damaged("nan")),
+    (["run"], "cannot load run/model_00002.pt",
+     lambda folder: os.truncate(folder / "run" / "model_00002.pt", 1000)),
     (["inf.pt"], "inf.pt has NaN or infinite weights: transformer.ln_f.weight", damaged("inf")),
     (["char.pt"], "char.pt has a vocabulary of 65 tokens, not GPT-2's 50257", damaged("char")),
     (["short.pt"], "transformer.wpe.weight (3, 16) for (16, 16)", damaged("short")),
-    (["lacks.pt"], "the weights of lacks.pt do not fit this model: transformer.ln_f.bias", damaged("lacks")),
+    (["lacks.pt"], "the weights of lacks.pt do not fit this model: transformer.ln_f.bias",
+     damaged("lacks")),
 ]
 
 

@@ -192,7 +192,7 @@ def test_examples_made_from_input_txt_are_valid(tmp_path):
     task = hellaswag.prepare(str(tmp_path / "examples.jsonl"))
     assert len({json.dumps(example) for example in task.examples}) == 5
     for example in task.examples:
-        tokens, mask, _ = hellaswag.render_example(example)
+        tokens, mask = bench.hellaswag.lecture_rows(example)
         assert tokens.shape[0] == 4 and mask.any(dim=1).all()
 
 
@@ -200,8 +200,9 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
     """All three scorings predict the same in float32, from every third of six examples on."""
     path, scored = str(tmp_path / "examples.jsonl"), []
     bench.hellaswag.write_examples(path, 6)
-    render = hellaswag.render_example
-    monkeypatch.setattr(hellaswag, "render_example", lambda example: scored.append(example["ctx"]) or render(example))
+    rows = bench.hellaswag.lecture_rows
+    monkeypatch.setattr(bench.hellaswag, "lecture_rows",
+                        lambda example: scored.append(example["ctx"]) or rows(example))
     monkeypatch.setattr(model, "SIZES", {"tiny": (1, 1, 4, 256)})
     monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
     rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
