@@ -410,7 +410,6 @@ FINEWEB = [
     (AGAIN, "created with other flags or from another source: shard_size was 100000, is 1"),
     (AGAIN, "shards/manifest.json is damaged", write("shards/manifest.json", "")),
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
-    (AGAIN, "shards/manifest.json is damaged", shard(file="../in.txt")),
     (AGAIN, "shards/manifest.json is damaged", shard(tokens=-5)),
     # --verify
     (["--verify", ""], "no shards (*_train_000001.npy or .bin) in ''"),
