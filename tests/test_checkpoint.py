@@ -122,9 +122,9 @@ def test_prune_removes_an_older_single_file_and_neither_counts_nor_removes_newer
         save_step(tmp_path, step)
     os.remove(tmp_path / "model_00002.pt")
     os.remove(tmp_path / "state_00005.pt")
-    checkpoint.prune(str(tmp_path), 3, 1)
-    assert folder.steps_of(tmp_path, "model") == {3, 4, 5}
-    assert folder.steps_of(tmp_path, "state") == {3, 4}
+    checkpoint.prune(str(tmp_path), 3, 2)
+    assert folder.steps_of(tmp_path, "model") == {1, 3, 4, 5}
+    assert folder.steps_of(tmp_path, "state") == {1, 3, 4}
 
 
 @pytest.mark.parametrize("keep_best, first, kept", [
