@@ -141,9 +141,9 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
 
 
 def update_scale(scaler, overflow):
-    """scaler.update(), but the scale is also halved if only the gradient norm overflowed."""
+    """scaler.update(), with the scale halved on every rank if the gradient norm overflowed."""
     state = scaler.state_dict()
-    scaler.update()  # considers the gradients, which may be finite when their norm is not
+    scaler.update()  # halves it where this rank's gradients, a shard under FSDP, overflowed
     if overflow:
         state["scale"] *= state["backoff_factor"]
         state["_growth_tracker"] = 0
@@ -327,14 +327,6 @@ def restore(saved, optimizers, scaler, config, ranks):
                " the data is the same")
 
 
-def report_finished(config, step, ranks):
-    """Prints that the run is finished; draws its curves if a stop prevented that."""
-    print0(f"{config.run_dir} is finished at step {step}: sample from it with python sample.py"
-           f" {config.run_dir}, train longer with --max-steps, or start over with --exp-name")
-    if ranks.master_process and not os.path.exists(os.path.join(config.run_dir, "loss.png")):
-        print0(f"curves: {plot_run(config.run_dir, baselines=FINEWEB_DIR in config.data)}")
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -383,7 +375,9 @@ def main():
         logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
     missing = evaluations_due(first_step, max_steps, every) - logged - {"samples"}
     if first_step > max_steps or (first_step == max_steps and not missing):
-        return report_finished(config, first_step, ranks)
+        print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
+               f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
+        return
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
     seed_all(config.seed)  # every rank draws the same initial weights

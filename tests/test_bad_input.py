@@ -233,100 +233,55 @@ def break_file(name):
 
 
 TRAIN = [
-    (["--n-layer", "0"], "--n-layer 0: must be an integer, 1 or more"),
-    (["--lr", "nan"], "--lr nan: must be a number"),
-    # names: what an unset shell variable gives, and what leaves --log-dir
+    # what an unset shell variable gives, and what leaves --log-dir
     (["--exp-name", ""], "--exp-name '': must be the name of a folder, not empty"),
-    (["--exp-name", "."], "--exp-name '.': must be the name of a folder"),
     (["--exp-name", ".."], "--exp-name '..': must be the name of a folder"),
     (["--exp-name", "a/b"], "--exp-name 'a/b': must be the name of a folder, not empty, without slashes"),
-    (["--exp-name", "/tmp/a"], "--exp-name '/tmp/a': must be"),
-    (["--exp-name", "../run"], "--exp-name '../run': must be"),
-    (["--exp-name", "a\nb"], "--exp-name 'a\\nb': must be"),
-    (["--exp-name=-x"], "--exp-name '-x': must be"),
-    (["--exp-name", "run "], "outer blanks"),
-    (["--exp-name", "x" * 300], "of at most 200 bytes"),
-    (["--log-dir", ""], "--log-dir '': must not be empty"),
     (["--log-dir", "in.txt"], "in.txt"),
     (["--data", ""], "--data '': must not be empty"),
-    (["--init-from", ""], "--init-from '': must not be empty"),
-    (["--resume", ""], "--resume '': must not be empty"),
-    (["--resume", "nowhere"], "--resume nowhere does not exist"),
-    (["--resume", "in.txt"], "in.txt is not named like a checkpoint"),
-    (["--resume", "shards"], "--resume shards: there is no checkpoint"),
-    (["--resume", "empty"], "--resume empty: there is no checkpoint", lambda folder: os.mkdir(folder / "empty")),
-    (["--resume", "run", "--exp-name", "run"], "--resume run names the run: omit --exp-name"),
-    (["--resume", "never", "--log-dir", ".", "--exp-name", "run"], "./run already holds a run"),
-    # numbers that make no sense
+    # numbers
+    (["--lr", "nan"], "--lr nan: must be a number"),
     (["--lr", "0"], "--lr 0: must be a number, above 0"),
-    (["--lr", "inf"], "--lr inf: must be a number"),
-    (["--min-lr-ratio", "1.5"], "--min-lr-ratio 1.5: must be a number, 0 or more and at most 1"),
-    (["--embd-lr-ratio", "-1"], "--embd-lr-ratio -1: must be a number, 0 or more"),
-    (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be"),
     (["--beta1", "1"], "--beta1 1: must be a number, 0 or more and at most 0.99999"),
-    (["--beta2", "nan"], "--beta2 nan: must be"),
-    (["--grad-clip", "-1"], "--grad-clip -1: must be a number, 0 or more"),
     (["--warmup-steps", "1.5"], "--warmup-steps 1.5: must be an integer"),
-    (["--wsd-decay", "0"], "--wsd-decay 0: must be a number, above 0"),
+    (["--n-layer", "0"], "--n-layer 0: must be an integer, 1 or more"),
+    (["--n-layer", "1000000000"], "--n-layer 1000000000: must be an integer, 1 or more and at most 1000"),
     ([*NO_LOCK, "--dropout", "1"], "dropout=1.0: must be at least 0 and less than 1"),
-    (["--epochs", "inf"], "--epochs inf: must be a number"),
     (["--epochs", "2", "--max-steps", "3"], "--epochs and --max-steps both set the length"),
     ([*NO_LOCK, "--epochs", "0.00001"], "are less than one step of 128"),
-    (["--timeout", "inf"], "--timeout inf: must be a number"),
-    (["--timeout", "0"], "--timeout 0: must be a number, 0.01 or more"),
-    (["--seed", "-1"], "--seed -1: must be an integer, 0 or more"),
-    (["--keep-last", "0"], "--keep-last 0: must be an integer, 1 or more"),
-    ([*NO_LOCK, "--val-tokens", "8"], "--val-tokens 8 is less than one sequence of 16"),
-    (["--max-steps", str(2**70)], "must be an integer, 0 or more"),
-    # sizes of no machine
-    (["--n-layer", "1000000000"], "--n-layer 1000000000: must be an integer, 1 or more and at most 1000"),
-    (["--n-embd", "1000000007"], "--n-embd 1000000007: must be"),
-    (["--n-head", "1000000007"], "--n-head 1000000007: must be"),
-    (["--vocab-size", str(2**40)], "--vocab-size 1099511627776: must be"),
-    (["--block-size", str(2**40)], "--block-size 1099511627776: must be"),
-    (["--total-batch-size", str(2**50)], "--total-batch-size 1125899906842624: must be"),
-    ([*NO_LOCK, "--block-size", "99999", "--total-batch-size", "99999", "--val-tokens", "99999"], "too few for one sequence"),
-    ([*NO_LOCK, "--batch-size", str(2**40)], "--batch-size that would fit: [1, 2, 4, 8]"),
     # settings that do not fit together
+    ([*NO_LOCK, "--val-tokens", "8"], "--val-tokens 8 is less than one sequence of 16"),
     ([*NO_LOCK, "--n-head", "3"], "n_embd=16 is not a multiple of n_head=3; n_head that fit: [1, 2, 4, 8, 16]"),
-    ([*NO_LOCK, "--sequence-length", "32"], "--sequence-length 32 is over --block-size 16"),
-    ([*NO_LOCK, "--total-batch-size", "100"], "is not a multiple of the sequence length T=16"),
-    ([*NO_LOCK, "--batch-size", "3"], "is not a multiple of B*T*W = 3*16*1"),
-    ([*NO_LOCK, "--optimizer", "muon", "--parallel", "zero"], "--parallel zero cannot shard muon"),
+    ([*NO_LOCK, "--total-batch-size", "100"], "--total-batch-size 100 is not a multiple of --block-size 16"),
+    ([*NO_LOCK, "--batch-size", "3"], "is not a multiple of B*T*W = 3*16*1; --batch-size that would fit: [1, 2, 4, 8]"),
+    ([*NO_LOCK, "--optimizer", "muon", "--parallel", "fsdp"], "--parallel fsdp cannot shard muon"),
     ([*NO_LOCK, "--vocab-size", "100"], "allowed are ids below 100"),
     ([*NO_LOCK, "--vocab-size", "100", "--sample-every", "1"], "GPT-2's 50257 tokens, the vocabulary has 100"),
-    ([*NO_LOCK, "--vocab-size", "100", "--hella-every", "1"], "--vocab-size 50304, or --sample-every 0 --hella-every 0"),
+    ([*NO_LOCK, "--block-size", "99999", "--total-batch-size", "99999", "--val-tokens", "99999"],
+     "too few for one sequence"),
     # words
     (["--optimizer", "sgd"], "--optimizer invalid choice: 'sgd'"),
-    (["--preset", "gpt5"], "--preset invalid choice: 'gpt5'"),
-    (["--shuffle", "yes"], "--shuffle invalid choice: 'yes'"),
     ([*NO_LOCK, "--device", "tpu"], "device 'tpu' is not available"),
-    (["--max_iters", "5"], "unknown flag --max-iters: did you mean --max-steps?"),
     (["--learning_rate", "1"], "unknown flag --learning-rate: did you mean --lr?"),
-    (["--wandb_run_name", "x"], "unknown flag --wandb-run-name: did you mean --exp-name?"),
-    (["--num_train_epochs", "3"], "unknown flag --num-train-epochs: did you mean --epochs?"),
     (["config/train_shakespeare_char.py"], "unrecognized arguments: config/train_shakespeare_char.py"),
     # data and weights
     ([*NO_LOCK, "--data", "nowhere"], "no data at nowhere"),
     ([*NO_LOCK, "--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     ([*NO_LOCK, "--init-from", "in.txt"], "cannot load in.txt"),
     ([*NO_LOCK, "--init-from", "run", "--init", "lecture"], "--init lecture is for random weights, and --init-from"),
-    (["--init", "zeros"], "--init invalid choice: 'zeros'"),
     ([*NO_LOCK, "--init-from", "run", "--n-layer", "2"], "--init-from's weights have n_layer=1: omit these flags"),
     ([*NO_LOCK, "--init-from", "run", "--block-size", "32"], "--block-size 32 is over the 16 positions of"),
     (["--eval-only", "--data", "shards"], "--eval-only: there is no checkpoint in log/shakespeare"),
     (["--eval-only", "--init-from", "run", "--data", "shards", "--hella-every", "9", "--hellaswag", "in.txt"], "line 1"),
     # a run that exists
-    (["--resume", "run", "--preset", "gpt2-124M"], "preset cannot change when a run resumes"),
-    (["--resume", "run", "--init-from", "gpt2"], "init_from cannot change when a run resumes"),
-    (["--resume", "run", "--init", "lecture"], "init cannot change when a run resumes"),
+    (["--resume", "nowhere"], "--resume nowhere: there is no run with a checkpoint"),
+    (["--resume", "run/model_00002.pt"], "is a file: give its folder"),
+    (["--resume", "run", "--exp-name", "run"], "--resume run names the run: omit --exp-name"),
+    (["--resume", "never", "--log-dir", ".", "--exp-name", "run"], "./run already holds a run"),
     (["--resume", "run", "--n-layer", "2"], "n_layer cannot change when a run resumes"),
-    (["--resume", "run", "--optimizer", "muon"], "optimizer cannot change when a run resumes"),
-    (["--resume", "run", "--dropout", "0.1"], "changing dropout makes it a different run; --force resumes anyway"),
-    (["--resume", "run", "--seed", "1", "--shuffle", "off"], "changing seed, shuffle makes it a different run"),
+    (["--resume", "run", "--seed", "1", "--shuffle", "off"],
+     "changing seed, shuffle makes it a different run; --force resumes anyway"),
     (["--resume", "run"], "no checkpoint in run can be loaded", break_file("run/model_00002.pt")),
-    (["--resume", "run/model_00002.pt"], "cannot load run/state_00002.pt", break_file("run/state_00002.pt")),
-    (["--resume", "run/model_00002.pt"], "run/state_00002.pt", lambda folder: os.remove(folder / "run/state_00002.pt")),
 ]
 
 
@@ -364,10 +319,6 @@ def wpe(value):
 
 def config(**changes):
     return edit("model", lambda contents: contents["config"].update(changes))
-
-
-def setting(**changes):
-    return edit("state", lambda contents: contents["train_config"].update(changes))
 
 
 def loader(**changes):
@@ -432,12 +383,6 @@ DAMAGED = [
      moments(step=torch.zeros(()), exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))),
     ("the state of AdamW in the checkpoint does not fit the model", moments(step=2, exp_avg=None, exp_avg_sq=None)),
     ("the state of AdamW in the checkpoint does not fit the model", moments(momentum_buffer=torch.zeros(50304, 16))),
-    # its settings
-    ("--lr fast: must be a number", setting(lr="fast")),
-    ("--batch-size 1.5: must be an integer", setting(batch_size=1.5)),
-    ("--data is 5, must be a str", setting(data=5)),
-    ("--shuffle is 'maybe', must be ('on', 'off')", setting(shuffle="maybe")),
-    ("--keep-best is 'yes', must be a bool", setting(keep_best="yes")),
 ]
 
 

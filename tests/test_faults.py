@@ -1,11 +1,11 @@
 """
 Faults that a run survives, with real processes, signals and torchrun, damaged files and full disks.
 
-    ./test.sh tests/test_faults.py            # signals and damaged files; no network, no GPU
-    ./test.sh --all tests/test_faults.py -s   # all of it; prints a table of the faults survived
+    ./test.sh tests/test_faults.py        # signals and damaged files; no network, no GPU
+    ./test.sh --all tests/test_faults.py  # all of it
 
-Every process has a wall-clock limit. A run equals the uninterrupted one if losses, norms, learning rates and weights are
-bitwise identical.
+Every process has a wall-clock limit. A run equals the uninterrupted one if losses, norms, learning
+rates and weights are bitwise identical.
 """
 import glob
 import os
@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,27 +24,13 @@ import psutil
 import pytest
 import torch
 
-from run import checkpoint
 import data
+from common import ENV, ROOT
+from run import checkpoint, folder
 from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
-from run import folder
-from run import weights
 
 STEPS = 24
-FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # 50 ms per step
-SURVIVED = {}  # fault: number of times, printed at the end of the module
-
-
-def survived(what, count=1):
-    SURVIVED[what] = SURVIVED.get(what, 0) + count
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    """Prints the faults survived, after all tests."""
-    yield
-    for what, count in SURVIVED.items():
-        print(f"\n  {count:3d} x {what}", end="")
+FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +66,13 @@ def wait_for(process, pattern):
     raise AssertionError(f"the process ended ({process.wait()}) without {pattern!r}: {''.join(lines)[-2000:]}")
 
 
+def run_code(code, cwd, *flags):
+    """Starts a training process that runs code instead of train_gpt2.py."""
+    return subprocess.Popen([sys.executable, "-c", code, *command(*flags)[2:]], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**ENV, "PYTHONPATH": ROOT})
+
+
 # -----------------------------------------------------------------------------
 # signals
 
@@ -110,7 +102,6 @@ def test_signals_finish_the_step_save_and_exit_with_their_status(stops, uninterr
         else:
             assert int(re.search(r"stopped at step (\d+) by " + how.name, rest)[1]) == folder.saved_steps(run_dir)[-1]
         assert folder.saved_steps(run_dir)[-1] > step - 1
-        survived(f"{getattr(how, 'name', how)} while training")
     process = train(tmp_path, *FLAGS)
     assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(run_dir, uninterrupted)
@@ -131,7 +122,6 @@ def test_a_closed_terminal_saves_although_nothing_can_be_printed(uninterrupted, 
     assert folder.saved_steps(tmp_path / "log" / "shakespeare")[-1] >= 7
     assert train(tmp_path, *FLAGS).returncode == 0
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
-    survived("closed terminal")
 
 
 @pytest.mark.slow
@@ -160,31 +150,29 @@ def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text,
 
 
 SLOW_SAVE = """
-import sys, time, train_gpt2
+import time, train_gpt2
 from run import checkpoint
-from run.cli import run_main
-save_file = checkpoint.save_file
+from run.cli import StopSignals, run_main
 def slowly(contents, path):
-    print("writing", flush=True)
-    time.sleep(1)
+    if "model" in path:
+        print("writing the model", flush=True)
+        while StopSignals.received is None:
+            time.sleep(0.01)
     save_file(contents, path)
-checkpoint.save_file = slowly
+save_file, checkpoint.save_file = checkpoint.save_file, slowly
 run_main(train_gpt2.main)
 """
 
 
 @pytest.mark.slow
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tmp_path):  # noqa: F811
-    """The loop is over then: once the signal handlers were restored too early, and the process died in the save."""
-    launcher, script, *flags = command("--data", text, "--save-every", "8")
-    process = subprocess.Popen([launcher, "-c", SLOW_SAVE, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.path.dirname(script)})
-    wait_for(process, "writing")
-    wait_for(process, "writing")  # the second file: by now the main thread only waits
+    """The handlers were once restored too early, and the process died in the save."""
+    process = run_code(SLOW_SAVE, tmp_path, "--data", text, "--save-every", "8")
+    wait_for(process, "writing the model")
     os.kill(process.pid, signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and folder.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
-    survived("signal while the last checkpoint is written")
+    assert process.returncode == 0, out
+    assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [8]
 
 
 @pytest.mark.slow  # test_checkpoint.py has a fast one, without train_gpt2.py
@@ -198,22 +186,33 @@ def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(text,
     process.communicate(timeout=30)
     third = train(tmp_path, "--data", text)
     assert third.returncode == 0, third.stderr
-    survived("second run in the same folder refused")
+
+
+SLOW_STEP = """
+import time, train_gpt2
+from run.cli import StopSignals, run_main
+def endless(*args):
+    print("in a step", flush=True)
+    while StopSignals.received is None or time.monotonic() - StopSignals.since < 0.6:
+        time.sleep(0.01)
+    print("ready", flush=True)  # half a second later: not torchrun's duplicate of the first one
+    time.sleep(1000)
+train_gpt2.train_step = endless
+run_main(train_gpt2.main)
+"""
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
-    """Within a step of 65,536 micro-steps, which takes minutes."""
-    process = start(tmp_path, "--data", text, "--max-steps", "100000", "--total-batch-size", str(16 * 2**17))
-    wait_for(process, "step +0 | val")
-    time.sleep(0.5)  # until it is in its first step
+    """Within a step that hangs."""
+    process = run_code(SLOW_STEP, tmp_path, "--data", text)
+    wait_for(process, "in a step")
     os.kill(process.pid, signal.SIGINT)
-    wait_for(process, "again stops at once")
-    time.sleep(0.7)
+    wait_for(process, "ready")
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=5)
-    assert process.returncode == 130 and not folder.saved_steps(tmp_path / "log" / "shakespeare")
-    survived("second Ctrl-C")
+    assert process.returncode == 130
+    assert not folder.saved_steps(tmp_path / "log" / "shakespeare")
 
 
 @pytest.mark.slow
@@ -234,7 +233,6 @@ def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, 
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
-    survived(f"{number.name} at a random moment", lives)
 
 
 # -----------------------------------------------------------------------------
@@ -266,8 +264,6 @@ def test_thirty_kills_at_random_moments_change_no_result(text, tmp_path):  # noq
     for stream in ("train", "val", "norm", "lr"):
         assert log_of(run_dir, stream) == log_of(whole / "log" / "shakespeare", stream)
     assert not glob.glob(str(run_dir / "*.tmp")) and not glob.glob(str(run_dir / "*.aside"))
-    survived("SIGKILL at a random moment", kills)
-    survived("of these while writing a checkpoint", inside)
 
 
 def ranks_of(process):
@@ -284,11 +280,10 @@ def ranks_of(process):
 
 def torchrun(cwd, *flags, nproc=2, launcher=("--standalone",)):
     """A torchrun that restarts its ranks up to 9 times, as a process with its output."""
-    train_py = command()[1]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={nproc}",
-                             "--max-restarts=9", train_py, *TINY, *flags], cwd=cwd, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={nproc}"]
+    return subprocess.Popen([sys.executable, *launcher, "--max-restarts=9", *command(*flags)[1:]],
+                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=ENV)
 
 
 @pytest.fixture(scope="module")
@@ -313,73 +308,75 @@ def test_torchrun_restarts_after_a_rank_is_killed(moment, uninterrupted_pair, te
     assert process.returncode == 0, out
     assert "resuming" in out
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("rank of two killed, restarted by torchrun")
+
+
+def new_store():
+    """A store for torchrun's rendezvous, on a free port that the kernel chooses."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.mark.slow
 def test_two_nodes_survive_the_loss_of_a_rank(uninterrupted_pair, text, tmp_path):  # noqa: F811
     """Two torchrun agents with a c10d rendezvous on 127.0.0.1, as on two machines."""
-    port = random.Random(os.getpid()).randrange(20000, 40000)
-    agents = [torchrun(tmp_path, "--data", text, *FLAGS, nproc=1, launcher=(
-        "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=faults",
-        "--local_addr=127.0.0.1")) for _ in range(2)]
-    first = [agent for agent in agents]
-    time.sleep(1)
+    store = new_store()
+    rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{store.port}",
+                  "--rdzv_conf=is_host=0", "--rdzv_id=faults", "--local_addr=127.0.0.1"]
+    agents = [torchrun(tmp_path, "--data", text, *FLAGS, nproc=1, launcher=rendezvous)
+              for _ in range(2)]
     deadline = time.monotonic() + 90
-    while not {rank for agent in first for rank in ranks_of(agent)} == {0, 1}:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
     while not folder.saved_steps(tmp_path / "log" / "shakespeare"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    victim = next(child for agent in agents for rank, child in ranks_of(agent).items() if rank == 1)
+    victim = next(ranks_of(agent)[1] for agent in agents if 1 in ranks_of(agent))
     victim.kill()
     outputs = [agent.communicate(timeout=180)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("rank killed on one of two nodes")
 
 
 @pytest.mark.slow
 def test_train_sbatch_saves_at_slurms_signal_and_requeues(uninterrupted_pair, text, tmp_path):  # noqa: F811
     """The Slurm batch script with stand-ins for srun, scontrol and scancel: one node, two ranks."""
-    stand_ins = {"srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
-                 "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 && exit; kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
-                             f'echo "$@" >> {tmp_path}/requeued',
-                 "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"'}
+    scripts = {
+        "srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 && exit;'
+                    f' kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
+                    f' echo "$@" >> {tmp_path}/requeued',
+        "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"',
+        ".venv/bin/python": f'exec {sys.executable} "$@"'}
     os.makedirs(tmp_path / ".venv" / "bin")
-    for name, line in {**stand_ins, ".venv/bin/python": f'exec {sys.executable} "$@"'}.items():
+    for name, line in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         os.chmod(tmp_path / name, 0o755)
-    root = os.path.dirname(command()[1])
-    os.symlink(os.path.join(root, "train_gpt2.py"), tmp_path / "train_gpt2.py")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
-           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
-           "MASTER_PORT": str(port)}
+    os.symlink(os.path.join(ROOT, "train_gpt2.py"), tmp_path / "train_gpt2.py")
+    env = {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1",
+           "SLURM_GPUS_ON_NODE": "2"}
+    script = ["bash", os.path.join(ROOT, "train.sbatch"), *TINY, "--data", text, *FLAGS]
 
-    def submit():
-        return subprocess.Popen(["bash", os.path.join(root, "train.sbatch"), *TINY, "--data", text, *FLAGS], env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    job = submit()
+    def submit(store):
+        return subprocess.Popen(script, env={**env, "MASTER_PORT": str(store.port)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                start_new_session=True)
+
+    store = new_store()
+    job = submit(store)
     wait_for(job, r"step +7/")
     os.kill(job.pid, signal.SIGUSR1)  # to the script only, as --signal=B: does
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0 and "stopped at step" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    job = submit()
+    store = new_store()
+    job = submit(store)
     out = job.communicate(timeout=180)[0]
     assert job.returncode == 0 and "resuming" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # only once
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("Slurm's signal, saved and requeued")
 
 
 @pytest.mark.slow
 def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
-    """1 -> 2 -> 1 ranks: the same windows in the same order, so the losses of one rank throughout."""
+    """1 -> 2 -> 1 ranks: the same windows in the same order, so the losses of one rank."""
     flags = ["--data", text, *FLAGS, "--dropout", "0"]
     whole = tmp_path / "whole"
     os.mkdir(whole)
@@ -387,16 +384,18 @@ def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
     for ranks, step in ((1, 6), (2, 14)):
         process = start(tmp_path, *flags, ranks=ranks)
         wait_for(process, rf"step +{step}/")
-        os.killpg(process.pid, signal.SIGKILL)
-        for child in ranks_of(process).values() if ranks > 1 and psutil.pid_exists(process.pid) else ():
+        # torchrun's ranks are in sessions of their own
+        children = list(ranks_of(process).values())
+        for child in children:
             child.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
-        time.sleep(3)  # torchrun's ranks have their own sessions and take a while to exit
-        subprocess.run(["pkill", "-9", "-f", f"--data {text} "], check=False)
+        psutil.wait_procs(children, timeout=30)
     process = train(tmp_path, *flags)
-    assert process.returncode == 0 and "1 processes, were 2" in process.stdout, process.stderr + process.stdout
-    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare", exact=False)
-    survived("change of the number of ranks", 2)
+    assert process.returncode == 0, process.stderr
+    assert "1 processes, were 2" in process.stdout
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare",
+                                exact=False)
 
 
 # -----------------------------------------------------------------------------
@@ -409,119 +408,71 @@ class Evil:
         return (os.mkdir, ("evil",))
 
 
-def damages(path):
-    """{name: function that damages the file at path}."""
+def damage(path, kind):
+    """Damages the file at path."""
     size = os.path.getsize(path)
-
-    def cut(n):
-        os.truncate(path, n)
-
-    def flip(at):
-        with open(path, "r+b") as f:
-            f.seek(at)
-            byte = f.read(1)
-            f.seek(at)
-            f.write(bytes([byte[0] ^ 64]))
-
-    def write(contents):
-        torch.save(contents, path)
-
-    def evil():
+    if kind == "removed":
+        os.remove(path)
+    elif kind == "code":
         with open(path, "wb") as f:
             pickle.dump({"model": Evil(), "config": {}, "step": 4}, f)
-
-    def wrong_shapes():
-        contents = torch.load(path)
-        if "model" in contents:
-            contents["model"]["transformer.wpe.weight"] = torch.zeros(3, 3)
-        else:
-            contents["optimizers"] = "none"
-            del contents["loader"]
-        write(contents)
-    rng = random.Random(size)
-    return {"zero length": lambda: cut(0), **{f"cut {i}": lambda: cut(rng.randrange(1, size)) for i in range(3)},
-            "last byte gone": lambda: cut(size - 1), **{f"flipped {i}": lambda: flip(rng.randrange(size)) for i in range(6)},
-            "code in it": evil, "not there": lambda: os.remove(path), "another dict": lambda: write({"a": 1}),
-            "a tensor": lambda: write(torch.zeros(3)), "wrong shapes": wrong_shapes,
-            "another step's": lambda: write({**torch.load(path), "step": 99}), "noise": lambda: write(b"noise")}
+    elif kind == "of another step":
+        torch.save({**torch.load(path), "step": 99}, path)
+    elif kind.startswith("cut"):
+        os.truncate(path, int(kind.split()[1]) * (size - 1) // 4)
+    else:  # a flipped bit
+        with open(path, "r+b") as f:
+            position = random.Random(kind).randrange(size)
+            f.seek(position)
+            byte = f.read(1)[0]
+            f.seek(position)
+            f.write(bytes([byte ^ 64]))
 
 
-def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(uninterrupted, tmp_path, monkeypatch):
-    """Each file of the newest checkpoint, each kind of damage: the previous checkpoint is loaded, or the same contents if a
-    flipped bit is in the file's padding."""
+DAMAGES = ["removed", "code", "of another step", *(f"cut {i}" for i in range(5)),
+           *(f"flip {i}" for i in range(6))]
+
+
+def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
+        uninterrupted, tmp_path, monkeypatch):
+    """The previous checkpoint is loaded, or the same contents if a flipped bit is in padding."""
     monkeypatch.chdir(tmp_path)
-    steps = folder.saved_steps(uninterrupted)[-2:]
-    run_dir = str(tmp_path / "run")
-    original = {path: weights.load_file(path) for step in steps for path in folder.paths(uninterrupted, step)}
-    newest = folder.paths(uninterrupted, steps[1])
-    for k, source in enumerate(newest):
-        for name in damages(source):
-            os.makedirs(run_dir)
-            for path in original:
-                shutil.copy(path, run_dir)
-            damaged = os.path.join(run_dir, os.path.basename(source))
-            damages(damaged)[name]()
-            model, state, messages = checkpoint.load_latest(run_dir)
-            if model["step"] == steps[1]:  # the flipped bit is not part of the contents
-                assert name.startswith("flipped") and not messages, name
-                assert all(torch.equal(v, original[newest[0]]["model"][n]) for n, v in model["model"].items())
-                assert str(state) == str(original[newest[1]])
+    older, newest = folder.saved_steps(uninterrupted)[-2:]
+    expected = checkpoint.load_latest(uninterrupted)
+    for i in range(2):  # the model file, the state file
+        for kind in DAMAGES:
+            shutil.copytree(uninterrupted, "run")
+            damaged = folder.paths("run", newest)[i]
+            damage(damaged, kind)
+            model, state, messages = checkpoint.load_latest("run")
+            if model["step"] == newest:
+                assert kind.startswith("flip") and not messages, kind
+                assert str(model) == str(expected.model) and str(state) == str(expected.state)
             else:
-                assert model["step"] == state["step"] == steps[0] and len(messages) == 1, name
-                assert f"skipping step {steps[1]}: " in messages[0] and damaged in messages[0], (name, messages)
-                assert "\n" not in messages[0]
-            survived(f"damaged {('model', 'state')[k]} file")
-            shutil.rmtree(run_dir)
+                assert model["step"] == state["step"] == older, kind
+                message, = messages
+                assert f"skipping step {newest}: " in message and damaged in message
+                assert "\n" not in message
+            shutil.rmtree("run")
     assert not os.path.exists("evil")
 
 
-def test_a_run_resumes_before_a_damaged_checkpoint_and_renames_it(uninterrupted, text, tmp_path):  # noqa: F811
+def test_a_damaged_newest_checkpoint_is_an_error_until_its_files_are_moved_away(
+        uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    newest = folder.saved_steps(run_dir)[-1]
+    older, newest = folder.saved_steps(run_dir)[-2:]
     os.truncate(folder.paths(run_dir, newest)[0], 1000)
     process = train(tmp_path, "--data", text, *FLAGS)
-    assert process.returncode == 0 and f"skipping step {newest}" in process.stdout, process.stderr
-    assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    assert f"model_{newest:05d}.pt" in process.stderr
+    assert ("move the newer files away, the same command resumes from step"
+            f" {older}") in process.stderr
+    for path in folder.paths(run_dir, newest):
+        os.rename(path, tmp_path / os.path.basename(path))
+    process = train(tmp_path, "--data", text, *FLAGS)
+    assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(run_dir, uninterrupted)
-
-
-@pytest.mark.slow
-def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, tmp_path):  # noqa: F811
-    run_dir = tmp_path / "moved" / "elsewhere"
-    shutil.copytree(uninterrupted, run_dir)
-    older, newest = folder.saved_steps(run_dir)[-2:]
-    process = train(tmp_path, "--resume", f"moved/elsewhere/model_{older:05d}.pt", *FLAGS)
-    assert process.returncode == 0 and f"from step {older}" in process.stdout, process.stderr
-    assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
-    assert_equals_uninterrupted(run_dir, uninterrupted)
-    survived("resumed from an older checkpoint")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--n-embd", "32"], "n_embd cannot change when a run resumes"),
-    (["--optimizer", "adamw"], "optimizer cannot change when a run resumes"),
-    (["--seed", "5"], "changing seed makes it a different run; --force resumes anyway"),
-    (["--total-batch-size", "256"], "changing total_batch_size"),
-    (["--resume", "never"], "already holds a run"),
-    (["--resume", "nowhere"], "--resume nowhere does not exist"),
-    (["--resume", "log/shakespeare", "--exp-name", "x"], "omit --exp-name and --log-dir"),
-    (["--resume", "log/shakespeare/log.txt"], "is not named like a checkpoint"),
-    (["--batch-size", "3"], "--batch-size that would fit: [1, 2, 4, 8, 16, 32]"),
-])
-def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, uninterrupted, text, tmp_path,  # noqa: F811
-                                                               monkeypatch, capsys):
-    from run import cli
-    import train_gpt2
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(uninterrupted, "log/shakespeare")
-    before = {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--preset", "shakespeare", "--max-steps", "30", *flags])
-    with pytest.raises(SystemExit) as e:
-        cli.run_main(train_gpt2.main)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and message in err
-    assert before == {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
 
 
 @pytest.mark.slow
@@ -540,7 +491,6 @@ def test_other_data_is_an_error_unless_forced(uninterrupted, tmp_path):
     assert process.returncode == 2 and "trained on other data" in process.stderr and "--force" in process.stderr
     process = train(tmp_path, *FLAGS, "--data", "shards", "--max-steps", str(STEPS + 1), "--force")
     assert process.returncode == 0, process.stderr
-    survived("other data refused on resume")
 
 
 @pytest.mark.slow
@@ -565,7 +515,6 @@ def test_shards_damaged_under_a_running_loader_stop_it_in_one_line(tmp_path):
         out = process.communicate(timeout=60)[0]
         assert process.returncode == 2 and re.search(r"^error: .*a_train_000000.npy", out, re.M), out
         assert checkpoint.load_latest(cwd / "log" / "shakespeare")[2] == []
-        survived("shard damaged under the loader")
 
 
 @pytest.mark.slow
@@ -588,6 +537,5 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 0, process.stderr
         assert_equals_uninterrupted(disk / "log" / "shakespeare", uninterrupted)
-        survived("disk full")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -10,7 +10,6 @@ torch 2.13 on x86-64. Runs are in float32 on the CPU, where --preset gpt2-124M-l
 import itertools
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -19,16 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from run import cli
-from run import reference
-from run import runtime
 import train_gpt2
-from run.config import TrainConfig, preset_settings
+from common import ONE, ROOT, python
 from data import DataLoaderLite, TokenStream
 from model import GPT, GPTConfig
-from run.parallel import Ranks
+from run import cli, reference, runtime
+from run.config import TrainConfig, preset_settings
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 V, T, L, NH, C = 512, 32, 2, 4, 32                             # the small model
 TOTAL, STEPS, WARMUP, LR, VAL_TOKENS = 1024, 50, 10, 2e-3, 2048
 FLAGS = ["--preset", "gpt2-124M-lecture", "--n-layer", str(L), "--n-head", str(NH), "--n-embd", str(C), "--block-size", str(T),
@@ -186,14 +182,19 @@ def test_every_step_of_the_schedule_has_the_lectures_learning_rate():
     assert ours == pytest.approx([lecture_lr(step, 6e-4, 715, 19073) for step in range(19073)], rel=1e-12)
 
 
-def test_the_preset_has_the_lectures_settings():
-    c = TrainConfig(**preset_settings("gpt2-124M-lecture"))
-    assert (c.init, c.shuffle, c.seed, c.max_steps, c.total_batch_size, c.sequence_length) == \
-        ("lecture", "off", 1337, 19073, 2**19, 1024)
+@pytest.mark.parametrize("preset", ["gpt2-124M", "gpt2-124M-lecture"])
+def test_the_presets_have_the_lectures_settings(preset):
+    c = TrainConfig(**preset_settings(preset))
+    assert (c.total_batch_size, c.block_size, c.seed) == (2**19, 1024, 1337)
+    assert (c.lr, c.min_lr_ratio, c.warmup_steps, c.schedule) == (6e-4, 0.1, 715, "cosine")
+    assert (c.optimizer, c.beta1, c.beta2, c.weight_decay, c.grad_clip) == \
+        ("adamw", 0.9, 0.95, 0.1, 1.0)
     assert c.val_tokens == 20 * 64 * 1024 * 8  # 20 batches on each of 8 GPUs
-    assert (c.lr, c.min_lr_ratio, c.warmup_steps, c.grad_clip, c.weight_decay, c.beta1, c.beta2, c.optimizer) == \
-        (6e-4, 0.1, 715, 1.0, 0.1, 0.9, 0.95, "adamw")
     assert c.gpt_config() == GPTConfig(vocab_size=50304)
+    if preset == "gpt2-124M":
+        assert (c.init, c.shuffle, c.max_steps, c.epochs) == ("openai", "on", 0, 1.0)
+    else:
+        assert (c.init, c.shuffle, c.max_steps) == ("lecture", "off", 19073)
 
 
 @pytest.mark.parametrize("B, W", [(1, 1), (2, 1), (4, 3), (2, 8), (8, 2)])
@@ -247,7 +248,7 @@ def test_the_124M_model_starts_as_the_lectures():
     """The numbers are those of build-nanogpt's script with seed 1337 and torch 2.13."""
     config = TrainConfig(**preset_settings("gpt2-124M-lecture"))
     runtime.seed_all(config.seed)
-    model = train_gpt2.build_model(config, None, Ranks(0, 0, 1, "cpu", False))
+    model = train_gpt2.build_model(config, None, ONE)
     found = {name: [*p[0, :3].tolist(), p.double().norm().item()]
              for name, p in model.transformer.named_parameters() if p.dim() == 2}
     for name, values in {"wte": [0.00897012, -0.00099618, -0.04377645, 124.304900],
@@ -302,13 +303,11 @@ def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("B, W, flags", [
-    (8, 1, ["--compile", "on"]), (4, 2, ["--compile", "off"]), (16, 2, ["--compile", "off"]), (4, 2, ["--compile", "on"]),
-    (4, 2, ["--compile", "off", "--parallel", "zero"]), (4, 2, ["--compile", "off", "--parallel", "fsdp"]),
-], ids=lambda value: " ".join(value) if type(value) is list else str(value))
+    (8, 1, "--compile on"), (4, 2, "--compile off"), (16, 2, "--compile off"),
+    (4, 2, "--compile on"), (4, 2, "--compile off --parallel fsdp")])
 def test_compiled_and_on_two_ranks_it_trains_as_the_lecture(B, W, flags, shards, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"] if W > 1 else []
-    command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"), *FLAGS, "--data", shards, "--batch-size", str(B)]
-    done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"]
+    done = python(*(launcher if W > 1 else []), os.path.join(ROOT, "train_gpt2.py"), *FLAGS,
+                  "--data", shards, "--batch-size", B, *flags.split(), cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     check_run(tmp_path, shards, B, W)
