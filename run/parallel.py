@@ -238,7 +238,7 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
         device_ids = [ranks.local_rank] if ranks.device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     if compiled:
-        warm_up(model, raw_model, B, config.sequence_length, dtype, ranks)
+        warm_up(model, raw_model, B, config.block_size, dtype, ranks)
         # the garbage collector then skips the 400,000 objects of the compiler: a pause of 0.4 s (measured) now and then
         gc.collect()
         gc.freeze()

@@ -159,7 +159,7 @@ def obstacle(run, other):
 
 
 # settings that change the loss, the most likely cause first
-CAUSES = ("optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ratio", "init", "sequence_length", "val_tokens",
+CAUSES = ("optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ratio", "init", "block_size", "val_tokens",
           "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "embd_lr_ratio", "n_head", "shuffle")
 
 

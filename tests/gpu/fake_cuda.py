@@ -31,7 +31,7 @@ from model import GPT  # noqa: E402
 import hellaswag as scorer  # noqa: E402
 
 RANKS = parallel.Ranks(0, 0, 1, "cuda:0", False)
-SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, sequence_length=16, vocab_size=50304, total_batch_size=64,
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=50304, total_batch_size=64,
              batch_size=2, compile="off", device="cuda")
 
 
