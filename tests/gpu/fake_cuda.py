@@ -94,7 +94,7 @@ def training(dtype, optimizer):
     with fake_cuda() as mode:
         config = TrainConfig(**SIZES, optimizer=optimizer)
         model = on_gpu(config, mode)
-        optimizers = parallel.make_optimizers(model, config, RANKS)
+        optimizers = parallel.make_optimizers(model, config)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
         train_gpt2.train_step(0, model, model, optimizers, scaler, Loader(), 1e-3, 2, 1.0, dtype, RANKS)
         states = [v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
