@@ -302,7 +302,7 @@ def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tm
     config, _ = settings.config_from_flags(["--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
                                    "--dropout", "0.2", "--force", "--log-dir", str(tmp_path), "--exp-name", "x"])
     raw_model = train_gpt2.build_model(config, saved, ALONE)
-    optimizers = parallel.make_optimizers(raw_model, config)
+    optimizers = parallel.make_optimizers(raw_model, config, ALONE)
     train_gpt2.restore(saved, optimizers, torch.amp.GradScaler("cpu", enabled=False), config, ALONE)
     muon, adamw = optimizers
     assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.3, 0.3, 0.0]
