@@ -51,7 +51,7 @@ def train(device, dtype, steps, B=4, T=64, grad_accum_steps=1, precision="highes
     ranks = parallel.Ranks(0, 0, 1, device, False)
     raw_model = GPT(config.gpt_config()).to(device)
     model = parallel.wrap(raw_model, config, config.compile == "on", B, dtype, ranks)
-    optimizers = parallel.make_optimizers(raw_model, config)
+    optimizers = parallel.make_optimizers(raw_model, config, ranks)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     generator = torch.Generator().manual_seed(1)
 
