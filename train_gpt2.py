@@ -385,7 +385,7 @@ def main():
     model = parallel.wrap(raw_model, config, compiled, B, dtype, ranks)
 
     # optimizer, with the checkpoint's state
-    optimizers = parallel.make_optimizers(raw_model, config, ranks)
+    optimizers = parallel.make_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     # from here on only dropout draws random numbers, different ones on each rank
     seed_all(config.seed + 1 + ranks.rank)
