@@ -11,7 +11,6 @@ import time
 import numpy as np
 
 import data
-import fineweb
 from bench.measure import in_fresh_process, print_table, timed
 from bench.train import Variant, time_step
 from run.config import INPUT_TXT
@@ -35,6 +34,8 @@ def time_encode(encode, texts):
 
 def time_fineweb(paths, out, workers):
     """(seconds, tokens) of fineweb.py from parquet files to shards in folder out."""
+    import fineweb
+
     def run():
         source = fineweb.local_source(paths)
         settings = {"source": source.description, "shard_size": SHARD_SIZE, "val": "documents", "val_tokens": SHARD_SIZE,
