@@ -139,17 +139,11 @@ def load_run(given):
     run_dir = run_folder(given)
     if is_rank0() and "dry_run" not in given and "eval_only" not in given:
         folder.lock_run(run_dir)
-    models = folder.steps_of(run_dir, "model")
-    if given.get("resume") == "never" and models and not has_trained(run_dir):
+    is_old_run = folder.steps_of(run_dir, "model") and not has_trained(run_dir)
+    if given.get("resume") == "never" and is_old_run:
         raise ValueError(f"{run_dir} already holds a run; choose another --exp-name, or move that"
                          " folder away")
-    saved = checkpoint.load_latest(run_dir)
-    # prune would count a damaged checkpoint as the newest, and remove those that the run saves
-    if saved and max(models) > saved.step:
-        raise ValueError(f"{run_dir} has newer files that cannot be loaded"
-                         f" ({'; '.join(saved.messages)}): move the newer files away, the same"
-                         f" command resumes from step {saved.step}")
-    return saved
+    return checkpoint.load_latest(run_dir)
 
 
 def check_same_step(saved, ranks):
