@@ -1,4 +1,4 @@
-"""What the benchmarks share: a timer, fresh processes, the peaks of this machine, and a table printer."""
+"""What the benchmarks share: timers, fresh processes, the peaks of this machine, tables."""
 import functools
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ def end_with_parent():
 
 
 def in_fresh_process(function, *args):
-    """function(*args), run in a new Python process, where earlier work cannot affect the measurement.
+    """function(*args), run in a new process, where earlier work cannot affect the measurement.
 
     The result must be picklable. Raises MemoryError if the process was killed.
     """
@@ -83,7 +83,7 @@ def random_tensors(shapes, dtype, device):
 
 
 def forward_backward_seconds(function, shapes, dtype, device, repeats=5):
-    """Median seconds of function(*tensors) and its gradients, for random tensors in dtype (a name)."""
+    """Median seconds of function(*tensors) and its gradients, for random tensors in dtype."""
     runtime.keep_freed_memory()
     inputs = [tensor.requires_grad_() for tensor in random_tensors(shapes, dtype, device)]
     grad = torch.randn_like(function(*inputs))
@@ -120,9 +120,9 @@ def peak_gb(device):
 
 
 def print_table(rows):
-    """Prints dicts with the same keys as an aligned table, and returns them; columns without any value are omitted.
+    """Prints dicts with the same keys as an aligned table, and returns them.
 
-    A float is printed as 1,234.50, None as -.
+    Columns without any value are omitted. A float is printed as 1,234.50, None as -.
     """
     def cell(value):
         if value is None:
