@@ -66,10 +66,6 @@ def names_in(path):
     return names
 
 
-def test_the_readme_is_short():
-    assert len(read("README.md").encode()) <= 12 * 1024
-
-
 def test_there_are_commands_of_both_kinds():
     found = [command for page in PAGES for command in commands(page)]
     assert sum(map(is_run, found)) >= 12 and sum(not is_run(command) for command in found) >= 12

@@ -26,7 +26,7 @@ import data
 import hellaswag
 import sample
 import train_gpt2
-from common import ENV, ONE, ROOT, python, tiny_model
+from common import ONE, ROOT, python, tiny_model
 
 GPU = os.path.join(ROOT, "tests", "gpu")
 
@@ -200,39 +200,31 @@ def test_evaluations_use_full_float32_and_variable_lengths_no_cudnn_attention(mo
 
 @pytest.mark.slow
 def test_gpu_check_finds_no_fault_on_a_cpu(tmp_path):
-    process = subprocess.run([sys.executable, "-m", "bench", "gpu_check", "--device", "cpu", "--json",
-                              str(tmp_path / "out.json")],
-                             cwd=ROOT, capture_output=True, text=True, timeout=580, env=ENV)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    lines = process.stdout.strip().split("\n")
-    result = json.loads(lines[-1])
-    assert result["world_size"] == 2 and [check["result"] for check in result["checks"]] == ["ok"] * 12
-    assert sum(line.startswith("ok   ") for line in lines) == 12
+    done = python("-m", "bench", "gpu_check", "--device", "cpu", "--quick", cwd=tmp_path,
+                  timeout=580, env={"PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [check["result"] for check in result["checks"]] == ["ok"] * 14
+    assert "aten::" in (tmp_path / "gpu_check_profile.txt").read_text()
 
 
-def test_gpu_check_fails_if_a_check_does(monkeypatch, capsys):
-    checks = ("graphs", "decoding", "deterministic_resume", "ranks_agree", "sharded", "wrong_data", "killed_rank")
-    for name in checks:
-        monkeypatch.setattr(gpu_check, name, lambda _: (True, "fine"))
-    monkeypatch.setattr(gpu_check, "same_losses", lambda *args, **kwargs: lambda _: (True, "fine"))
-    monkeypatch.setattr(gpu_check, "equal_scores", lambda _: 1 / 0)
-    rows = gpu_check.bench_gpu_check(SimpleNamespace(device="cpu", dtype="float32"))
-    assert [row["gpu_check"] for row in rows if row["result"] == "FAIL"] == ["HellaSwag scores"]
-    assert "FAIL HellaSwag scores: ZeroDivisionError: division by zero" in capsys.readouterr().out
+def test_gpu_check_fails_if_a_check_does_and_skips_what_the_time_does_not_allow(
+        monkeypatch, capsys, tmp_path):
+    def broken(args):
+        yield "first", True, "fine"
+        raise ZeroDivisionError("division by zero")
+
+    def good(args):
+        yield "second", True, "fine"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_check, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(gpu_check, "STAGES", [(broken, 1), (good, 1), (gpu_check.training, gpu_check.LIMIT)])
+    rows = gpu_check.bench_gpu_check(SimpleNamespace(device="cpu", dtype="float32", quick=True))
+    results = {row["gpu_check"]: row["result"] for row in rows}
+    assert results == {"first": "ok", "broken": "FAIL", "second": "ok", "training": "skipped"}
+    assert "FAIL broken: ZeroDivisionError: division by zero" in capsys.readouterr().out
     monkeypatch.setattr(command, "in_fresh_process", lambda function, args: rows)
     monkeypatch.setattr(sys, "argv", ["bench", "gpu_check", "--device", "cpu"])
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 1
-
-
-def test_gpu_check_runs_on_a_mac_what_needs_neither_cuda_nor_several_ranks(monkeypatch, capsys):
-    """It took MPS for CUDA, with 0 GPUs: a batch of 0 tokens."""
-    world_sizes = []
-    for name in ("graphs", "decoding", "equal_scores"):
-        monkeypatch.setattr(gpu_check, name, lambda _: (True, "fine"))
-    monkeypatch.setattr(gpu_check, "same_losses", lambda *args, **kwargs: lambda _: (True, "fine"))
-    monkeypatch.setattr(gpu_check, "deterministic_resume", lambda runs: (world_sizes.append(runs.world_size) or True, "fine"))
-    monkeypatch.setattr(gpu_check.runtime, "describe_machine", lambda device: {})
-    rows = gpu_check.bench_gpu_check(SimpleNamespace(device="mps", dtype="float32"))
-    assert world_sizes == [1] and [row["result"] for row in rows] == ["ok"] * 8
