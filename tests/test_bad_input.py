@@ -46,10 +46,16 @@ EXAMPLE = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man 
 
 def run(script, argv, monkeypatch):
     """Exit status of a script's main with these arguments, in this process; a run folder is unlocked at its end."""
-    unlocks, register = [], atexit.register
+    unlocks = []
+    register = atexit.register
+
+    def register_or_unlock(function, *args, **kwargs):
+        if function.__module__ == "run.folder":
+            unlocks.append(function)
+        else:
+            register(function, *args, **kwargs)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-    monkeypatch.setattr(atexit, "register", lambda function, *args, **kwargs: (
-        unlocks.append(function) if function.__module__ == "run.folder" else register(function, *args, **kwargs)))
+    monkeypatch.setattr(atexit, "register", register_or_unlock)
     with pytest.raises(SystemExit) as end:
         cli.run_main(importlib.import_module(script).main)
         sys.exit(0)
@@ -107,8 +113,13 @@ def limits():
 
 def contents(folder):
     """{path: (size, modification time, link target)} of everything below a folder, hidden files included."""
-    return {os.path.relpath(path, folder): (os.lstat(path).st_size, os.lstat(path).st_mtime_ns, os.path.islink(path))
-            for parent, folders, files in os.walk(folder) for path in (os.path.join(parent, name) for name in folders + files)}
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        for name in folders + names:
+            path = os.path.join(parent, name)
+            status = os.lstat(path)
+            found[os.path.relpath(path, folder)] = (status.st_size, status.st_mtime_ns, os.path.islink(path))
+    return found
 
 
 def check(script, row, template, tmp_path, monkeypatch, capfd):
@@ -126,9 +137,10 @@ def check(script, row, template, tmp_path, monkeypatch, capfd):
     assert status == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     after = contents(folder)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    # a folder's own entry changes when a temporary file in it is created and removed
-    assert not {name for name in changed if not (name in before and (folder / name).is_dir())}, changed
+    for name in before.keys() | after.keys():
+        # a folder's own entry changes when a temporary file in it is created and removed
+        if not (name in before and (folder / name).is_dir()):
+            assert before.get(name) == after.get(name), name
 
 
 def ids(rows):
@@ -820,7 +832,6 @@ BENCH = [
     ([], "required: BENCHMARK"),
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
-    (["train", "--steps", "1.5"], "--steps 1.5: must be an integer"),
     (["train", "--batch_size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
     (["train", "--size", "gpt4"], "unknown model size 'gpt4'"),
     (["ladder", "--ranks", "20000"], "--ranks 20000: must be an integer, 0 or more and at most"),
@@ -829,19 +840,14 @@ BENCH = [
     (["all", "--data", "in.txt"], "all takes no --data"),
     (["train", "--data", "in.txt"], "train takes no --data"),
     (["tokenize", "--data", "nowhere"], "no data at 'nowhere'"),
-    (["hellaswag", "--data", ""], "no data at ''"),
-    (["train", "--json", ""], "'the empty name' is not the name of a file"),
     (["train", "--json", "run"], "'run' is not the name of a file"),
     (["train", "--json", "missing/a.json"], "missing is not an existing folder"),
-    (["train", "--json", "in.txt/a.json"], "in.txt is not an existing folder"),
     (["ladder", "--picture", "missing/a.png"], "missing is not an existing folder"),
     (["ladder", "--picture", "a.pdf"], "--picture a.pdf: only ladder draws one, into a file named *.png"),
     (["train", "--picture", "a.png"], "--picture a.png: only ladder draws one"),
     (["train", "--compare", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
     (["train", "--compare", "in.txt"], "in.txt is not a file that --json wrote"),
     (["train", "--compare", "run/config.json"], "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
-    (["train", "--compare", "/dev/zero"], "/dev/zero is not a regular file"),
-    (["train", "--compare", "fifo"], "fifo is not a regular file", lambda folder: os.mkfifo(folder / "fifo")),
 ]
 
 

@@ -17,9 +17,9 @@ import sys
 import pytest
 
 import convert
+from common import ENV, ROOT
 from model import GPT, GPTConfig
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md", *sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 
 # Commands that the test does not run, as regular expressions, and why.
@@ -121,7 +121,7 @@ def test_the_script_that_does_by_hand_what_ddp_does_runs_on_two_ranks(tmp_path):
     (tmp_path / "ddp_steps.py").write_text(script)
     process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                               "ddp_steps.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+                             env={**ENV, "PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("True") == 6 and "False" not in process.stdout
 
@@ -147,7 +147,7 @@ def test_every_command_that_can_run_offline_runs(tmp_path):
         _, *arguments = shlex.split(command)
         arguments[0] = os.path.join(ROOT, arguments[0])
         return subprocess.run([sys.executable, *arguments, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                              input="Once upon a time\n", env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              input="Once upon a time\n", env=ENV)
 
     short = ["--max-steps", "2", "--val-tokens", "2048", "--sample-every", "0", "--compile", "off"]
     process = run("python train_gpt2.py --preset shakespeare", *short)
@@ -155,8 +155,11 @@ def test_every_command_that_can_run_offline_runs(tmp_path):
     shutil.copytree(tmp_path / "log" / "shakespeare", tmp_path / "log" / "gpt2-124M")
     for page in PAGES:
         for command in filter(is_run, commands(page)):
-            trains = "train_gpt2.py" in command and "--resume" not in command and "--dry-run" not in command
-            more = short if trains else ["--overwrite"] if "convert.py" in command and "info" not in command else []
+            more = []
+            if "train_gpt2.py" in command and not re.search("--resume|--dry-run", command):
+                more = short
+            elif "convert.py" in command and "info" not in command:
+                more = ["--overwrite"]
             process = run(command, *more)
             assert process.returncode == 0, (command, process.stderr[-2000:])
             assert process.stdout, command
