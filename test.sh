@@ -5,8 +5,7 @@
 #   ./test.sh --all             all tests
 #   ./test.sh tests/test_data.py -k permute     other arguments go to pytest; -n 0: in one process, for --pdb
 #   ENV=active ./test.sh        in the active environment; nothing is installed
-[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh, which is dash on Debian
-[ ! -L "$0" ] || exec bash "$(readlink -f "$0")" "$@"  # a symbolic link to this file
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # sh, which is dash on Debian
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_venv.sh" requirements-dev.txt

@@ -7,10 +7,9 @@ Trains GPT-2 on one CPU, one GPU, or many with torchrun: the recipe of GPT-2 and
     python train_gpt2.py --preset gpt2-1558M --dry-run      # the plan: memory, steps, FLOPs, hours
     python train_gpt2.py --resume log/gpt2-124M --eval-only # its validation loss and HellaSwag
 
-Writes log/<exp-name>/: log.txt, config.json, checkpoints (see checkpoint.py) and loss.png. The
-same command resumes a run from its newest checkpoint. SIGTERM, SIGUSR1, Ctrl-C, a closed terminal
-and a closed stdout finish the step, save, and exit with status 0, 75, 130, 129 and 141; a second
-Ctrl-C exits at once.
+Writes log/<exp-name>/: log.txt, config.json, checkpoints and loss.png. The same command resumes a
+run from its newest checkpoint. SIGTERM, SIGUSR1, Ctrl-C, a closed terminal and a closed stdout
+finish the step, save, and exit with status 0, 75, 130, 129 and 141; a second Ctrl-C exits at once.
 
 Sources: the GPT-2 paper (Radford et al. 2019), the GPT-3 paper (Brown et al. 2020, table 2.1 and
 appendix B), and the lecture "Let's reproduce GPT-2 (124M)", whose names are kept.
@@ -80,7 +79,8 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the weights if
     the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
     """
-    first_window, progress = loader.position, report_progress(f"step {step:5d}")
+    first_window = loader.position
+    progress = report_progress(f"step {step:5d}")
     # None instead of zeros: the first backward then writes gradients instead of adding to them
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -105,7 +105,6 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         scaler.scale(loss).backward()
         # by the CPU's clock, without waiting for the device
         progress((micro_step + 1) / grad_accum_steps)
-    local_loss = loss_accum.clone()  # to name the rank if it is non-finite
     # the step's only small all-reduce: the losses, and how many ranks are to stop. full_like fills
     # on the GPU; copying a number there would make the CPU wait.
     stops = torch.full_like(loss_accum, parallel.is_stop_requested())
@@ -122,7 +121,14 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     # float16: scaled gradients may overflow; then the update is skipped and the scale halved
     overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-        raise nonfinite(step, loss, norm, local_loss, first_window, loader.position, ranks)
+        # the mean over the ranks is NaN on all of them; only one may have a bad batch or memory
+        losses = parallel.all_gather(loss_accum.item(), ranks)
+        bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+        where = f", from rank {bad_ranks}" if bad_ranks else ""
+        raise NonFinite(f"step {step}: non-finite loss {loss} or gradient norm {norm}{where}, in"
+                        f" windows {first_window} to {loader.position - 1} of the data's order; the"
+                        " weights were not updated. Resume from the last checkpoint with a lower"
+                        " --lr or --dtype float32")
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
@@ -130,27 +136,18 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         if not overflow:
             optimizer.step()
     update_scale(scaler, overflow)
-    return loss, norm, parallel.name_of_stop(ranks) if stops else None
+    stop = parallel.name_of_stop(ranks) if stops else None
+    return loss, norm, stop
 
 
 def update_scale(scaler, overflow):
-    """scaler.update(), but the scale is also halved if only the gradient norm overflowed."""
-    state = scaler.state_dict() if overflow else {}
-    scaler.update()  # considers the gradients, which may be finite when their norm is not
+    """scaler.update(), with the scale halved on every rank if the gradient norm overflowed."""
+    state = scaler.state_dict()
+    scaler.update()  # halves it where this rank's gradients, a shard under FSDP, overflowed
     if overflow:
-        scaler.load_state_dict({**state, "scale": state["scale"] * state["backoff_factor"],
-                                "_growth_tracker": 0})
-
-
-def nonfinite(step, loss, norm, local_loss, first_window, end_window, ranks):
-    """The NonFinite error of a step, naming ranks and data. Every rank must call it."""
-    # the mean over the ranks is NaN on all of them; only one may have a bad batch or bad memory
-    losses = parallel.all_gather(local_loss.item(), ranks)
-    where = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-    return NonFinite(f"step {step}: non-finite loss {loss} or gradient norm {norm}"
-                     f"{f', from rank {where}' if where else ''}, in windows {first_window} to"
-                     f" {end_window - 1} of the data's order; the weights were not updated. Resume"
-                     " from the last checkpoint with a lower --lr or --dtype float32")
+        state["scale"] *= state["backoff_factor"]
+        state["_growth_tracker"] = 0
+        scaler.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -164,12 +161,14 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
     on_cpu = ranks.device_type == "cpu"
     # sum of the losses of all targets, on the device: reading it would make the CPU wait. float64:
     # float32 has too few digits for a sum over 10M tokens; MPS has no float64.
-    total = torch.zeros((), device=ranks.device,
-                        dtype=torch.float32 if ranks.device_type == "mps" else torch.float64)
+    sum_dtype = torch.float32 if ranks.device_type == "mps" else torch.float64
+    total = torch.zeros((), device=ranks.device, dtype=sum_dtype)
     count = 0  # number of targets
     # the logits are an evaluation's largest tensor; larger batches are no faster
-    B = max(1, min(B, (4096 if on_cpu else 16384) // T))
-    progress, num_windows = report_progress("validation"), min(val_tokens, len(stream) - 1) // T
+    most_tokens = 4096 if on_cpu else 16384
+    B = max(1, min(B, most_tokens // T))
+    num_windows = min(val_tokens, len(stream) - 1) // T
+    progress = report_progress("validation")
     batches = data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
                                    ranks.device)
     for i, (x, y) in enumerate(batches):
@@ -183,7 +182,7 @@ def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
             with autocast(ranks.device, dtype), full_float32():
                 loss = model(x, y)[1]
             # batches differ in size: weight each mean by its number of targets
-            total += loss.to(total.dtype) * y.numel()
+            total += loss.to(sum_dtype) * y.numel()
             count += y.numel()
         progress((i + 1) * B * ranks.world_size / num_windows)
     model.train()
@@ -207,19 +206,30 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
             texts.append(f"none: {e}")
     model.train()
     # only rank 0 prints: lines of several processes would interleave
-    gathered = parallel.all_gather(texts, ranks)
+    texts_of_ranks = parallel.all_gather(texts, ranks)
     for i in range(num_samples):
-        print0(f"sample {i}: {gathered[i % ranks.world_size][i // ranks.world_size]!r}")
+        text = texts_of_ranks[i % ranks.world_size][i // ranks.world_size]
+        print0(f"sample {i}: {text!r}")
 
 
 def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
     """The line that is printed after a step; dt and left in seconds.
 
-    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices; 0 if unknown.
+    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices; None if unknown.
     """
-    return (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
-            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}"
-            + (f" | MFU {mfu:.1%}" if mfu else "") + f" | {duration(left)} left")
+    line = (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
+            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}")
+    if mfu is not None:
+        line += f" | MFU {mfu:.1%}"
+    return line + f" | {duration(left)} left"
+
+
+def evaluations_due(step, max_steps, every):
+    """The evaluations due before the update of a step, a set of names.
+
+    every is {name: steps between evaluations}, 0 for never. All are due after the last step, too.
+    """
+    return {name for name, n in every.items() if n > 0 and (step % n == 0 or step == max_steps)}
 
 
 # -----------------------------------------------------------------------------
@@ -233,15 +243,16 @@ def open_data(config, ranks):
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
     # machines may have different files at the same path, which would go unnoticed
     fingerprints = parallel.all_gather([stream.fingerprint() for stream in streams], ranks)
-    if wrong := [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]:
-        raise ValueError(f"{config.data} holds other data on rank {wrong} than on rank 0; copy the"
-                         " same files to every machine")
+    for rank, found in enumerate(fingerprints):
+        if found != fingerprints[0]:
+            raise ValueError(f"{config.data} holds other data on rank {rank} than on rank 0; copy"
+                             " the same files to every machine")
     # a sequence of T tokens needs T + 1: the last one is only a target
     for split, stream in zip(("train", "val"), streams):
-        if len(stream) <= config.sequence_length:
+        if len(stream) <= config.block_size:
             raise ValueError(f"the {split} split of {config.data} has {len(stream)} tokens, too"
-                             f" few for one sequence of {config.sequence_length} and its target;"
-                             " use more text or a smaller --block-size")
+                             f" few for one sequence of {config.block_size} and its target; use"
+                             " more text or a smaller --block-size")
     return streams
 
 
@@ -262,13 +273,13 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
                                 " another run with --exp-name, or weights with --init-from")
     # in chunks: there is no plan that would tell whether all logits fit into memory
     model = build_model(config, saved, ranks, LOSS_CHUNKS).to(ranks.device)
-    step = saved.step if saved else 0
-    T, scores = config.sequence_length, {}
-    scores["val"] = evaluate_loss(model, val_stream, 4096, T, config.val_tokens, dtype, ranks)
-    scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
+    T = config.block_size
+    val_loss = evaluate_loss(model, val_stream, 4096, T, config.val_tokens, dtype, ranks)
+    bits_per_byte = data.bits_per_byte(val_stream, T, config.val_tokens)
+    scores = {"val": val_loss, "val_bpb": val_loss * bits_per_byte}
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
-    print0(folder.evaluation_line(step, scores))
+    print0(folder.evaluation_line(saved.step if saved else 0, scores))
 
 
 def build_model(config, saved, ranks, loss_chunks=1):
@@ -314,25 +325,6 @@ def restore(saved, optimizers, scaler, config, ranks):
         # only dropout draws from these generators; the order of the data is rank-independent
         print0(f"  changed: {ranks.world_size} processes, were {len(state['rng'])}; the order of"
                " the data is the same")
-    if ranks.master_process:
-        # --resume may name an older checkpoint; newer ones belong to another run
-        for path in checkpoint.rename_newer(config.run_dir, saved.step):
-            print0(f"renamed {path} to *.aside: it is newer than the checkpoint")
-
-
-def is_finished(config, examples, first_step, max_steps, evaluated):
-    """Whether all steps are made and the evaluations after the last one are in the log."""
-    missing = [stream for stream, wanted in (("val", config.val_every), ("hella", examples))
-               if wanted and stream not in evaluated]
-    return first_step > max_steps or first_step == max_steps and not missing
-
-
-def report_finished(config, step, ranks):
-    """Prints that the run is finished; draws its curves if a stop prevented that."""
-    print0(f"{config.run_dir} is finished at step {step}: sample from it with python sample.py"
-           f" {config.run_dir}, train longer with --max-steps, or start over with --exp-name")
-    if ranks.master_process and not os.path.exists(os.path.join(config.run_dir, "loss.png")):
-        print0(f"curves: {plot_run(config.run_dir, baselines=FINEWEB_DIR in config.data)}")
 
 
 # -----------------------------------------------------------------------------
@@ -341,23 +333,28 @@ def report_finished(config, step, ranks):
 def main():
     # settings: from the flags, or from the checkpoint that the run resumes from
     config, saved = config_from_flags()
-    T, run_dir, first_step = config.sequence_length, config.run_dir, saved.step if saved else 0
+    T = config.block_size
+    run_dir = config.run_dir
+    first_step = saved.step if saved else 0
 
     # device: cuda, mps or cpu, and this process's rank among those that torchrun started
     keep_freed_memory()  # on a CPU
     ranks = parallel.setup(config.device, config.timeout)
-    device, dtype = ranks.device, choose_dtype(config.dtype, ranks.device)
+    device = ranks.device
+    dtype = choose_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     use_deterministic_algorithms(config.deterministic)
     check_same_step(saved, ranks)
     if config.dry_run:
         return dry_run(config, dtype, ranks)
 
-    # data: two streams of tokens, HellaSwag's examples, how the tokens of a step are split up
+    # data: two streams of tokens, and HellaSwag's examples
     train_stream, val_stream = open_data(config, ranks)
-    examples = hellaswag.for_training(config.hellaswag, ranks) if config.hella_every else None
+    examples = hellaswag.load_examples(config.hellaswag, ranks) if config.hella_every else None
     if config.eval_only:
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
+
+    # plan: how the tokens of a step are split into micro-batches
     B, loss_chunks, grad_accum_steps, max_steps, compiled = make_plan(
         config, len(train_stream), dtype, ranks, first_step)
     bits_per_byte = data.bits_per_byte(val_stream, T, config.val_tokens)  # of a loss of 1
@@ -365,14 +362,22 @@ def main():
                                  config.shuffle == "on", config.seed, device)
     atexit.register(loader.close)  # its thread must not run during interpreter shutdown
 
-    # resume: the first step's evaluations in the log; a stop may have interrupted others
-    log_bytes, evaluated = 0, set()
+    # steps between evaluations, by the stream of log.txt that has their results
+    every = {"val": config.val_every, "hella": config.hella_every if examples else 0,
+             "samples": config.sample_every}
+
+    # resume: the position in the data, and the evaluations of the first step that the log has; a
+    # stop may have interrupted the others
+    log_bytes, logged = 0, set()
     if saved:
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
-        log_bytes, evaluated = folder.kept_log(run_dir, first_step)
-    evaluated = parallel.all_gather(evaluated, ranks)[0]  # rank 0's: all ranks must evaluate alike
-    if is_finished(config, examples, first_step, max_steps, evaluated):
-        return report_finished(config, first_step, ranks)
+        log_bytes, logged = folder.kept_log(run_dir, first_step)
+        logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
+    missing = evaluations_due(first_step, max_steps, every) - logged - {"samples"}
+    if first_step > max_steps or (first_step == max_steps and not missing):
+        print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
+               f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
+        return
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
     seed_all(config.seed)  # every rank draws the same initial weights
@@ -380,7 +385,7 @@ def main():
     model = parallel.wrap(raw_model, config, compiled, B, dtype, ranks)
 
     # optimizer, with the checkpoint's state
-    optimizers = parallel.make_optimizers(raw_model, config, ranks)
+    optimizers = parallel.make_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     # from here on only dropout draws random numbers, different ones on each rank
     seed_all(config.seed + 1 + ranks.rank)
@@ -391,41 +396,47 @@ def main():
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     folder.write_config(run_dir, asdict(config), dtype, ranks)
     log = folder.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
-    writer, comparison, stopping = checkpoint.Writer(), reference.Comparison(asdict(config)), None
-    peak, train_seconds = (peak_flops(device, dtype) or 0) * ranks.world_size, 0.0  # 0: unknown
-
-    def due(every, stream=None):
-        # every `every` steps and after the last one, unless logged before the run was resumed
-        return (every and (step % every == 0 or step == max_steps)
-                and not (step == first_step and stream in evaluated))
+    writer = checkpoint.Writer()
+    comparison = reference.Comparison(asdict(config))  # with published runs
+    flops_per_token = raw_model.config.flops_per_token(T)
+    peak = peak_flops(device, dtype)  # FLOP/s of one device; None if unknown
+    train_seconds = 0.0
+    stopping = None  # the name of the signal that requests a stop
 
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
+            due = evaluations_due(step, max_steps, every)
+            if step == first_step:
+                due -= logged
+
             # once in a while: the validation loss; model would recompile for other shapes
             val_loss = None
-            if due(config.val_every, "val"):
+            if "val" in due:
                 val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
                                          config.val_tokens, dtype, ranks)
-                log(step, val=val_loss, val_bpb=val_loss and val_loss * bits_per_byte)
-                comparison.print(step, val=val_loss)  # "within the spread of public runs"
+                if val_loss is not None:  # else a stop interrupted it
+                    log(step, val=val_loss, val_bpb=val_loss * bits_per_byte)
+                    comparison.print(step, val=val_loss)  # "within the spread of public runs"
 
             # once in a while: HellaSwag, in both styles of scoring
-            if examples and due(config.hella_every, "hella"):
+            if "hella" in due:
                 log(step, **hellaswag.score_in_training(parallel.unsharded_model(raw_model),
                                                         examples, dtype, ranks))
 
             # once in a while: samples
-            if due(config.sample_every):
+            if "samples" in due:
                 print_samples(parallel.unsharded_model(raw_model), config.prompt, dtype, ranks)
 
-            # once in a while, and at the end: a checkpoint
-            writer.check()  # raises the error of the previous one, if any
-            # train_step asks for stop requests; so do evaluations, which may take minutes
-            if due(config.val_every) or due(config.hella_every) or due(config.sample_every):
+            # evaluations may take minutes: has a stop been requested meanwhile?
+            if due:
                 stopping = parallel.stop_requested(ranks)
-            # again at first_step if its validation was interrupted: the model file holds val_loss
-            is_new = step > first_step or step > 0 and val_loss is not None
-            if is_new and (due(config.save_every) or stopping or step == max_steps):
+
+            # once in a while, before a stop, and at the end: a checkpoint
+            writer.check()  # raises the error of the previous one, if any
+            save_due = config.save_every > 0 and step % config.save_every == 0
+            # the run resumed from first_step's; it has no val_loss if a stop interrupted that
+            is_saved = step == 0 or (step == first_step and val_loss is None)
+            if (save_due or stopping or step == max_steps) and not is_saved:
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
@@ -433,24 +444,34 @@ def main():
                     writer.start(checkpoint.save_and_prune, run_dir, step, *contents)
             if stopping or step == max_steps:
                 break
+
             # one optimizer step; only this is timed
-            epoch = int(loader.epoch)
             lr = get_lr(step, config.lr, config.lr * config.min_lr_ratio, config.warmup_steps,
                         max_steps, config.schedule, config.wsd_decay)
+            epoch = int(loader.epoch)
             t0 = time.perf_counter()
             loss, norm, stopping = train_step(step, model, raw_model, optimizers, scaler, loader,
                                               lr, grad_accum_steps, config.grad_clip, dtype, ranks)
             dt = time.perf_counter() - t0  # seconds; train_step and evaluations wait for the GPU
-            train_seconds, tok_per_sec = train_seconds + dt, config.total_batch_size / dt
-            left = train_seconds / (step + 1 - first_step) * (max_steps - step - 1)  # at the mean
-            mfu = peak and raw_model.config.flops_per_token(T) * tok_per_sec / peak
+
+            # log
+            tok_per_sec = config.total_batch_size / dt
+            mfu = None
+            if peak is not None:
+                mfu = flops_per_token * tok_per_sec / (peak * ranks.world_size)
+            train_seconds += dt
+            mean_dt = train_seconds / (step + 1 - first_step)
+            left = mean_dt * (max_steps - step - 1)
             print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"
-            log(step, epoch=int(loader.epoch) if loader.epoch >= epoch + 1 else None)  # new order
+            if int(loader.epoch) > epoch:
+                log(step, epoch=int(loader.epoch))  # the data has a new order from here on
+
         writer.wait()  # until the last checkpoint is on disk
         if stopping:
-            print0(f"stopped at step {step} by {stopping}; {how_to_resume(config)} resumes from there")
+            print0(f"stopped at step {step} by {stopping}; {how_to_resume(config)} resumes"
+                   " from there")
         elif ranks.master_process:
             print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
                    f" samples: python sample.py {run_dir}")

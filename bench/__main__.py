@@ -27,11 +27,14 @@ QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 def check_args(args):
     """Raises ValueError or FileNotFoundError for what would fail, or be ignored, after the benchmark has run."""
     if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
-        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file, tokenize a folder of parquet files")
+        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file,"
+                         " tokenize a folder of parquet files")
     if args.data is not None and not os.path.exists(args.data):
         raise FileNotFoundError(f"no data at {args.data!r}")
-    if args.picture is not None and (args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png")):
-        raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file named *.png")
+    if args.picture is not None:
+        if args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png"):
+            raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file"
+                             " named *.png")
     for path in (args.json, args.picture):
         if path is not None:
             check_output(path)
@@ -105,26 +108,36 @@ def read_result(path):
 
 def measurements(result):
     """{("train: eager", "tok/s"): 382.0, ...}: what --compare compares."""
-    return {(f"{benchmark}: {next(iter(row.values()))}", unit): float(row[unit])
-            for benchmark, rows in result["benchmarks"].items() for row in rows for unit in COMPARED if row.get(unit)}
+    found = {}
+    for benchmark, rows in result["benchmarks"].items():
+        for row in rows:
+            name = next(iter(row.values()))
+            for unit in COMPARED:
+                if row.get(unit):
+                    found[f"{benchmark}: {name}", unit] = float(row[unit])
+    return found
 
 
 def print_comparison(old, new):
     """Prints what both results measured, with ratios; above 1 is faster or smaller: 100 tok/s, now 90 -> 0.9."""
-    was = {**old["machine"], **old["settings"]}
+    old_settings = {**old["machine"], **old["settings"]}
     for name, value in {**new["machine"], **new["settings"]}.items():
-        if was.get(name) != value:
-            print(f"different {name}: {was.get(name)!r} before, {value!r} now")
-    before, rows = measurements(old), []
-    for (name, unit), value in measurements(new).items():
-        if before.get((name, unit)):
-            ratio = value / before[name, unit] if unit.endswith("/s") else before[name, unit] / value
-            rows.append({"compared": name, "unit": unit, "before": before[name, unit], "now": value, "ratio": ratio})
+        if old_settings.get(name) != value:
+            print(f"different {name}: {old_settings.get(name)!r} before, {value!r} now")
+    old_values = measurements(old)
+    rows = []
+    for key, now in measurements(new).items():
+        before = old_values.get(key)
+        if before:
+            name, unit = key
+            ratio = now / before if unit.endswith("/s") else before / now
+            rows.append({"compared": name, "unit": unit, "before": before, "now": now, "ratio": ratio})
     if not rows:
         raise ValueError("the two results have no measurement in common")
     print_table(rows)
     worse = [f"{row['compared']} ({row['unit']})" for row in rows if row["ratio"] < 0.95]
-    print(f"{len(worse)} of {len(rows)} are worse by more than 5%" + (f": {', '.join(worse)}" if worse else ""))
+    names = f": {', '.join(worse)}" if worse else ""
+    print(f"{len(worse)} of {len(rows)} are worse by more than 5%{names}")
 
 
 def main():
@@ -137,13 +150,16 @@ def main():
     old = read_result(args.compare) if args.compare else None
     names = [args.benchmark]
     if args.benchmark == "all":
-        names = [name for name in BENCHMARKS if name != "gpu_check" and (name != "ladder" or not args.quick)]
-    print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype}, training steps of"
-          f" B={args.B}, T={args.T}", flush=True)
+        skipped = ("gpu_check", "ladder") if args.quick else ("gpu_check",)
+        names = [name for name in BENCHMARKS if name not in skipped]
+    print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype},"
+          f" training steps of B={args.B}, T={args.T}", flush=True)
     # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
     rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
-    settings = {name: value for name, value in vars(args).items() if name not in ("benchmark", "json", "compare", "picture")}
-    result = {"machine": runtime.describe_machine(args.device), "settings": settings, "benchmarks": rows}
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("benchmark", "json", "compare", "picture")}
+    result = {"machine": runtime.describe_machine(args.device), "settings": settings,
+              "benchmarks": rows}
     try:
         if args.json:
             with atomic_write(args.json, "w") as f:

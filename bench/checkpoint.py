@@ -1,4 +1,4 @@
-"""How long a save delays training, compared with a synchronous save of the same checkpoint, and how long loading takes."""
+"""How long a save delays training, compared with a synchronous save, and how long loading takes."""
 import os
 import tempfile
 import time
@@ -14,7 +14,8 @@ from bench.train import Variant, build_step
 def time_checkpoint(args):
     """({row: seconds}, seconds of a training step, bytes) of a checkpoint: weights and AdamW's moments.
 
-    The stall is how much longer training takes, the copy included, from the start of a save until the files are written.
+    The stall is how much longer training takes while a checkpoint is saved in the background,
+    the copy included.
     """
     ranks = parallel.Ranks(0, 0, 1, args.device, False)
     run, raw_model, optimizers = build_step(Variant(args.dtype), args, ranks)
@@ -32,21 +33,24 @@ def time_checkpoint(args):
 
     with tempfile.TemporaryDirectory() as folder:
         synchronous, _ = timed(lambda: checkpoint.save(folder, 1, *copied()), args.device)
-        writer, steps, start = checkpoint.Writer(), 0, time.perf_counter()
+        writer = checkpoint.Writer()
+        start = time.perf_counter()
         copy, _ = timed(lambda: writer.start(checkpoint.save, folder, 2, *copied()), args.device)
+        steps = 0
         while steps == 0 or not writer.pending.done():
             run()
             steps += 1
         runtime.synchronize(args.device)
         stall = time.perf_counter() - start - steps * step
         writer.wait()
-        seconds = {"synchronous save": synchronous, "background save: stall": stall, "background save: copy": copy,
-                   "load": timed(load, args.device)[0]}
+        seconds = {"synchronous save": synchronous, "background save: stall": stall,
+                   "background save: copy": copy, "load": timed(load, args.device)[0]}
         return seconds, step, sum(os.path.getsize(path) for path in paths(folder, 2))
 
 
 def bench_checkpoint(args):
     """Rows in seconds and in training steps: a synchronous save, a save in the background, loading."""
     rows, step, size = in_fresh_process(time_checkpoint, args)
-    return print_table([{"checkpoint": name, "seconds": seconds, "training steps": seconds / step, "GB": size / 1e9}
+    return print_table([{"checkpoint": name, "seconds": seconds,
+                         "training steps": seconds / step, "GB": size / 1e9}
                         for name, seconds in rows.items()])

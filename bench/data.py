@@ -1,8 +1,9 @@
 """
-The speed of tokenizing compared with tiktoken and the lecture's pipeline, and of the data loader compared with a
-training step. The lecture's pipeline is reimplemented here.
+The speed of tokenizing compared with tiktoken and the lecture's pipeline, which is reimplemented
+here, and of the data loader compared with a training step.
 """
 import functools
+import glob
 import multiprocessing
 import os
 import tempfile
@@ -11,7 +12,6 @@ import time
 import numpy as np
 
 import data
-import fineweb
 from bench.measure import in_fresh_process, print_table, timed
 from bench.train import Variant, time_step
 from run.config import INPUT_TXT
@@ -21,7 +21,7 @@ SHARD_SIZE = 1_000_000
 
 @functools.cache
 def tiktokens_gpt2():
-    """The Encoding that tiktoken.get_encoding("gpt2") downloads: data.get_tokenizer's with tiktoken's own pattern."""
+    """The Encoding that tiktoken.get_encoding("gpt2") downloads: ours with tiktoken's own pattern."""
     # tiktoken_ext/openai_public.py of tiktoken 0.14
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     return data.encoding_with(pattern)
@@ -35,10 +35,13 @@ def time_encode(encode, texts):
 
 def time_fineweb(paths, out, workers):
     """(seconds, tokens) of fineweb.py from parquet files to shards in folder out."""
+    import fineweb
+
     def run():
         source = fineweb.local_source(paths)
-        settings = {"source": source.description, "shard_size": SHARD_SIZE, "val": "documents", "val_tokens": SHARD_SIZE,
-                    "max_tokens": 0, "format": "npy", "text_column": "text", "skip_bad_files": False}
+        settings = {"source": source.description, "shard_size": SHARD_SIZE, "val": "documents",
+                    "val_tokens": SHARD_SIZE, "max_tokens": 0, "format": "npy",
+                    "text_column": "text"}
         manifest = fineweb.make_shards(source, settings, os.path.join(out, "shards"), workers)
         return sum(shard["tokens"] for shard in manifest["shards"])
     return timed(run)
@@ -52,19 +55,28 @@ def tokenize_row(row):
 
 
 def time_lecture(paths, out, workers):
-    """(seconds, tokens) of the lecture's pipeline to shards in folder out; its conversion to Arrow files is not timed."""
+    """(seconds, tokens) of the lecture's pipeline to shards in folder out.
+
+    The conversion to Arrow files is not timed.
+    """
     import datasets
-    rows = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=os.path.join(out, "cache"))
+    rows = datasets.load_dataset("parquet", data_files=paths, split="train",
+                                 cache_dir=os.path.join(out, "cache"))
 
     def run():
-        shard, n, index, total = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0, 0
+        shard = np.empty(SHARD_SIZE, dtype=np.uint16)
+        n = 0  # tokens in shard
+        index = 0
+        total = 0
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             for tokens in pool.imap(tokenize_row, rows, chunksize=16):
                 total += len(tokens)
                 if n + len(tokens) >= SHARD_SIZE:
                     shard[n:] = tokens[:SHARD_SIZE - n]
                     np.save(os.path.join(out, f"lecture_{index:06d}"), shard)
-                    index, tokens, n = index + 1, tokens[SHARD_SIZE - n:], 0
+                    tokens = tokens[SHARD_SIZE - n:]
+                    index += 1
+                    n = 0
                 shard[n:n + len(tokens)] = tokens
                 n += len(tokens)
         np.save(os.path.join(out, f"lecture_{index:06d}"), shard[:n])
@@ -84,17 +96,21 @@ def write_input_txt_as_parquet(folder):
 
 
 def bench_tokenize(args):
-    """Rows of tiktoken and data.encode in one thread, and from parquet files to shards of fineweb.py and the lecture's."""
+    """Rows of encoding in one thread, and of the pipelines from parquet files to shards."""
     import pyarrow.parquet as pq
     with tempfile.TemporaryDirectory() as made:
         if not args.data:
             write_input_txt_as_parquet(made)
-        folder, cpus = args.data or made, os.cpu_count()
-        paths = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".parquet"))
-        texts = [text for path in paths for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+        folder = args.data or made
+        cpus = os.cpu_count()
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.parquet")))
+        texts = []
+        for path in paths:
+            texts += pq.read_table(path, columns=["text"])["text"].to_pylist()
         if not texts:
             raise ValueError(f"{folder} has no parquet files with documents in a column named text")
-        pipelines = {"tiktoken alone": lambda out: time_encode(tiktokens_gpt2().encode_ordinary, texts),
+        tiktoken_encode = tiktokens_gpt2().encode_ordinary
+        pipelines = {"tiktoken alone": lambda out: time_encode(tiktoken_encode, texts),
                      "data.encode alone": lambda out: time_encode(data.encode, texts)}
         for n in sorted({1, cpus}):
             pipelines[f"fineweb.py, workers={n}"] = lambda out, n=n: time_fineweb(paths, out, n)
@@ -107,23 +123,27 @@ def bench_tokenize(args):
                     results[name].append(function(out))
     size = sum(len(text.encode()) for text in texts)
     medians = {name: sorted(times)[len(times) // 2] for name, times in results.items()}
-    return print_table([{"tokenize": name, "MB/s": size / seconds / 1e6, "M tok/s": tokens / seconds / 1e6,
-                         "x tiktoken": medians["tiktoken alone"][0] / seconds}
+    tiktoken_seconds, _ = medians["tiktoken alone"]
+    return print_table([{"tokenize": name, "MB/s": size / seconds / 1e6,
+                         "M tok/s": tokens / seconds / 1e6, "x tiktoken": tiktoken_seconds / seconds}
                         for name, (seconds, tokens) in medians.items()])
 
 
 def time_loader(args, num_tokens=1 << 24, batches=200):
-    """(seconds to read, cast and move a batch, seconds that next_batch waits when each step takes longer than that)."""
+    """(seconds to read, cast and move a batch, seconds that next_batch waits in a slow training loop)."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "random_train_000001.npy")
-        data.write_shard(path, np.random.default_rng(0).integers(0, data.NUM_TOKENS, num_tokens).astype(np.uint16))
-        loader = data.DataLoaderLite(data.TokenStream([path]), args.B, args.T, device=args.device)
+        tokens = np.random.default_rng(0).integers(0, data.NUM_TOKENS, num_tokens)
+        data.write_shard(path, tokens.astype(np.uint16))
+        stream = data.TokenStream([path])
+        loader = data.DataLoaderLite(stream, args.B, args.T, device=args.device)
 
         def read_all():
             for _ in range(batches):
                 loader.next_batch()
 
-        read, waits = timed(read_all, args.device)[0] / batches, []
+        read = timed(read_all, args.device)[0] / batches
+        waits = []
         for _ in range(30):
             time.sleep(4 * read)  # the step; meanwhile the prefetch thread reads the next batch
             waits.append(timed(loader.next_batch, args.device)[0])
@@ -135,5 +155,7 @@ def bench_loader(args):
     """Rows of milliseconds per batch, shuffled, compared with an eager training step."""
     read, wait = in_fresh_process(time_loader, args)
     step = time_step(Variant(args.dtype), args)["ms/step"]
-    return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step} for name, ms in
-                        (("read and cast a batch", 1000 * read), ("wait for a batch", 1000 * wait), ("training step", step))])
+    times = {"read and cast a batch": 1000 * read, "wait for a batch": 1000 * wait,
+             "training step": step}
+    return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step}
+                        for name, ms in times.items()])

@@ -1,326 +1,281 @@
 """
-What to run first on a new machine: is the arithmetic right, does nothing compile twice, how fast is it, do several GPUs agree?
+What to run first on a new machine: what a step costs and consists of, whether it computes the right thing, whether a
+stopped run resumes bit for bit, what evaluations, sampling and the optimizers cost.
 
-    python -m bench gpu_check                 # every GPU of this machine; under ten minutes
-    python -m bench gpu_check --device cpu    # what a CPU can run, with two processes
+    python -m bench gpu_check                        # every GPU of this machine, at most nine minutes
+    python -m bench gpu_check --device cpu --quick   # every stage at small sizes, as a rehearsal
 
-Prints ok or FAIL and a measurement for each check, then one line of JSON; exit status 1 if a check fails.
+Prints ok or FAIL and a measurement for each check, the most valuable first, and writes gpu_check.json and
+gpu_check_profile.txt (the kernels of a training step). Exit status 1 if a check fails.
 """
-import glob
+import contextlib
 import json
 import os
-import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
-import numpy as np
 import torch
 
-from run import parallel
-from run import runtime
-import sample
 import hellaswag
-from bench.ladder import bench_ladder
-from bench.measure import free_port, in_fresh_process, timed
-from bench.train import Variant, build_step
-from run.config import TrainConfig
-from model import GPT
+import sample
+import train_gpt2
+from bench.measure import in_fresh_process, timed
+from model import GPT, config_for
+from run import parallel, runtime
+from run.config import TrainConfig, preset_settings
 from run.settings import estimate_memory
-from train_gpt2 import train_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIMIT = 540  # seconds; a stage that would begin later is skipped
+
+TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "2",
+        "--total-batch-size", "128", "--val-tokens", "320", "--compile", "off"]
+EXAMPLE = {"activity_label": "Roof", "ctx": "A man is on a roof. He", "label": 3,
+           "endings": ["is using a wrap of skis.", "is ripping tiles.", "holds a cube.", "starts pulling."]}
+
+
+def one_rank(args):
+    """The Ranks of a single process."""
+    return parallel.Ranks(0, 0, 1, args.device, False)
+
+
+def random_model(args):
+    """A GPT with random weights, of 124M parameters, or with --quick a small one."""
+    small = dict(n_layer=2, n_head=2, n_embd=32) if args.quick else {}
+    torch.manual_seed(1337)
+    return GPT(config_for("gpt2", vocab_size=50304, **small)).to(args.device)
 
 
 # -----------------------------------------------------------------------------
-# in this process
+# the training step of 124M, in train_gpt2.main() itself
 
-def train(device, dtype, steps, B=4, T=64, grad_accum_steps=1, precision="highest", **changes):
-    """([(loss, norm), ...] of a small model's first steps on random tokens, the model)."""
-    torch.set_float32_matmul_precision(precision)
-    torch.manual_seed(1)
-    config = TrainConfig(**{**dict(n_layer=2, n_head=4, n_embd=128, block_size=T, total_batch_size=B * T * grad_accum_steps,
-                                   batch_size=B, compile="off", device=device), **changes})
-    ranks = parallel.Ranks(0, 0, 1, device, False)
-    raw_model = GPT(config.gpt_config()).to(device)
-    model = parallel.wrap(raw_model, config, config.compile == "on", B, dtype, ranks)
-    optimizers = parallel.make_optimizers(raw_model, config, ranks)
-    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
-    generator = torch.Generator().manual_seed(1)
+def profiled(function, device, path):
+    """function(), with a profile of its kernels (on a CPU, of its operators), slowest first, in a file."""
+    kind = torch.profiler.ProfilerActivity
+    on_gpu = device.startswith("cuda")
+    with torch.profiler.profile(activities=[kind.CUDA if on_gpu else kind.CPU]) as profile:
+        result = function()
+        runtime.synchronize(device)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    kernels = [(getattr(event, attribute), event.count, event.key) for event in profile.key_averages()]
+    total = sum(micros for micros, _, _ in kernels)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{total / 1000:.2f} ms in all\n")
+        for micros, count, name in sorted(kernels, reverse=True)[:100]:
+            f.write(f"{micros / 1000:10.3f} ms {micros / total:6.1%} {count:6d} x  {name[:150]}\n")
+    return result
 
-    def next_batch():
-        tokens = torch.randint(0, 50257, (B, T + 1), generator=generator).to(device)
-        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:]))
-    loader = SimpleNamespace(position=0, next_batch=next_batch)
-    return [train_step(step, model, raw_model, optimizers, scaler, loader, 1e-3, grad_accum_steps, 1.0, dtype, ranks)[:2]
-            for step in range(steps)], raw_model
 
+def training(args):
+    """Yields checks of 16 steps of the gpt2-124M preset at B=64: speed, memory beside the plan's estimate, graphs."""
+    from torch._dynamo.utils import counters
+    on_gpu = args.device.startswith("cuda")
+    seconds = []
+    real_step = train_gpt2.train_step
+
+    def step(number, *rest):
+        if number == 14:
+            return profiled(lambda: real_step(number, *rest), args.device, "gpu_check_profile.txt")
+        start = time.perf_counter()
+        result = real_step(number, *rest)  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--preset", "gpt2-124M", "--data", os.path.join(ROOT, "input.txt"), "--log-dir", folder,
+                 "--device", args.device, "--max-steps", "16", "--warmup-steps", "5", "--hellaswag", "off",
+                 "--val-tokens", "16384", "--batch-size", "64", "--compile", "on", *(TINY if args.quick else [])]
+        with mock.patch.object(train_gpt2, "train_step", step), mock.patch.object(sys, "argv", ["train_gpt2.py", *flags]):
+            with contextlib.suppress(SystemExit):
+                train_gpt2.main()
+    dt = statistics.median(seconds[3:])
+    config = TrainConfig(**preset_settings("gpt2-124M"))
+    shape = config.gpt_config()
+    tokens = 128 if args.quick else config.total_batch_size
+    peak = runtime.peak_flops(args.device, args.dtype)
+    mfu = shape.flops_per_token(config.block_size) * tokens / dt / peak if peak else None
+    yield "step of 124M", len(seconds) == 15, f"{1000 * dt:.1f} ms, {tokens / dt:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else "")
+    if on_gpu:
+        estimate = sum(estimate_memory(config, shape.num_params(), 64, args.dtype, 1, True).values()) / 1e9
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        yield "memory", memory < 1.15 * estimate, f"{memory:.1f} GB, estimate {estimate:.1f}"
+    graphs = counters["stats"]["unique_graphs"]
+    yield "graphs", graphs == (0 if args.quick else 1), f"{graphs} compiled"
+
+
+# -----------------------------------------------------------------------------
+# is it right?
 
 def environment(args):
-    """Versions, and what Triton needs to compile: a C compiler and Python's headers."""
-    version = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = shutil.which("nvidia-smi") and subprocess.run(version, capture_output=True, text=True).stdout.split()[:1]
-    found = {"driver": driver and driver[0], "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-             "gpus": torch.cuda.device_count(), "arch": "sm_%d%d" % torch.cuda.get_device_capability(args.device),
-             "compiler": shutil.which("gcc") or shutil.which("cc") or shutil.which("clang"),
-             "headers": os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))}
-    return bool(found["compiler"] and found["headers"]), ", ".join(f"{name} {value}" for name, value in found.items())
+    """Yields versions, and whether Triton finds what it needs: a C compiler and Python's headers."""
+    if not args.device.startswith("cuda"):
+        yield "environment", True, f"torch {torch.__version__}, {runtime.device_name(args.device)}"
+        return
+    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1] if shutil.which("nvidia-smi") else []
+    yield "environment", bool(compiler and headers), (
+        f"{torch.cuda.device_count()} x {runtime.device_name(args.device)}, driver {driver}, torch {torch.__version__},"
+        f" cuDNN {torch.backends.cudnn.version()}, compiler {compiler}, Python's headers {headers}")
 
 
-def attention_backends(args):
-    """Which kernels torch chooses for training, and for decoding as sample.py does it."""
-    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
-    q = torch.randn(4, 12, 1024, 64, device=args.device, dtype=torch.bfloat16, requires_grad=True)
-    mask = torch.ones(4, 1, 1, 1024, dtype=torch.bool, device=args.device)
-    training = names[torch._fused_sdp_choice(q, q, q, is_causal=True)]
-    with runtime.without_cudnn_attention(), torch.no_grad():
-        decoding = names[torch._fused_sdp_choice(q[:, :, :1], q, q, attn_mask=mask)]
-    return training in ("flash", "cudnn") and decoding in ("flash", "efficient"), f"training {training}, decoding {decoding}"
+def losses(args):
+    """Yields comparisons of the losses of 124M's first steps with those of float32 on the CPU."""
+    T = 32 if args.quick else 256
+    batches = torch.randint(50257, (4, 2, T + 1), generator=torch.Generator().manual_seed(1))
 
-
-def same_losses(dtype, tolerance, **changes):
-    """The check that losses in dtype are those of float32 on the CPU, to a tolerance."""
-    def check(args):
-        reference = {name: value for name, value in changes.items() if name == "optimizer"}
-        ours, theirs = train(args.device, dtype, 8, **changes)[0], train("cpu", "float32", 8, **reference)[0]
-        largest = max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs))
-        return largest < tolerance, f"largest difference of 8 losses {largest:.1e}, allowed {tolerance:.0e}"
-    return check
-
-
-def graphs(args):
-    """Number of graphs that torch.compile captures at B = 1 and at B = 4."""
-    from torch._dynamo.utils import counters
-    counts = []
-    for B in (1, 4):
-        torch._dynamo.reset()
-        counters.clear()
-        train(args.device, args.dtype, 2, B=B, grad_accum_steps=2, compile="on")
-        counts.append(counters["stats"]["unique_graphs"])
-    return counts == [1, 1], f"graphs at B=1 and B=4: {counts}"
-
-
-def equal_scores(args):
-    """Log-probabilities of endings as training computes them, where TF32 is on, and as the command line does."""
-    _, model = train(args.device, "float32", 0)
-    rows = [(np.arange(9, dtype=np.uint16), [np.arange(k, k + 5, dtype=np.uint16) for k in range(4)])] * 5
-    scores, ranks = [], parallel.Ranks(0, 0, 1, args.device, False)
-    for precision in ("high", "highest"):
+    def first_losses(device, dtype, optimizer="adamw", precision="highest"):
         torch.set_float32_matmul_precision(precision)
-        scores.append(hellaswag.score(model, rows, args.dtype, ranks)[0])
-    return bool((scores[0] == scores[1]).all()), f"largest difference {abs(scores[0] - scores[1]).max():.1e}"
+        ranks = parallel.Ranks(0, 0, 1, device, False)
+        model = random_model(SimpleNamespace(device="cpu", quick=args.quick)).to(device)
+        optimizers = model.configure_optimizers(1e-3, 0.1, optimizer=optimizer)
+        scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
+        rows = iter(batches.to(device))
+        loader = SimpleNamespace(position=0, next_batch=lambda: [(b[:, :-1], b[:, 1:]) for b in [next(rows)]][0])
+        return [train_gpt2.train_step(step, model, model, optimizers, scaler, loader, 1e-3, 1, 1.0, dtype, ranks)[0]
+                for step in range(len(batches))]
 
+    expected = {optimizer: first_losses("cpu", "float32", optimizer) for optimizer in ("adamw", "muon")}
+    variants = [("float32", 1e-3, {}), ("bfloat16", 5e-2, {}), ("float32", 2e-2, dict(optimizer="muon"))]
+    if args.device.startswith("cuda"):
+        variants += [("float32", 2e-2, dict(precision="high")), ("float16", 5e-2, {})]
+    for dtype, tolerance, changes in variants:
+        found = first_losses(args.device, dtype, **changes)
+        largest = max(abs(a - b) for a, b in zip(found, expected[changes.get("optimizer", "adamw")]))
+        name = " ".join(["losses in", dtype, *changes.values()])
+        yield name, largest < tolerance, f"largest difference from float32 on the CPU {largest:.1e}, allowed {tolerance:.0e}"
 
-def decoding(args):
-    """Milliseconds per token of the first and the second text: plans and kernels are made in the first."""
-    _, model = train(args.device, "float32", 0, T=128)
-    model = model.to(runtime.DTYPES[args.dtype]).eval()
-    first, second = (1000 * timed(lambda: len(list(sample.stream(model, [[1, 2, 3]], 64))), args.device)[0] / 64
-                     for _ in range(2))
-    return first < 5 * second + 20, f"{first:.1f} ms per token, then {second:.1f}"
-
-
-def speed(args):
-    """tok/s and MFU of a compiled training step of 124M at B=64, and its memory beside the estimate."""
-    B, T = 64, 1024
-    shape, ranks = SimpleNamespace(size="gpt2", B=B, T=T), parallel.Ranks(0, 0, 1, args.device, False)
-    run, raw_model, _ = build_step(Variant(args.dtype, compile=True), shape, ranks)
-    seconds, loss = timed(run, args.device, 10, 3)
-    tok_per_sec, peak = B * T / seconds, runtime.peak_flops(args.device, args.dtype)
-    config = TrainConfig(block_size=T, total_batch_size=B * T, batch_size=B)
-    estimate = sum(estimate_memory(config, raw_model.num_params(), B, args.dtype, 1, True).values()) / 1e9
-    memory = torch.cuda.max_memory_allocated() / 1e9
-    mfu = raw_model.config.flops_per_token(T) * tok_per_sec / peak if peak else float("nan")
-    figure = f"{tok_per_sec:,.0f} tok/s, MFU {mfu:.1%}, {memory:.1f} GB (estimate {estimate:.1f}), loss {loss:.3f}"
-    return not mfu < 0.38 and memory < 1.15 * estimate, figure  # MFU is nan where the peak is not known
-
-
-def ladder(args):
-    """The lecture's ladder, from float32 to the last rung that this machine has."""
-    shape = SimpleNamespace(size="gpt2", B=16, T=1024, steps=5, ranks=0, picture=None, device=args.device, dtype=args.dtype)
-    rows = bench_ladder(shape)
-    first, last = rows[0], rows[-1]
-    return last["x float32"] > 2, f"{first['tok/s']:,.0f} to {last['tok/s']:,.0f} tok/s: {last['x float32']:.1f} x"
-
-
-# -----------------------------------------------------------------------------
-# runs of train_gpt2.py, in a temporary folder
 
 class Runs:
-    """Runs train_gpt2.py on a small text and reads its log."""
+    """Runs train_gpt2.py on a small text, in a folder, and reads its log."""
 
-    def __init__(self, folder, device, world_size):
-        self.folder, self.device, self.world_size = folder, device, world_size
+    def __init__(self, folder, args, world_size):
+        self.folder, self.args, self.world_size = folder, args, world_size
         with open(os.path.join(folder, "t.txt"), "w") as f:
             f.write("the king and his queen will not come to this house tonight\n" * 4000)
 
-    def command(self, name, *flags, ranks=1, restarts=0, data="t.txt"):
-        """The command line of a run on some ranks."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
-        return [sys.executable, *(launcher if ranks > 1 else []), os.path.join(ROOT, "train_gpt2.py"), "--data", data,
-                "--preset", "shakespeare", "--n-layer", "2", "--n-embd", "64", "--block-size", "64", "--optimizer", "adamw",
-                "--device", self.device, "--dtype", "float32", "--compile", "off", "--sample-every", "0", "--save-every", "4",
-                "--val-every", "4", "--val-tokens", str(64 * 11), "--total-batch-size", str(64 * 2 * self.world_size),
-                "--batch-size", "1", "--schedule", "wsd", "--exp-name", name, *flags]
-
-    def run(self, *args, **kwargs):
-        """The finished process of command(...)."""
-        return subprocess.run(self.command(*args, **kwargs), cwd=self.folder, capture_output=True, text=True, timeout=300,
+    def run(self, name, *flags, ranks=1):
+        """The losses and norms that a run on some ranks logs, {(step, stream): text}; RuntimeError if it fails."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"), "--data", "t.txt", "--preset",
+                   "shakespeare", "--n-embd", "64", "--block-size", "64", "--device", self.args.device, "--sample-every",
+                   "0", "--save-every", "4", "--val-every", "4", "--val-tokens", "704", "--batch-size", "1",
+                   "--total-batch-size", str(128 * self.world_size), "--schedule", "wsd", "--exp-name", name, *flags]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    def log(self, name):
-        """{(step, stream): value as text} of a run, of the losses and norms."""
+        if done.returncode != 0:
+            raise RuntimeError(f"{name}: status {done.returncode}, {done.stderr.strip()[-200:]}")
         with open(os.path.join(self.folder, "log", name, "log.txt"), encoding="utf-8") as f:
-            return {(int(step), stream): value for step, stream, value in map(str.split, f)
-                    if stream in ("train", "val", "norm")}
-
-    def difference(self, name, other):
-        """The largest difference of two runs' losses; inf if they do not have the same ones."""
-        a, b = ({key: float(value) for key, value in self.log(run).items() if key[1] != "norm"} for run in (name, other))
-        return max((abs(a[key] - b[key]) for key in a), default=0.0) if a.keys() == b.keys() and a else float("inf")
+            lines = [line.split() for line in f]
+        return {(step, stream): value for step, stream, value in lines if stream in ("train", "val", "norm")}
 
 
-def last_line(process):
-    """The end of a process's messages, for the figure of a check that failed."""
-    return "" if process.returncode == 0 else f"status {process.returncode}: {process.stderr.strip()[-150:]!r}; "
+def resume(args):
+    """Yields whether a stopped and resumed run equals the uninterrupted one in every digit."""
+    for optimizer in ("adamw", "muon"):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = Runs(folder, args, 1)
+            flags = ["--deterministic", "--optimizer", optimizer, "--compile", "off" if args.quick else "on"]
+            whole = runs.run("whole", "--max-steps", "8", *flags)
+            runs.run("resumed", "--max-steps", "4", *flags)
+            resumed = runs.run("resumed", "--max-steps", "8", *flags)
+            yield f"resume, {optimizer}", whole == resumed and len(whole) == 19, f"{len(whole)} losses and norms bitwise equal"
 
 
-def deterministic_resume(runs):
-    """A run that was stopped and resumed equals the uninterrupted one in every digit."""
-    whole = runs.run("whole", "--max-steps", "8", "--deterministic")
-    runs.run("resumed", "--max-steps", "4", "--deterministic")
-    resumed = runs.run("resumed", "--max-steps", "8", "--deterministic")
-    equal = runs.log("whole") == runs.log("resumed")
-    return equal and len(runs.log("whole")) == 19, f"{last_line(whole)}{last_line(resumed)}19 losses and norms equal: {equal}"
-
-
-def ranks_agree(runs):
-    """Losses on 1 and W ranks, with 11 validation windows, which W does not divide."""
-    one, process = runs.run("one", "--max-steps", "8"), runs.run("ddp", "--max-steps", "8", ranks=runs.world_size)
-    largest = runs.difference("one", "ddp")
-    return largest < 1e-3, f"{last_line(one)}{last_line(process)}1 and {runs.world_size} ranks differ by {largest:.1e}"
-
-
-def sharded(runs):
-    """Losses under zero and fsdp are those of one rank; a checkpoint of fsdp resumes under ddp."""
-    figures, good = [], True
-    for name, modes in (("zero", ["zero"]), ("fsdp", ["fsdp"]), ("fsdp to ddp", ["fsdp", "ddp"])):
-        for steps, mode in zip(([8] if len(modes) == 1 else [4, 8]), modes):
-            process = runs.run(name.replace(" ", "-"), "--max-steps", str(steps), "--parallel", mode, ranks=runs.world_size)
-        largest = runs.difference("one", name.replace(" ", "-"))
-        good, figures = good and largest < 1e-3, [*figures, f"{name}: {last_line(process)}{largest:.1e}"]
-    return good, "largest differences to one rank, " + ", ".join(figures)
-
-
-def wrong_data(runs):
-    """A wrong --data ends all ranks soon, with one message."""
-    start = time.monotonic()
-    process = runs.run("wrong", ranks=runs.world_size, data="nowhere")
-    seconds, messages = time.monotonic() - start, re.findall(r"^error: .*$", process.stderr, re.MULTILINE)
-    good = process.returncode != 0 and len(messages) == 1 and "no data at nowhere" in messages[0] and seconds < 60
-    return good, f"{seconds:.0f} s, {len(messages)} message(s)"
-
-
-def killed_rank(runs):
-    """torchrun restarts the ranks after rank 1 is killed; the run ends as an uninterrupted one."""
-    command = runs.command("killed", "--max-steps", "8", ranks=runs.world_size, restarts=1)
-    with subprocess.Popen(command, cwd=runs.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        output, killed = [], False
-        for line in process.stdout:
-            output.append(line)
-            if not killed and line.startswith("saved"):
-                killed = True
-                for pid in ranks_with(b"RANK=1\0", b"killed\0"):
-                    os.kill(pid, signal.SIGKILL)
-    resumed = any(line.startswith("resuming ") for line in output)
-    return process.returncode == 0 and resumed and runs.difference("one", "killed") < 1e-3, \
-        f"status {process.returncode}, restarted {resumed}, differs by {runs.difference('one', 'killed'):.1e}"
-
-
-def ranks_with(variable, argument):
-    """Process ids with an environment variable and a command line argument; Linux only."""
-    pids = []
-    for path in glob.glob("/proc/[0-9]*"):
-        try:
-            with open(f"{path}/environ", "rb") as environ, open(f"{path}/cmdline", "rb") as cmdline:
-                found = b"\0" + variable in b"\0" + environ.read() and argument in cmdline.read()
-        except OSError:  # it has ended, or belongs to another user
-            continue
-        if found:
-            pids.append(int(os.path.basename(path)))
-    return pids
-
-
-def overlap_of_rank(args, rank, world_size, port):
-    """Fraction of the time of NCCL's kernels during which other kernels run too, in a training step of one of the ranks."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    ranks = parallel.setup(args.device)
-    run, _, _ = build_step(Variant(args.dtype, compile=True), SimpleNamespace(size="gpt2", B=16, T=1024), ranks)
-    for _ in range(3):
-        run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        runtime.synchronize(ranks.device)
-    kernels = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()
-               if e.device_type == torch.autograd.DeviceType.CUDA]
-    parallel.teardown()
-    ours = sorted((start, end) for name, start, end in kernels if "nccl" not in name.lower())
-    nccl = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
-    covered = sum(max(0, min(end, b) - max(start, a)) for start, end in nccl for a, b in ours)
-    return covered / max(1, sum(end - start for start, end in nccl))
-
-
-def overlap(args):
-    """DDP reduces gradients while the backward still computes others."""
-    W, port = torch.cuda.device_count(), free_port()
-    with ThreadPoolExecutor(W) as pool:
-        ranks = [pool.submit(in_fresh_process, overlap_of_rank, args, rank, W, port) for rank in range(W)]
-        fraction = statistics.median(rank.result() for rank in ranks)
-    return fraction > 0.5, f"{fraction:.0%} of the reductions' time overlaps with computation"
+def ranks(args):
+    """Yields the differences of the losses on one rank and on all devices, with DDP and FSDP."""
+    world_size = max(2, torch.cuda.device_count()) if not args.device.startswith("cuda") else torch.cuda.device_count()
+    if world_size < 2 or args.device == "mps":
+        yield "several ranks", True, "not checked: one device"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(folder, args, world_size)
+        flags = ["--max-steps", "8", "--optimizer", "adamw", "--dtype", "float32", "--compile", "off"]
+        one = runs.run("one", *flags)
+        for mode in ("ddp", "fsdp"):
+            other = runs.run(mode, *flags, "--parallel", mode, ranks=world_size)
+            largest = max(abs(float(one[key]) - float(other[key])) for key in one)
+            yield f"{world_size} ranks, {mode}", largest < 1e-2, f"losses and norms differ by {largest:.1e}"
 
 
 # -----------------------------------------------------------------------------
-# all checks
+# what else does it cost?
+
+def evaluations(args):
+    """Yields the speed of HellaSwag, and whether its scores depend on TF32 outside, and the speed of sampling."""
+    model = random_model(args).eval()
+    ranks = one_rank(args)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "examples.jsonl")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write((json.dumps(EXAMPLE) + "\n") * (8 if args.quick else 2000))
+        dataset = hellaswag.prepare(path)
+    sums = []
+    for precision in ("high", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        seconds, (_, found, _) = timed(lambda: hellaswag.evaluate(model, dataset, args.dtype, ranks), args.device)
+        sums.append(found)
+    equal = all((sums[0][style] == sums[1][style]).all() for style in sums[0])
+    yield "HellaSwag", equal, f"{len(dataset.examples) / seconds:,.0f} short examples/s in both styles, after the first pass"
+    model = sample.prepare_for_sampling(model, args.dtype, 1)
+    tokens = 16 if args.quick else 256
+
+    def generate():
+        return list(sample.stream(model, [[50256]], tokens, torch.Generator(device=args.device).manual_seed(1)))
+    seconds, made = timed(generate, args.device, 1, 1)
+    yield "sampling", True, f"{len(made) / seconds:,.0f} tok/s, one text"
+
+
+def optimizers(args):
+    """Yields the milliseconds of an optimizer step of 124M alone."""
+    for name in ("adamw", "muon"):
+        model = random_model(args)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * 1e-3
+        made = model.configure_optimizers(6e-4, 0.1, optimizer=name)
+        seconds, _ = timed(lambda made=made: [optimizer.step() for optimizer in made], args.device, 10, 3)
+        yield f"{name} step", True, f"{1000 * seconds:.2f} ms"
+
+
+# the most valuable first, with the seconds that one takes on an H200
+STAGES = [(environment, 15), (training, 90), (resume, 150), (losses, 45), (evaluations, 30), (optimizers, 20), (ranks, 120)]
+
+
+def run_stage(stage, args):
+    """Rows of a stage's checks, printed as they come; an error is a row of its own."""
+    rows = []
+    checks = stage(args)
+    while True:
+        start = time.monotonic()
+        try:
+            name, passed, figure = next(checks)
+        except StopIteration:
+            return rows
+        except Exception as e:  # a stage that fails must not hide the others
+            name, passed, figure = stage.__name__, False, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        result = "ok" if passed else "FAIL"
+        rows.append({"gpu_check": name, "result": result, "figure": figure, "seconds": round(time.monotonic() - start, 1)})
+        print(f"{result:<4} {name}: {figure} ({rows[-1]['seconds']:.1f} s)", flush=True)
+
 
 def bench_gpu_check(args):
-    """Rows of all checks that this machine can run; "result" is "ok" or "FAIL"."""
-    on_gpu = args.device.startswith("cuda")
-    world_size = torch.cuda.device_count() if on_gpu else 2 if args.device == "cpu" else 1  # no process group has MPS
-    checks = {"environment": environment, "attention kernels": attention_backends} if on_gpu else {}
-    checks |= {"float32 losses": same_losses("float32", 1e-3), "bfloat16 losses": same_losses("bfloat16", 5e-2),
-               "muon losses": same_losses("float32", 2e-2, optimizer="muon"),
-               "activation checkpointing": same_losses("float32", 1e-3, activation_checkpointing=True)}
-    if on_gpu:
-        checks |= {"TF32 losses": same_losses("float32", 2e-2, precision="high"),
-                   "float16 losses": same_losses("float16", 5e-2)}
-    checks |= {"one graph": graphs, "HellaSwag scores": equal_scores, "decoding": decoding}
-    checks |= {"speed of 124M": speed, "ladder": ladder} if on_gpu else {}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(folder, args.device, world_size)
-        of_runs = {"deterministic resume": deterministic_resume}
-        if world_size > 1:
-            of_runs |= {"1 and W ranks": ranks_agree, "sharded": sharded, "wrong --data": wrong_data,
-                        "killed rank": killed_rank}
-        if on_gpu and world_size > 1:
-            checks |= {"overlap": overlap}
-        for name, check in (checks | of_runs).items():
-            start = time.monotonic()
-            try:
-                passed, figure = check(runs if name in of_runs else args)
-            except Exception as e:  # a check that fails must not hide the others
-                passed, figure = False, f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            rows.append({"gpu_check": name, "result": "ok" if passed else "FAIL", "figure": figure,
-                         "seconds": round(time.monotonic() - start, 1)})
-            print(f"{rows[-1]['result']:<4} {name}: {figure} ({rows[-1]['seconds']:.1f} s)", flush=True)
-    print(json.dumps({"machine": runtime.describe_machine(args.device), "world_size": world_size, "checks": rows}), flush=True)
+    """Rows of all checks; "result" is "ok", "FAIL" or "skipped"."""
+    start, rows = time.monotonic(), []
+    for stage, seconds in STAGES:
+        if time.monotonic() - start + seconds > LIMIT:
+            rows.append({"gpu_check": stage.__name__, "result": "skipped", "figure": "no time left", "seconds": 0.0})
+            print(f"skipped {stage.__name__}: {LIMIT} s are over", flush=True)
+        else:
+            # a process of its own: compiled code, the allocator and patched functions do not outlive the stage
+            rows += in_fresh_process(run_stage, stage, args)
+        with open("gpu_check.json", "w", encoding="utf-8") as f:
+            json.dump({"machine": runtime.describe_machine(args.device), "checks": rows}, f, indent=1)
     return rows

@@ -1,4 +1,4 @@
-"""The lecture's ladder: the optimizations of a training step, each rung added to all rungs before it."""
+"""The lecture's ladder: the optimizations of a training step, added one by one."""
 from dataclasses import replace
 
 import torch
@@ -11,21 +11,26 @@ from run.files import atomic_write
 
 
 def rungs(dtype, device, world_size):
-    """Yields (name, Variant, reason) of each rung; reason: why this machine cannot run it, or None."""
+    """Yields (name, Variant, reason) of each rung; reason: why it cannot run here, or None."""
     on_cuda = device.startswith("cuda")
     has_tf32 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    variant = Variant("float32", tf32=False, compile=False, flash=False, vocab_size=50257, fused=False, ours=False)
+    variant = Variant("float32", tf32=False, compile=False, flash=False, vocab_size=50257,
+                      fused=False, ours=False)
     for name, change, reason in (
             ("float32", {}, None),
             ("TF32", {"tf32": True}, None if has_tf32 else "needs an NVIDIA GPU, Ampere or newer"),
-            (f"{dtype} autocast", {"dtype": dtype}, "no fast 16-bit dtype" if dtype == "float32" else None),
-            ("torch.compile", {"compile": True}, "not used on MPS" if device == "mps" else None),
+            (f"{dtype} autocast", {"dtype": dtype},
+             "no fast 16-bit dtype" if dtype == "float32" else None),
+            ("torch.compile", {"compile": True},
+             "not used on MPS" if device == "mps" else None),
             ("flash attention", {"flash": True}, None),
             ("vocabulary 50304", {"vocab_size": 50304}, None),
-            ("fused AdamW", {"fused": True}, None if on_cuda or device == "cpu" else "not used on this device"),
+            ("fused AdamW", {"fused": True},
+             None if on_cuda or device == "cpu" else "not used on this device"),
             ("memory kept, logits detached", {"ours": True}, None),
             ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
-            (f"DDP x {world_size}", {"world_size": world_size}, None if world_size > 1 else "one process; use --ranks")):
+            (f"DDP x {world_size}", {"world_size": world_size},
+             None if world_size > 1 else "one process; use --ranks")):
         if reason is None:
             variant = replace(variant, **change)
         yield name, variant, reason
@@ -34,25 +39,38 @@ def rungs(dtype, device, world_size):
 def claims(args):
     """{rung: the speedup commonly claimed for it, and what the claim is about as measured here}.
 
-    8x is TF32 against float32 on an A100's data sheet, 7.6x is FlashAttention (Dao et al. 2022) on GPT-2's attention.
+    8x is TF32 against float32 on an A100's data sheet, 7.6x is FlashAttention (Dao et al. 2022) on
+    GPT-2's attention.
     """
     config = config_for(args.size)
     shapes = [(args.B, config.n_head, args.T, config.n_embd // config.n_head)] * 3
-    naive, flash = (in_fresh_process(forward_backward_seconds, function, shapes, args.dtype, args.device)
-                    for function in (naive_attention, flash_attention))
-    notes = {"torch.compile": "claimed: 2x", "flash attention": f"claimed: 7.6x for attention only; here {naive / flash:.1f}x"}
+
+    def seconds(attention):
+        return in_fresh_process(forward_backward_seconds, attention, shapes, args.dtype, args.device)
+    speedup = seconds(naive_attention) / seconds(flash_attention)
+    notes = {"torch.compile": "claimed: 2x",
+             "flash attention": f"claimed: 7.6x for attention only; here {speedup:.1f}x"}
     if args.device.startswith("cuda"):
-        float32, tf32 = (in_fresh_process(matmul_peak, "float32", args.device, on) for on in (False, True))
+        float32 = in_fresh_process(matmul_peak, "float32", args.device, False)
+        tf32 = in_fresh_process(matmul_peak, "float32", args.device, True)
         notes["TF32"] = f"claimed: 8x for matmuls only; here {tf32 / float32:.1f}x"
     return notes
 
 
 def bench_ladder(args):
-    """Rows of the rungs. gain: tok/s relative to the rung before; MFU: relative to the data sheet's peak, if it is known."""
-    world_size = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 1)
-    peak, data_sheet = in_fresh_process(matmul_peak, args.dtype, args.device), runtime.peak_flops(args.device, args.dtype)
+    """Rows of the rungs.
+
+    gain: tok/s relative to the rung before; MFU: relative to the data sheet's peak, if it is known.
+    """
+    world_size = args.ranks
+    if world_size == 0:
+        world_size = torch.cuda.device_count() if args.device == "cuda" else 1
+    peak = in_fresh_process(matmul_peak, args.dtype, args.device)
+    data_sheet = runtime.peak_flops(args.device, args.dtype)
     print(f"matmul peak: {peak / 1e9:,.0f} GFLOP/s", flush=True)
-    notes, rows, not_measured = claims(args), [], []
+    notes = claims(args)
+    rows = []
+    not_measured = []
     for name, variant, reason in rungs(args.dtype, args.device, world_size):
         if reason is None:
             try:
@@ -63,17 +81,22 @@ def bench_ladder(args):
             not_measured.append(f"{name} ({reason})")
             continue
         print(f"  {name}: {result['tok/s']:,.0f} tok/s", flush=True)
-        first, before = (rows[0], rows[-1]) if rows else (result, result)
+        first = rows[0] if rows else result
+        before = rows[-1] if rows else result
+        flops = 1e9 * result["GFLOP/s"]
         rows.append({"ladder": name, **result, "gain": result["tok/s"] / before["tok/s"],
-                     "x float32": result["tok/s"] / first["tok/s"], "% of matmul peak": 100e9 * result["GFLOP/s"] / peak,
-                     "MFU %": data_sheet and 100e9 * result["GFLOP/s"] / data_sheet, "note": notes.get(name, "")})
+                     "x float32": result["tok/s"] / first["tok/s"],
+                     "% of matmul peak": 100 * flops / peak,
+                     "MFU %": 100 * flops / data_sheet if data_sheet else None,
+                     "note": notes.get(name, "")})
     if not rows:
         raise ValueError("every rung ran out of memory; use a smaller --batch-size")
     print_table(rows)
     if not_measured:
         print(f"not measured: {', '.join(not_measured)}", flush=True)
     if args.picture:
-        draw_ladder(rows, f"{args.size}, B={args.B}, T={args.T}, {runtime.device_name(args.device)}", args.picture)
+        device = runtime.device_name(args.device)
+        draw_ladder(rows, f"{args.size}, B={args.B}, T={args.T}, {device}", args.picture)
     return rows
 
 
@@ -81,10 +104,13 @@ def draw_ladder(rows, title, path):
     """Draws the rungs' tok/s as bars, from float32 at the top to the last rung, into a PNG file."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 0.42 * len(rows) + 1), layout="constrained")
-    panel, speeds = figure.subplots(), [row["tok/s"] for row in rows]
+    panel = figure.subplots()
+    speeds = [row["tok/s"] for row in rows]
     bars = panel.barh([row["ladder"] for row in rows], speeds, color="tab:blue")
-    panel.bar_label(bars, [f"{row['tok/s']:,.0f}  ({row['gain']:.2f}x)" for row in rows], padding=4, fontsize=8)
+    labels = [f"{row['tok/s']:,.0f}  ({row['gain']:.2f}x)" for row in rows]
+    panel.bar_label(bars, labels, padding=4, fontsize=8)
     panel.invert_yaxis()
-    panel.set(xlabel="tokens per second (speedup over the rung above)", title=title, xlim=(0, 1.2 * max(speeds)))
+    panel.set(xlabel="tokens per second (speedup over the rung above)", title=title,
+              xlim=(0, 1.2 * max(speeds)))
     with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")

@@ -1,6 +1,6 @@
 """
-The speed of a training step compared with the lecture's step, which is reimplemented here, and with a roofline: its
-matmuls and attention.
+The speed of a training step compared with the lecture's step, which is reimplemented here, and with
+a roofline: its matmuls and attention.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -97,23 +97,25 @@ def build_step(variant, args, ranks):
 def time_rank(variant, args, rank, port):
     """The result of time_step, measured in this process, which is one of the variant's ranks."""
     if variant.world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(variant.world_size), MASTER_ADDR="localhost",
-                          MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(variant.world_size),
+                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
     ranks = parallel.setup(args.device)
     run, raw_model, _ = build_step(variant, args, ranks)
     seconds, loss = timed(run, ranks.device, args.steps, 2)
     parallel.teardown()
     tokens = args.B * args.T * variant.grad_accum_steps
-    return {"ms/step": 1000 * seconds, "tok/s": tokens * ranks.world_size / seconds, "peak GB": peak_gb(ranks.device),
-            "GFLOP/s": raw_model.config.flops_per_token(args.T) * tokens / seconds / 1e9, "loss": loss}
+    flops = raw_model.config.flops_per_token(args.T) * tokens
+    return {"ms/step": 1000 * seconds, "tok/s": tokens * ranks.world_size / seconds,
+            "peak GB": peak_gb(ranks.device), "GFLOP/s": flops / seconds / 1e9, "loss": loss}
 
 
 def time_step(variant, args):
     """{"ms/step", "tok/s", "peak GB", "GFLOP/s" of one device, "loss"} of a Variant; each rank is a fresh process."""
     port = free_port()
     with ThreadPoolExecutor(variant.world_size) as pool:
-        ranks = [pool.submit(in_fresh_process, time_rank, variant, args, rank, port) for rank in range(variant.world_size)]
-        return [rank.result() for rank in ranks][0]
+        results = [pool.submit(in_fresh_process, time_rank, variant, args, rank, port)
+                   for rank in range(variant.world_size)]
+        return [result.result() for result in results][0]
 
 
 def time_roofline(args):
@@ -124,7 +126,8 @@ def time_roofline(args):
     def seconds_of(function, *shapes):
         return forward_backward_seconds(function, shapes, args.dtype, args.device, args.steps)
 
-    config, tokens = config_for(args.size, vocab_size=50304), args.B * args.T
+    config = config_for(args.size, vocab_size=50304)
+    tokens = args.B * args.T
     C, nh = config.n_embd, config.n_head
     linears = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C))  # (in, out) of c_attn, attn.c_proj, c_fc, mlp.c_proj
     layer = sum(seconds_of(F.linear, (tokens, n_in), (n_out, n_in)) for n_in, n_out in linears)
@@ -138,14 +141,21 @@ def bench_train(args):
     print(f"matmul peak: {peak:,.0f} GFLOP/s", flush=True)
     seconds = in_fresh_process(time_roofline, args)
     results = {}
-    for name, variant in (
-            # as the lecture's script ends: no torch.compile, fused AdamW on CUDA only
-            ("lecture", Variant(args.dtype, fused=args.device.startswith("cuda"), ours=False)),
-            ("eager", Variant(args.dtype)), ("compiled", Variant(args.dtype, compile=True))):
+    variants = {
+        # as the lecture's script ends: no torch.compile, fused AdamW on CUDA only
+        "lecture": Variant(args.dtype, fused=args.device.startswith("cuda"), ours=False),
+        "eager": Variant(args.dtype),
+        "compiled": Variant(args.dtype, compile=True),
+    }
+    for name, variant in variants.items():
         results[name] = time_step(variant, args)
         print(f"  {name}: {results[name]['tok/s']:,.0f} tok/s", flush=True)
     gflops = results["eager"]["GFLOP/s"] * results["eager"]["ms/step"] / 1000 / seconds
-    roofline = {"ms/step": 1000 * seconds, "tok/s": args.B * args.T / seconds, "peak GB": None, "GFLOP/s": gflops, "loss": None}
-    return print_table([{"train": name, **r, "x lecture": r["tok/s"] / results["lecture"]["tok/s"],
-                         "% of roofline": 100 * r["tok/s"] / roofline["tok/s"], "% of matmul peak": 100 * r["GFLOP/s"] / peak}
-                        for name, r in {**results, "roofline: matmuls, attention": roofline}.items()])
+    roofline = {"ms/step": 1000 * seconds, "tok/s": args.B * args.T / seconds, "peak GB": None,
+                "GFLOP/s": gflops, "loss": None}
+    results["roofline: matmuls, attention"] = roofline
+    return print_table([{"train": name, **result,
+                         "x lecture": result["tok/s"] / results["lecture"]["tok/s"],
+                         "% of roofline": 100 * result["tok/s"] / roofline["tok/s"],
+                         "% of matmul peak": 100 * result["GFLOP/s"] / peak}
+                        for name, result in results.items()])

@@ -126,7 +126,7 @@ MIN_VAL_TOKENS = 327_680  # the fewest that a public run read: with fewer its lo
 
 # settings that change the loss, the most likely cause first
 CAUSES = ("optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ratio", "init",
-          "sequence_length", "val_tokens", "weight_decay", "beta1", "beta2", "grad_clip", "dropout",
+          "block_size", "val_tokens", "weight_decay", "beta1", "beta2", "grad_clip", "dropout",
           "embd_lr_ratio", "n_head", "shuffle")
 
 

@@ -19,13 +19,13 @@ from run.cli import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense 16-bit TFLOP/s (no sparsity, float32 accumulation) from the vendors' data sheets, by a part of the device's
-# name; the longest match wins. MFU is printed only for the devices listed.
+# Peak dense 16-bit TFLOP/s (no sparsity, float32 accumulation) from the vendors' data sheets, by a
+# part of the device's name; the longest match wins. MFU is printed only for the devices listed.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
-    "V100-PCIE": 112, "RTX A6000": 154.8, "MI300X": 1307.4,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71,
+    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165,
+    "A10G": 70, "A10": 125, "V100": 125, "V100-PCIE": 112, "T4": 65, "RTX A6000": 154.8,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71, "MI300X": 1307.4,
 }
 
 
@@ -33,51 +33,68 @@ PEAK_TFLOPS = {
 # device and dtype
 
 def choose_device(device="auto"):
-    """device, or for "auto" the first available of "cuda", "mps", "cpu"; the current CUDA device, if it has an index.
+    """device, or for "auto" the first available of "cuda", "mps", "cpu".
 
-    ValueError for a device that is not available, and for a GPU that this build of PyTorch cannot use: training on the CPU
-    instead would go unnoticed.
+    ValueError for a device that is not available, and for a GPU that this build of PyTorch cannot
+    use: training on the CPU instead would go unnoticed.
     """
-    device_type, _, index = device.partition(":")
-    if device_type in ("auto", "cuda"):
-        check_cuda(int(index) if index.isdecimal() else 0)
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    index = re.fullmatch(r"cuda:(\d+)", device)
+    index = int(index[1]) if index else 0
+    if device == "auto" or device.startswith("cuda"):
+        check_cuda(index)
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *available]
     if device == "auto":
-        return next(name for name, is_there in available.items() if is_there)
-    if not available.get(device_type) or ":" in device and not (device_type == "cuda" and index.isdecimal()):
+        return available[0]
+    if device not in available:
         raise ValueError(f"device {device!r} is not available; this machine has"
-                         f" {', '.join(name for name, is_there in available.items() if is_there)}")
-    if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not available; this machine has {torch.cuda.device_count()} CUDA devices")
-    if index:
-        torch.cuda.set_device(int(index))  # otherwise Triton and pin_memory use GPU 0
+                         f" {', '.join(available)}")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(index)  # otherwise Triton and pin_memory use GPU 0
     return device
+
+
+OTHER_BUILD = ("install a build of PyTorch for an older CUDA (pytorch.org/get-started), or use"
+               " --device cpu")
 
 
 def check_cuda(index):
     """Raises ValueError if the driver, or GPU `index`, is too old for this build of PyTorch."""
-    other_build = "install a build of PyTorch for an older CUDA (pytorch.org/get-started), or use --device cpu"
-    if not torch.cuda.is_available():
-        if torch.version.cuda and torch.cuda.device_count() > 0:  # counted by the driver's library, without CUDA
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            smi = shutil.which("nvidia-smi") and subprocess.run(query, capture_output=True, text=True).stdout.split()
-            driver = smi[0] if smi else "unknown"
-            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, but its driver ({driver}) is too old for"
-                             f" PyTorch's CUDA {torch.version.cuda}: update it (CUDA 13 needs 580 or newer), {other_build}")
-        return
-    if torch.version.hip or index >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()  # counted by the driver's library, without CUDA
+    if torch.version.cuda and num_gpus > 0 and not torch.cuda.is_available():
+        raise ValueError(f"this machine has {num_gpus} GPUs, but its driver (see nvidia-smi) is too"
+                         f" old for PyTorch's CUDA {torch.version.cuda}: update it (CUDA 13 needs"
+                         f" 580 or newer), {OTHER_BUILD}")
+    if torch.version.hip or index >= num_gpus:
         return
     major, minor = torch.cuda.get_device_capability(index)
-    # kernels run on GPUs of the same major and the same or a higher minor version; PTX (compute_*) on any newer one
-    archs = [(arch.split("_")[0], int(number[:-1]), int(number[-1])) for arch in torch.cuda.get_arch_list()
-             for number in [re.sub(r"\D", "", arch.split("_")[1])]]
-    if not any(m == major and n <= minor or kind == "compute" and (m, n) <= (major, minor) for kind, m, n in archs):
-        raise ValueError(f"this PyTorch has no kernels for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), only for"
-                         f" {', '.join(torch.cuda.get_arch_list())}: {other_build}")
+    archs = torch.cuda.get_arch_list()
+    if not any(runs_on(arch, (major, minor)) for arch in archs):
+        raise ValueError(f"this PyTorch has no kernels for {torch.cuda.get_device_name(index)}"
+                         f" (sm_{major}{minor}), only for {', '.join(archs)}: {OTHER_BUILD}")
+
+
+def runs_on(arch, capability):
+    """Whether code of an architecture ("sm_80", "compute_120") runs on a GPU of a capability.
+
+    Kernels (sm_*) run on GPUs of the same major and the same or a higher minor version, PTX
+    (compute_*) on any newer one.
+    """
+    kind, number = re.match(r"(sm|compute)_(\d+)", arch).groups()  # "sm_90a" is sm_90, too
+    version = (int(number[:-1]), int(number[-1]))
+    if kind == "sm" and version[0] != capability[0]:
+        return False
+    return version <= capability
 
 
 def choose_dtype(dtype, device):
-    """A name in DTYPES; "auto" is bfloat16 where the hardware supports it, float16 on older GPUs, else float32."""
+    """A name in DTYPES.
+
+    "auto" is bfloat16 where the hardware supports it, float16 on older GPUs, else float32.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
@@ -90,17 +107,19 @@ def choose_dtype(dtype, device):
 
 
 def autocast(device, dtype):
-    """Context that runs matmuls in dtype (a name in DTYPES) and keeps softmax, norms and losses in float32."""
+    """Context that runs matmuls in dtype; softmax, norms and losses stay in float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device_type=device.split(":")[0], dtype=DTYPES[dtype])  # autocast("cuda:0") raises
+    # autocast("cuda:0") raises
+    return torch.autocast(device_type=device.split(":")[0], dtype=DTYPES[dtype])
 
 
 @contextlib.contextmanager
 def full_float32():
-    """Context in which float32 matmuls on a GPU use 24 bits of mantissa, not TF32's 11: for evaluations.
+    """Context in which float32 matmuls on a GPU use float32's 24 bits of mantissa, not TF32's 11.
 
-    A score must depend neither on the GPU nor on whether training or the command line computes it.
+    For evaluations: a score must depend neither on the GPU nor on whether training or the command
+    line computes it.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -112,10 +131,10 @@ def full_float32():
 
 @contextlib.contextmanager
 def without_cudnn_attention():
-    """Context in which attention uses flash, memory-efficient or math kernels on a GPU: for sampling and scoring.
+    """Context in which attention on a GPU does not use cuDNN's kernels: for sampling and scoring.
 
-    torch 2.11 and later prefer cuDNN's attention on H100 and B200. It plans anew for each combination of lengths, which
-    takes longer than generating a token.
+    torch 2.11 and later prefer cuDNN's attention on H100 and B200. It is planned again for each
+    combination of lengths, which takes longer than generating a token.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -156,20 +175,23 @@ def set_rng_state(state, device):
         if "cuda" in state and device.startswith("cuda"):
             torch.cuda.set_rng_state(state["cuda"], device)
     except (KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"not the state of torch {torch.__version__}'s random number generators: {first_line(e)}") from e
+        raise ValueError(f"not the state of torch {torch.__version__}'s random number generators:"
+                         f" {first_line(e)}") from e
 
 
 def use_deterministic_algorithms(mode):
-    """Makes every operation deterministic if mode is True, at some cost in speed; call it before the first matmul on CUDA.
+    """Makes every operation deterministic if mode is True, at some cost in speed.
 
-    An operation without a deterministic implementation raises. Eager runs on a CPU are bitwise identical without it;
-    torch.compile sums the embeddings' gradients in a nondeterministic order if there are several threads.
+    Call it before the first matmul on CUDA. An operation without a deterministic implementation
+    raises. Eager runs on a CPU are bitwise identical without it; torch.compile sums the embeddings'
+    gradients in a nondeterministic order if there are several threads.
     """
     if not mode:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each new tensor
+    # a debugging aid that costs a pass over each new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 
@@ -184,34 +206,38 @@ def peak_flops(device, dtype):
     # whole words: an RTX A3000 is not an A30; these suffixes denote other chips, or a part of one
     if re.search(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b", name):
         return None
-    match = max((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), key=len, default=None)
-    return PEAK_TFLOPS[match] * 1e12 if match else None
+    matches = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)]
+    if not matches:
+        return None
+    return PEAK_TFLOPS[max(matches, key=len)] * 1e12
 
 
 def keep_freed_memory():
-    """Makes glibc keep large freed blocks instead of returning them to the kernel; does nothing on other systems.
+    """Makes glibc keep large freed blocks instead of returning them to the kernel.
 
-    A training step on the CPU frees and allocates the same hundreds of megabytes each time; by default the kernel
-    clears every page again on first touch. `python -m bench ladder` measures the gain.
+    A training step on the CPU frees and allocates the same hundreds of megabytes each time; by
+    default the kernel clears every page again on first touch. `python -m bench ladder` measures the
+    gain.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)   # M_MMAP_MAX: no allocation uses mmap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(-4, 0)   # M_MMAP_MAX: no allocation uses mmap
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def free_memory(device):
     """Bytes available on the device to this process, or None if unknown."""
     if device.startswith("cuda"):  # free, or kept by PyTorch's allocator for reuse
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
     if device == "mps":  # the part of the machine's memory that Metal recommends
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if os.path.exists("/proc/meminfo"):  # SC_AVPHYS_PAGES does not count what the page cache would give back
+    if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo", encoding="utf-8") as f:
-            if available := re.search(r"MemAvailable: *(\d+) kB", f.read()):
-                return 1024 * int(available[1])
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            available = re.search(r"MemAvailable: *(\d+) kB", f.read())
+        if available:  # with what the page cache would give back
+            return 1024 * int(available[1])
     return None
 
 
@@ -220,8 +246,8 @@ def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-            models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            models = re.findall(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)
         if models:
             return f"{models[0]} ({len(models)} cores)"
     return device
@@ -229,7 +255,10 @@ def device_name(device):
 
 def describe_machine(device):
     """{"commit", "device", "torch", "python"}, for results and logs. "commit" may be None."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
-    return {"commit": git and git.stdout.strip() or None, "device": device_name(device), "torch": torch.__version__,
+    commit = None
+    if shutil.which("git"):
+        here = os.path.dirname(os.path.abspath(__file__))
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+        commit = git.stdout.strip() or None
+    return {"commit": commit, "device": device_name(device), "torch": torch.__version__,
             "python": platform.python_version()}

@@ -22,16 +22,15 @@ import bench.hellaswag
 import bench.ladder
 import bench.sample
 import bench.train
+import fineweb
 import hellaswag
 import sample
 from bench import measure
 from bench.train import Variant, build_step
 from model import GPTConfig
-from run.parallel import Ranks
 import model
+from common import ENV, ONE, ROOT, python
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ONE_RANK = Ranks(0, 0, 1, "cpu", False)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +59,7 @@ def tiny_args(**changes):
 # the variants of a training step
 
 def losses(variant, steps=3):
-    run, _, _ = build_step(variant, tiny_args(), ONE_RANK)
+    run, _, _ = build_step(variant, tiny_args(), ONE)
     return [run() for _ in range(steps)]
 
 
@@ -78,13 +77,13 @@ def test_naive_attention_equals_flash_attention():
 
 def test_a_step_has_the_settings_of_its_variant():
     changes = dict(flash=False, vocab_size=50257, fused=False, ours=False)
-    _, raw_model, optimizers = build_step(Variant("float32", **changes), tiny_args(), ONE_RANK)
+    _, raw_model, optimizers = build_step(Variant("float32", **changes), tiny_args(), ONE)
     assert raw_model.config.vocab_size == 50257
     assert {type(block.attn) for block in raw_model.transformer.h} == {bench.train.NaiveAttention}
     assert not optimizers[0].defaults["fused"] and not optimizers[0].param_groups[0]["fused"]
     logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
     assert logits.requires_grad
-    _, raw_model, optimizers = build_step(Variant("float32"), tiny_args(), ONE_RANK)
+    _, raw_model, optimizers = build_step(Variant("float32"), tiny_args(), ONE)
     logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
     assert not logits.requires_grad and optimizers[0].defaults["fused"]
 
@@ -98,7 +97,7 @@ def test_the_roofline_counts_every_matmul_and_attention_of_the_step(monkeypatch)
         (B, nh, T, hs), _, _ = shapes
         return 12 * B * nh * T * T * hs
     monkeypatch.setattr(bench.train, "forward_backward_seconds", flops)
-    _, raw_model, _ = build_step(Variant("float32"), tiny_args(), ONE_RANK)
+    _, raw_model, _ = build_step(Variant("float32"), tiny_args(), ONE)
     matrices = sum(p.numel() for name, p in raw_model.named_parameters() if p.dim() == 2 and "wpe" not in name)
     expected = 2 * 16 * (6 * matrices + 12 * 2 * 32 * 16)
     assert bench.train.time_roofline(tiny_args()) == expected
@@ -192,7 +191,7 @@ def test_examples_made_from_input_txt_are_valid(tmp_path):
     task = hellaswag.prepare(str(tmp_path / "examples.jsonl"))
     assert len({json.dumps(example) for example in task.examples}) == 5
     for example in task.examples:
-        tokens, mask, _ = hellaswag.render_example(example)
+        tokens, mask = bench.hellaswag.lecture_rows(example)
         assert tokens.shape[0] == 4 and mask.any(dim=1).all()
 
 
@@ -200,8 +199,9 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
     """All three scorings predict the same in float32, from every third of six examples on."""
     path, scored = str(tmp_path / "examples.jsonl"), []
     bench.hellaswag.write_examples(path, 6)
-    render = hellaswag.render_example
-    monkeypatch.setattr(hellaswag, "render_example", lambda example: scored.append(example["ctx"]) or render(example))
+    rows = bench.hellaswag.lecture_rows
+    monkeypatch.setattr(bench.hellaswag, "lecture_rows",
+                        lambda example: scored.append(example["ctx"]) or rows(example))
     monkeypatch.setattr(model, "SIZES", {"tiny": (1, 1, 4, 256)})
     monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
     rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
@@ -223,7 +223,7 @@ def test_tiktokens_own_encoding_is_as_it_ships_and_has_our_tokens():
     from tiktoken_ext.openai_public import r50k_pat_str
     assert bench.data.tiktokens_gpt2()._pat_str == r50k_pat_str
     text = "Hello, I'm  a language\n\n model 2<|endoftext|> naïve 北京 "
-    assert bench.data.tokenize_row({"text": text}).tolist() == bench.data.fineweb.encode([text]).tolist()
+    assert bench.data.tokenize_row({"text": text}).tolist() == fineweb.encode([text]).tolist()
 
 
 @pytest.mark.slow  # imports datasets
@@ -384,6 +384,22 @@ def test_comparing_with_another_file_is_an_error(contents, tmp_path):
         command.read_result(str(tmp_path / "old.json"))
 
 
+def test_children_end_when_their_parent_is_killed():
+    """A benchmark once computed for half an hour after its parent was killed."""
+    child = "print('started', flush=True); import time; time.sleep(300)"
+    parent = f"from bench.measure import in_fresh_process; in_fresh_process(exec, {child!r})"
+    with subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {parent}"], cwd=ROOT,
+                          env=ENV, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        process.kill()
+        process.communicate(timeout=60)  # returns when the child, which has the same stdout, has ended
+
+
+def test_only_tokenize_imports_pyarrow():
+    process = python("-c", "import sys, bench.__main__; print('pyarrow' in sys.modules)")
+    assert process.stdout == "False\n", process.stderr
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_raises():
     with pytest.raises(MemoryError, match="was killed"):
@@ -400,8 +416,7 @@ def test_ranks_of_ddp_are_timed_together():
 @pytest.mark.slow
 def test_the_command_prints_a_table(tmp_path):
     flags = ["loader", "--batch-size", "1", "--sequence-length", "16", "--steps", "1", "--json", "result.json"]
-    process = subprocess.run([sys.executable, "-m", "bench", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                             env={**os.environ, "PYTHONPATH": ROOT})
+    process = python("-m", "bench", *flags, cwd=tmp_path, timeout=300, env={"PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["loader"]
     assert [row["loader"] for row in rows] == ["read and cast a batch", "wait for a batch", "training step"]

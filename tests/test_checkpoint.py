@@ -1,61 +1,44 @@
 """
-Checkpoints on a full disk, after kills at every point of a save, damaged, and with code in their pickles; a run folder's lock
+Checkpoints on a full disk, after kills at every point of a save, and damaged; a run folder's lock
 and log, and the trackers that receive the log's values.
 
     .venv/bin/python -m pytest tests/test_checkpoint.py
 
-Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record their calls.
+Needs no network: W&B, and TensorBoard where it is not installed, are replaced by fakes that record
+their calls.
 """
 import atexit
+import concurrent.futures
 import importlib.machinery
 import importlib.util
 import json
 import math
 import os
-import pickle
-import re
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
 
-from run import checkpoint
-from run import cli
 import train_gpt2
+from common import ONE, TINY, python, text_of_words, tiny_model
+from run import checkpoint, cli, folder, parallel, weights
 from run.folder import Log, check_tracker, kept_log, read_log
-from model import GPT, GPTConfig
 from run.parallel import Ranks
-from run import folder
-from run import weights
-from run import parallel
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIG = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=31)
 STATE = {"optimizers": [], "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
-ONE_PROCESS = Ranks(0, 0, 1, "cpu", False)
-
-
-def make_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**CONFIG, **changes}))
 
 
 def save_step(run_dir, step, seed=None):
     """Saves a checkpoint of step; returns its model."""
-    model = make_model(step if seed is None else seed)
-    checkpoint.save(str(run_dir), step, checkpoint.model_contents(model, 3.5), {**STATE, "loader": {"position": 8 * step}})
+    model = tiny_model(step if seed is None else seed)
+    state = {**STATE, "loader": {"position": 8 * step}}
+    checkpoint.save(str(run_dir), step, checkpoint.model_contents(model, 3.5), state)
     return model
 
 
 def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(p, b[name]) for name, p in a.items())
-
-
-def run_python(code, *arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "PYTHONPATH": ROOT})
 
 
 # -----------------------------------------------------------------------------
@@ -66,24 +49,19 @@ def test_load_latest_returns_what_was_saved(tmp_path):
     model = save_step(tmp_path, 20)
     loaded = checkpoint.load_latest(str(tmp_path))
     assert same_weights(loaded.model["model"], model.state_dict())
-    assert loaded.model["config"] == {**CONFIG, "bias": True, "dropout": 0.0}
-    assert (loaded.step, loaded.model["step"], loaded.model["val_loss"], loaded.messages) == (20, 20, 3.5, [])
+    assert loaded.model["config"] == vars(model.config)
+    assert (loaded.step, loaded.model["val_loss"], loaded.messages) == (20, 3.5, [])
     assert loaded.state == {**STATE, "loader": {"position": 160}, "step": 20}
-    assert sorted(os.listdir(tmp_path)) == ["model_00010.pt", "model_00020.pt", "state_00010.pt", "state_00020.pt"]
-
-
-def test_model_contents_takes_other_weights_if_they_are_given():
-    model, other = make_model(), make_model(1)
-    contents = checkpoint.model_contents(model, None, other.state_dict())
-    assert same_weights(contents["model"], other.state_dict()) and contents["val_loss"] is None
-    assert same_weights(checkpoint.model_contents(model, 2.5)["model"], model.state_dict())
+    assert sorted(os.listdir(tmp_path)) == [
+        "model_00010.pt", "model_00020.pt", "state_00010.pt", "state_00020.pt"]
 
 
 def test_tied_weights_are_stored_once(tmp_path):
-    wte_bytes = 4 * 1000 * 32
-    model = make_model(vocab_size=1000, n_embd=32)
+    model = tiny_model(vocab_size=1000, n_embd=32)
     checkpoint.save(str(tmp_path), 1, checkpoint.model_contents(model, None), {})
-    assert os.path.getsize(tmp_path / "model_00001.pt") < 4 * model.num_params() + wte_bytes / 2
+    wte_bytes = 4 * 1000 * 32
+    size = os.path.getsize(tmp_path / "model_00001.pt")
+    assert size < 4 * model.num_params() + wte_bytes / 2
 
 
 def test_a_step_without_both_files_is_skipped(tmp_path):
@@ -99,18 +77,15 @@ def test_a_step_without_both_files_is_skipped(tmp_path):
     assert "step 20" in loaded.messages[1] and "state_00020.pt" in loaded.messages[1]
 
 
-def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
+def test_a_run_without_a_model_file_starts_over(tmp_path):
+    assert checkpoint.load_latest(str(tmp_path / "nowhere")) is None
     assert checkpoint.load_latest(str(tmp_path)) is None
-    assert checkpoint.load_latest(str(tmp_path / "nowhere")) is None and folder.saved_steps(str(tmp_path / "nowhere")) == []
-
-
-def test_after_a_kill_during_the_first_save_the_run_starts_over(tmp_path):
     save_step(tmp_path, 10)
-    os.remove(tmp_path / "model_00010.pt")
+    os.remove(tmp_path / "model_00010.pt")  # a kill during the first save leaves only the state
     assert checkpoint.load_latest(str(tmp_path)) is None
 
 
-def test_models_without_states_are_an_error_and_do_not_start_over_silently(tmp_path):
+def test_a_model_without_its_state_is_an_error_and_does_not_start_over_silently(tmp_path):
     save_step(tmp_path, 10)
     os.remove(tmp_path / "state_00010.pt")
     with pytest.raises(ValueError, match="state_00010.pt.*move the folder away to start over"):
@@ -120,183 +95,139 @@ def test_models_without_states_are_an_error_and_do_not_start_over_silently(tmp_p
 def test_files_of_another_step_or_kind_are_an_error(tmp_path):
     for step in (10, 20):
         save_step(tmp_path, step)
-    (tmp_path / "state_00010.pt").write_bytes((tmp_path / "state_00020.pt").read_bytes())
+    state = (tmp_path / "state_00020.pt").read_bytes()
+    (tmp_path / "state_00010.pt").write_bytes(state)
     with pytest.raises(ValueError, match="state_00010.pt is not the state file of step 10"):
         checkpoint.load_pair(str(tmp_path), 10)
-    (tmp_path / "model_00020.pt").write_bytes((tmp_path / "state_00020.pt").read_bytes())
+    (tmp_path / "model_00020.pt").write_bytes(state)
     with pytest.raises(ValueError, match="model_00020.pt is not the model file of step 20"):
         checkpoint.load_pair(str(tmp_path), 20)
 
 
-def test_step_of_reads_the_step_from_a_files_name():
-    assert folder.step_of("log/a/model_00250.pt") == 250 and folder.step_of("state_100000.pt") == 100000
-    with pytest.raises(ValueError, match="log/a/best.pt is not named like a checkpoint"):
-        folder.step_of("log/a/best.pt")
-
-
-def test_prune_keeps_the_newest_checkpoints_and_other_files(tmp_path):
+def test_prune_keeps_the_newest_and_the_best_checkpoints_and_other_files(tmp_path):
     for step in (5, 10, 99999, 100000):
         save_step(tmp_path, step)
     (tmp_path / "log.txt").touch()
-    checkpoint.prune(str(tmp_path), 2)
-    assert sorted(os.listdir(tmp_path)) == ["log.txt", "model_100000.pt", "model_99999.pt", "state_100000.pt", "state_99999.pt"]
-    checkpoint.prune(str(tmp_path), 3)
-    assert folder.saved_steps(str(tmp_path)) == [99999, 100000]
+    checkpoint.prune(str(tmp_path), 100000, 2, best=5)
+    assert folder.saved_steps(tmp_path) == [5, 99999, 100000]
+    checkpoint.prune(str(tmp_path), 100000, 3)
+    assert folder.saved_steps(tmp_path) == [5, 99999, 100000]
+    checkpoint.prune(str(tmp_path), 100000, 1)
+    assert sorted(os.listdir(tmp_path)) == ["log.txt", "model_100000.pt", "state_100000.pt"]
 
 
-def test_prune_keeps_the_best_checkpoint(tmp_path):
-    for step in (1, 2, 3, 4):
+def test_prune_removes_an_older_single_file_and_neither_counts_nor_removes_newer_files(tmp_path):
+    """A run that resumed before a damaged checkpoint must not keep it in place of its own."""
+    for step in (1, 2, 3, 4, 5):
         save_step(tmp_path, step)
-    checkpoint.prune(str(tmp_path), 1, best=2)
-    assert folder.saved_steps(tmp_path) == [2, 4]
+    os.remove(tmp_path / "model_00002.pt")
+    os.remove(tmp_path / "state_00005.pt")
+    checkpoint.prune(str(tmp_path), 3, 2)
+    assert folder.steps_of(tmp_path, "model") == {1, 3, 4, 5}
+    assert folder.steps_of(tmp_path, "state") == {1, 3, 4}
 
 
-@pytest.mark.parametrize("keep_best, first, kept", [(False, 3.0, [4]), (True, 3.0, [2, 4]), (True, math.nan, [2, 4])])
-def test_save_and_prune_keeps_the_checkpoint_of_the_lowest_validation_loss(tmp_path, capsys, keep_best, first, kept):
-    """A loss of NaN at the first of them was taken for the lowest."""
-    # step 5 has no checkpoint
-    (tmp_path / "log.txt").write_text(f"1 val {first}\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n")
+@pytest.mark.parametrize("keep_best, first, kept", [
+    (False, 3.0, [4]),
+    (True, 3.0, [2, 4]),
+    (True, math.nan, [2, 4]),  # a loss of NaN at the first of them was taken for the lowest
+])
+def test_keep_best_keeps_the_checkpoint_of_the_lowest_validation_loss(
+        tmp_path, capsys, keep_best, first, kept):
+    log = f"1 val {first}\n2 val 2.0\n3 val 2.5\n4 val 4.0\n5 val 1.0\n"  # 5 has no checkpoint
+    (tmp_path / "log.txt").write_text(log)
+    state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
+    model = checkpoint.model_contents(tiny_model(), None)
     for step in (1, 2, 3, 4):
-        state = {**STATE, "train_config": {"keep_best": keep_best, "keep_last": 1}}
-        checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
+        checkpoint.save_and_prune(str(tmp_path), step, model, state)
     assert folder.saved_steps(tmp_path) == kept
     assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model_00004.pt'}\n")
 
 
-def test_newer_checkpoints_are_renamed_and_a_state_without_its_model_is_pruned(tmp_path):
-    for step in (1, 2, 3, 4):
-        save_step(tmp_path, step)
-    os.remove(tmp_path / "model_00003.pt")
-    os.remove(tmp_path / "state_00004.pt")
-    renamed = checkpoint.rename_newer(str(tmp_path), 1)
-    assert [os.path.basename(path) for path in renamed] == ["model_00002.pt", "state_00002.pt", "model_00004.pt"]
-    assert all(os.path.exists(f"{path}.aside") and not os.path.exists(path) for path in renamed)
-    assert checkpoint.load_latest(str(tmp_path)).step == 1 and (tmp_path / "state_00003.pt").exists()
-    save_step(tmp_path, 5)
-    checkpoint.prune(str(tmp_path), 2)
-    assert folder.saved_steps(tmp_path) == [1, 5] and not (tmp_path / "state_00003.pt").exists()
-
-
-def test_renamed_checkpoints_are_never_overwritten(tmp_path):
-    """Each rollback once replaced the *.aside files of the one before. The files of one rollback get the same number."""
-    for rollback in (1, 2, 3):
-        (tmp_path / "log.txt").write_text(f"{rollback} val 1.0\n")
-        save_step(tmp_path, 1)
-        save_step(tmp_path, 2, seed=rollback)
-        if rollback == 2:
-            os.remove(tmp_path / "state_00002.pt")
-        checkpoint.rename_newer(str(tmp_path), 1)
-    kept = [weights.load_file(str(tmp_path / f"model_00002.pt{end}"))["model"] for end in (".aside", ".2.aside", ".3.aside")]
-    assert all(same_weights(weights, make_model(seed).state_dict()) for seed, weights in enumerate(kept, 1))
-    assert (tmp_path / "state_00002.pt.3.aside").exists() and not (tmp_path / "state_00002.pt.2.aside").exists()
-    assert [(tmp_path / f"log.txt{end}").read_text() for end in (".aside", ".3.aside", "")] == [
-        "1 val 1.0\n", "3 val 1.0\n", "3 val 1.0\n"]  # the run then truncates log.txt
-
-
-def test_a_log_that_was_edited_does_not_stop_a_run_that_keeps_the_best_checkpoint(tmp_path, capsys):
+def test_an_edited_log_does_not_stop_a_run_that_keeps_the_best_checkpoint(tmp_path, capsys):
     state = {**STATE, "train_config": {"keep_best": True, "keep_last": 1}}
+    model = checkpoint.model_contents(tiny_model(), None)
     for step, contents in ((1, "1 val 3.0\n"), (2, "a note of mine\n1 val 3.0\n")):
         (tmp_path / "log.txt").write_text(contents)
-        checkpoint.save_and_prune(str(tmp_path), step, checkpoint.model_contents(make_model(), None), state)
-    assert folder.saved_steps(tmp_path) == [1, 2] and "--keep-best needs the log" in capsys.readouterr().out
-
-
-def test_weights_that_do_not_fit_are_an_error_with_both_shapes():
-    model = make_model()
-    wrong = {**model.state_dict(), "transformer.wpe.weight": torch.zeros(9, 8)}
-    with pytest.raises(ValueError, match=r"weights of a.pt do not fit this model: .*wpe.weight \(9, 8\) for \(8, 8\)"):
-        weights.check_weights(model.config, wrong, "a.pt")
-    with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias.*12 tensors"):
-        weights.check_weights(model.config, make_model(n_layer=2).state_dict(), "a.pt")
+        checkpoint.save_and_prune(str(tmp_path), step, model, state)
+    assert folder.saved_steps(tmp_path) == [1, 2]
+    assert "--keep-best needs the log" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
 # saving while training continues
 
-def test_a_snapshot_does_not_change_with_its_original_and_keeps_tied_weights_tied():
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    value = {"model": model.state_dict(), "rest": [(1, "a", optimizer.state_dict())], "empty": torch.zeros(0)}
+def test_a_captured_state_does_not_change_with_its_original_and_keeps_tied_weights_tied():
+    model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copy = parallel.snapshot(value)
+    captured, _ = parallel.full_state(model, [], ONE)
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert same_weights(copy["model"], before) and copy["rest"][0][:2] == (1, "a")
-    assert copy["model"]["lm_head.weight"].data_ptr() == copy["model"]["transformer.wte.weight"].data_ptr()
-    assert weights.num_bytes(copy["model"]) == 4 * model.num_params() == weights.num_bytes(value)
+    assert same_weights(captured, before)
+    assert captured["lm_head.weight"].data_ptr() == captured["transformer.wte.weight"].data_ptr()
 
 
-def test_the_writers_error_is_raised_once_at_the_next_call():
+def fail(*_):
+    raise OSError("no room")
+
+
+@pytest.mark.parametrize("call", ["check", "wait", "start"])
+def test_the_writers_error_is_raised_once_at_the_next_call(call):
     writer = checkpoint.Writer()
-    writer.start(lambda: None)
+    writer.start(fail)
+    concurrent.futures.wait([writer.pending])
+    with pytest.raises(OSError, match="no room"):
+        if call == "start":
+            writer.start(print)
+        else:
+            getattr(writer, call)()
+    writer.check()
     writer.wait()
 
-    def fail():
-        raise OSError("no room")
-    writer.start(fail)
-    with pytest.raises(OSError, match="no room"):
-        while True:
-            writer.check()
-    writer.check()
-    writer.start(fail)
-    with pytest.raises(OSError, match="no room"):
-        writer.start(lambda: None)
 
-
-def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+def test_the_state_is_written_before_the_model(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(checkpoint, "save_file",
+                        lambda contents, path: names.append(os.path.basename(path)))
     save_step(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(OSError, match="it needs 0.001 GB, 0.001 GB are free; free some space"):
-        save_step(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path)) == ["model_00001.pt", "state_00001.pt"]
+    assert names == ["state_00001.pt", "model_00001.pt"]
 
-
-# -----------------------------------------------------------------------------
-# atomic writes
 
 FULL_DISK = """
-import resource, sys, torch
+import resource, sys
 from run import checkpoint
 from model import GPT, GPTConfig
 from run.cli import run_main
 def main():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=1000))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes per file: a write fails as on a full disk
+    # bytes per file: a write fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     checkpoint.save(sys.argv[1], 10, checkpoint.model_contents(model, None), {STATE})
 run_main(main)
 """.replace("{STATE}", repr(STATE))
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path):
-    older = save_step(tmp_path, 10, seed=1)  # the same step: its model file is the one that cannot be replaced
-    done = run_python(FULL_DISK, tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write") and "model_00010.pt" in done.stderr and done.stderr.count("\n") == 1
+    older = save_step(tmp_path, 10, seed=1)  # its model file is the one that cannot be replaced
+    done = python("-c", FULL_DISK, tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: cannot write") and "model_00010.pt" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["model_00010.pt", "state_00010.pt"]
-    assert same_weights(checkpoint.load_latest(str(tmp_path)).model["model"], older.state_dict())
-
-
-def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
-    def interrupt(fd):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_file({"a": 1}, str(tmp_path / "model_00001.pt"))
-    assert os.listdir(tmp_path) == []
+    loaded = checkpoint.load_latest(str(tmp_path))
+    assert same_weights(loaded.model["model"], older.state_dict())
 
 
 KILL_EVERYWHERE = """
 import os, signal, sys, torch
 from run import checkpoint
 from model import GPT, GPTConfig
-torch.set_num_threads(1)
 STATE = {STATE}
 model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=31))
+contents = checkpoint.model_contents(model, None)
 for point in range(9):  # before and after each fsync and each replace of a save, and not at all
     run_dir = os.path.join(sys.argv[1], str(point))
     os.makedirs(run_dir)
-    checkpoint.save(run_dir, 1, checkpoint.model_contents(model, None), STATE)
+    checkpoint.save(run_dir, 1, contents, STATE)
     pid = os.fork()
     if pid == 0:
         points = 0
@@ -312,7 +243,7 @@ for point in range(9):  # before and after each fsync and each replace of a save
                 die_here()
             return call
         os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-        checkpoint.save(run_dir, 2, checkpoint.model_contents(model, None), STATE)
+        checkpoint.save(run_dir, 2, contents, STATE)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
     loaded = checkpoint.load_latest(run_dir)
@@ -322,7 +253,7 @@ for point in range(9):  # before and after each fsync and each replace of a save
 
 
 def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path):
-    done = run_python(KILL_EVERYWHERE, tmp_path)
+    done = python("-c", KILL_EVERYWHERE, tmp_path)
     assert done.returncode == 0, done.stderr
     # fsync, replace of the state; fsync, replace of the model: step 2 exists only after the last
     assert done.stdout == "True 1; " * 7 + "True 2; " + "False 2; "
@@ -332,28 +263,21 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path):
 # damaged files
 
 def damage(path, how):
-    contents = path.read_bytes()
-    if how == "empty":
-        path.write_bytes(b"")
-    elif how == "truncated":
-        path.write_bytes(contents[:len(contents) // 2])
-    elif how == "one byte short":
-        path.write_bytes(contents[:-1])
+    contents = bytearray(path.read_bytes())
+    if how == "truncated":
+        contents = contents[:len(contents) // 2]
     elif how == "text":
-        path.write_text("404: Not Found")
-    else:  # one flipped bit in a weight
-        weight = make_model(20).lm_head.weight.detach().numpy().tobytes()
-        at = contents.index(weight[:64]) + 10
-        path.write_bytes(contents[:at] + bytes([contents[at] ^ 4]) + contents[at + 1:])
+        contents = b"404: Not Found"
+    else:  # one flipped bit in the middle of the file, which is in a weight
+        contents[len(contents) // 2] ^= 4
+    path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "one byte short", "text", "flipped"])
-@pytest.mark.parametrize("kind", ["model", "state"])
+@pytest.mark.parametrize("kind, how", [
+    ("model", "truncated"), ("model", "text"), ("model", "flipped"), ("state", "truncated")])
 def test_a_damaged_newest_step_is_skipped_with_a_message(tmp_path, kind, how):
     save_step(tmp_path, 10)
     save_step(tmp_path, 20)
-    if kind == "state" and how == "flipped":
-        (tmp_path / "state_00020.pt").write_bytes((tmp_path / "model_00020.pt").read_bytes())
     damage(tmp_path / f"{kind}_00020.pt", how)
     loaded = checkpoint.load_latest(str(tmp_path))
     message, = loaded.messages
@@ -361,16 +285,8 @@ def test_a_damaged_newest_step_is_skipped_with_a_message(tmp_path, kind, how):
     assert f"{kind}_00020.pt" in message and "\n" not in message
 
 
-def test_only_damaged_steps_are_an_error_and_do_not_start_over_silently(tmp_path):
-    save_step(tmp_path, 10)
-    damage(tmp_path / "model_00010.pt", "truncated")
-    with pytest.raises(ValueError, match="no checkpoint in .* can be loaded.*move the folder away"):
-        checkpoint.load_latest(str(tmp_path))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_flipped_bit_in_any_byte_is_detected_or_harmless(tmp_path):
-    """torch.load does not verify checksums: one flipped bit in a weight once loaded silently as another weight."""
+    """torch.load does not verify checksums: a flipped bit once loaded as another weight."""
     contents = {"model": {"a": torch.arange(16.0)}, "step": 3}
     path = tmp_path / "a.pt"
     checkpoint.save_file(contents, str(path))
@@ -384,29 +300,27 @@ def test_a_flipped_bit_in_any_byte_is_detected_or_harmless(tmp_path):
             assert str(path) in str(e) and "\n" not in str(e)
             detected += 1
         else:
-            assert loaded.keys() == contents.keys() and loaded["step"] == 3, i
-            assert torch.equal(loaded["model"]["a"], contents["model"]["a"]), i
+            assert loaded["step"] == 3 and torch.equal(loaded["model"]["a"], torch.arange(16.0)), i
     assert detected > 500  # the others are padding and fields that torch.load does not read
 
 
-class Code:
-    """An object whose unpickling creates a file."""
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_loading_a_checkpoint_maps_its_files_instead_of_copying_them(tmp_path):
+    """Each of 8 ranks read 18.7 GB of 1558M's checkpoint into memory of its own."""
+    def anonymous():
+        with open("/proc/self/status") as f:
+            kilobytes = next(line.split()[1] for line in f if line.startswith("RssAnon"))
+        return 1024 * int(kilobytes)
 
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj))])
-def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
-    path = tmp_path / "model_00001.pt"
-    write({"model": {}, "config": Code(str(tmp_path / "ran"))}, path)
-    with pytest.raises(ValueError, match="model_00001.pt.*(could run code|not a checkpoint)"):
-        weights.load_file(str(path))
-    assert not os.path.exists(tmp_path / "ran")
+    model = tiny_model(n_embd=128, vocab_size=50304)
+    moments = {i: {"exp_avg": torch.ones(50304, 128)} for i in range(4)}
+    state = {**STATE, "optimizers": [{"state": moments, "param_groups": []}]}
+    checkpoint.save(str(tmp_path), 1, checkpoint.model_contents(model, None), state)
+    before = anonymous()
+    saved = checkpoint.load_latest(str(tmp_path))
+    assert anonymous() - before < 0.2 * os.path.getsize(tmp_path / "state_00001.pt")
+    exp_avg = saved.state["optimizers"][0]["state"][3]["exp_avg"]
+    assert exp_avg.sum() == 50304 * 128
 
 
 # -----------------------------------------------------------------------------
@@ -414,108 +328,89 @@ def test_code_in_a_checkpoint_is_an_error_and_does_not_run(tmp_path, write):
 
 @pytest.fixture
 def lock(monkeypatch):
-    """Function that locks a run folder; with the argument at_exit=True it calls what lock_run registered for the exit."""
+    """A function that locks a run folder; without one it calls what was registered for the exit."""
     registered = []
     monkeypatch.setattr(atexit, "register", registered.append)
 
-    def call(run_dir=None, at_exit=False):
-        if not at_exit:
+    def call(run_dir=None):
+        if run_dir is not None:
             folder.lock_run(str(run_dir))
-        while at_exit and registered:
-            registered.pop()()
+        else:
+            while registered:
+                registered.pop()()
+
     yield call
-    call(at_exit=True)
+    call()
 
 
 def names_in(folder):
     """Paths of everything below a folder."""
-    return sorted(os.path.relpath(os.path.join(parent, name), folder)
-                  for parent, folders, files in os.walk(folder) for name in folders + files)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path, lock):
     """Their names hold the id of that process, so no later save would overwrite them."""
-    left = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp", "state_00004.pt.tmp"]
-    other = ["model_00004.pt", "state_00004.pt.aside", "notes.tmp", "loss.png.12.tmp"]
-    for name in left + other:
+    temporary = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp"]
+    other = ["model_00004.pt", "notes.tmp", "loss.png.12.tmp"]
+    for name in temporary + other:
         (tmp_path / name).write_text("x")
     lock(tmp_path)
-    lock(at_exit=True)
+    lock()
     assert names_in(tmp_path) == sorted(other)
 
 
-def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(tmp_path, lock, monkeypatch, capsys):
+def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(
+        tmp_path, lock, monkeypatch, capsys):
     """Another process may be writing them."""
-    import fcntl
-
-    def flock(*_):
-        raise OSError("no locks")
     (tmp_path / "state_00008.pt.12.tmp").write_text("x")
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", fail)
     lock(tmp_path)
     assert "cannot be locked on this file system" in capsys.readouterr().out
-    lock(at_exit=True)
+    lock()
     assert names_in(tmp_path) == ["state_00008.pt.12.tmp"]
 
 
 def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created(tmp_path, lock):
-    """The first run of a log folder once removed the folder with all that later runs had saved in it, and --resume e the user's
-    empty folder e."""
+    """It once removed a log folder with all that later runs had saved in it."""
     os.makedirs(tmp_path / "four" / "existing")
     for run_dir in ("one/empty", "two/empty", "three/used", "four/existing", "five/new/deep"):
         lock(tmp_path / run_dir)
     os.makedirs(tmp_path / "two" / "other")
-    for path in ("two/other/model_00001.pt", "three/used/log.txt"):
-        (tmp_path / path).write_text("0 val 3.0\n")
-    lock(at_exit=True)
-    assert names_in(tmp_path) == ["four", "four/existing", "three", "three/used", "three/used/log.txt", "two", "two/other",
-                                  "two/other/model_00001.pt"]
+    (tmp_path / "two" / "other" / "model_00001.pt").write_text("x")
+    (tmp_path / "three" / "used" / "log.txt").write_text("0 val 3.0\n")
+    lock()
+    assert names_in(tmp_path) == [
+        "four", "four/existing", "three", "three/used", "three/used/log.txt", "two", "two/other",
+        "two/other/model_00001.pt"]
 
 
-def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(tmp_path, lock, monkeypatch):
+def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(
+        tmp_path, lock, monkeypatch):
     mkdir = os.mkdir
 
-    def slower(path):
+    def mkdir_twice(path):
         mkdir(path)  # by the other process
         mkdir(path)
-    monkeypatch.setattr(os, "mkdir", slower)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_twice)
     lock(tmp_path / "log" / "a")
-    lock(at_exit=True)
+    lock()
     assert names_in(tmp_path) == ["log", "log/a"]
 
 
-@pytest.mark.parametrize("name, contents, words", [
-    ("config.json", '{"model_type": "gpt2", "n_layer": 12}', "is not the config.json of a run"),  # of Hugging Face
-    ("config.json", "[" * 100_000, "is not the config.json of a run"),
-    ("log.txt", "Tuesday: called the plumber\n", "line 1: expected `step stream value`, got 'Tuesday: called the plumber'"),
-    ("log.txt", "my notes", "line 1: expected `step stream value`, got 'my notes'"),
-    ("log.txt", "0 val 3.5\n" + "x" * 100_000, "line 2: expected"), ("log.txt", "\0\xff\n", "line 1: expected"),
-    ("log.txt", "99999999999999999999 val 3.5\n", "line 1: expected"), ("log.txt", None, "log.txt is not a regular file"),
-    ("config.json", None, "config.json is not a regular file"),
-])
-def test_files_that_no_run_wrote_are_not_overwritten(name, contents, words, tmp_path, lock):
-    """`--log-dir . --exp-name hf` once overwrote the config.json of a Hugging Face folder, and truncated a log.txt of notes."""
-    path = tmp_path / "hf" / name
-    path.parent.mkdir()
-    if contents is None:
-        path.mkdir()
-    else:
-        path.write_text(contents)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        lock(tmp_path / "hf")
-    assert names_in(tmp_path) == ["hf", f"hf/{name}"] and (contents is None or path.read_text() == contents)
-
-
-def test_the_log_of_a_run_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lock, capsys):
-    for run in ("first", "second", "third"):
+def test_a_log_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lock, capsys):
+    (tmp_path / "log.txt").write_text("my notes")
+    for stream in ("first", "second"):
         lock(tmp_path)
         log = open_log(tmp_path)
-        log(0, quiet=True, **{run: 1.0})
+        log(0, quiet=True, **{stream: 1.0})
         log.file.close()
-        lock(at_exit=True)
-    assert [(tmp_path / name).read_text() for name in ("log.txt.aside", "log.txt.2.aside", "log.txt")] == [
-        "0 first 1.0\n", "0 second 1.0\n", "0 third 1.0\n"]
-    assert capsys.readouterr().out.count("log.txt to *.aside: it is of an earlier run") == 2
+        lock()
+    assert (tmp_path / "log.txt.aside").read_text() == "my notes"
+    assert (tmp_path / "log.txt.2.aside").read_text() == "0 first 1.0\n"
+    assert (tmp_path / "log.txt").read_text() == "0 second 1.0\n"
+    out = capsys.readouterr().out
+    assert out.count("log.txt to *.aside: it is of an earlier run") == 2
 
 
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
@@ -524,39 +419,32 @@ def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(
     assert folder.read_config(str(tmp_path)) == {"lr": 0.1}
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["command"] == sys.argv and description["device"]
-    assert (description["world_size"], description["dtype"], description["torch"]) == (2, "bfloat16", torch.__version__)
+    assert (description["world_size"], description["dtype"]) == (2, "bfloat16")
+    assert description["torch"] == torch.__version__
     assert os.listdir(tmp_path) == ["config.json"]
-
-
-@pytest.mark.parametrize("contents", ["{", "[]", "{}", '{"config": 3}'])
-def test_a_config_json_of_something_else_is_an_error(tmp_path, contents):
-    (tmp_path / "config.json").write_text(contents)
-    with pytest.raises(ValueError, match="config.json is not the config.json of a run"):
-        folder.read_config(str(tmp_path))
 
 
 # -----------------------------------------------------------------------------
 # log.txt
 
-def test_a_log_is_read_into_its_streams(tmp_path):
-    (tmp_path / "log.txt").write_text("0 val 10.95\n0 train 10.9\n0 lr 8.39e-07\n1 train 10.5\n")
-    assert read_log(str(tmp_path / "log.txt")) == {"val": [(0, 10.95)], "train": [(0, 10.9), (1, 10.5)], "lr": [(0, 8.39e-07)]}
+@pytest.mark.parametrize("torn", ["", "1", "12 ", "1 train ", "1 train 2.5"])
+def test_a_log_is_read_into_its_streams_without_a_truncated_last_line(tmp_path, torn):
+    lines = "0 val 10.95\n0 train 10.9\n0 lr 8.39e-07\n1 train 10.5\n"
+    (tmp_path / "log.txt").write_text(lines + torn)
+    assert read_log(str(tmp_path / "log.txt")) == {
+        "val": [(0, 10.95)], "train": [(0, 10.9), (1, 10.5)], "lr": [(0, 8.39e-07)]}
 
 
-@pytest.mark.parametrize("line", ["1 train", "1 train 2 3", "one train 2.0", "1 train high", "", "1.5 train 2.0"])
+@pytest.mark.parametrize("line", ["1 train", "one train 2.0", "1 train high", "", "\udcff"])
 def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
-    (tmp_path / "log.txt").write_text(f"0 train 3.0\n{line}\n2 train 1.0\n")
+    contents = f"0 train 3.0\n{line}\n2 train 1.0\n"
+    (tmp_path / "log.txt").write_bytes(contents.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
         read_log(str(tmp_path / "log.txt"))
 
 
-@pytest.mark.parametrize("torn", ["", "1", "12 ", "1 tra", "1 train ", "1 train 2.", "1 train 2.5"])
-def test_a_log_that_was_cut_in_a_line_is_read_up_to_that_line(tmp_path, torn):
-    (tmp_path / "log.txt").write_text("0 train 3.0\n" + torn)
-    assert read_log(str(tmp_path / "log.txt")) == {"train": [(0, 3.0)]}
-
-
-# a run of 3 steps that evaluates at every second; step 2 has evaluations before and training values after its checkpoint
+# a run of 3 steps that evaluates at every second: step 2 has evaluations before its checkpoint and
+# training values after it
 BEFORE_2 = "0 val 3.5\n0 train 3.5\n0 lr 0.1\n1 train 3.0\n1 lr 0.1\n1 epoch 1\n"
 EVALUATIONS_OF_2 = "2 val 2.5\n2 hella 0.25\n"
 AFTER_2 = "2 train 2.5\n2 lr 0.1\n3 train 2.0\n4 val 1.5\n"
@@ -564,73 +452,75 @@ AFTER_2 = "2 train 2.5\n2 lr 0.1\n3 train 2.0\n4 val 1.5\n"
 
 def kept(tmp_path, contents, step):
     """(the lines that a run resumed at step keeps of a log, the evaluations of step in them)"""
-    (tmp_path / "log.txt").write_text(contents)
+    contents = contents.encode(errors="surrogateescape")
+    (tmp_path / "log.txt").write_bytes(contents)
     size, evaluated = kept_log(str(tmp_path), step)
-    return contents[:size], evaluated
+    return contents[:size].decode(errors="surrogateescape"), evaluated
 
 
 def test_a_resumed_run_keeps_earlier_steps_and_the_evaluations_of_its_step(tmp_path, capsys):
-    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2, 2) == (BEFORE_2 + EVALUATIONS_OF_2, {"val", "hella"})
-    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2, 2) == (BEFORE_2 + EVALUATIONS_OF_2, {"val", "hella"})
-    assert kept(tmp_path, BEFORE_2 + AFTER_2, 2) == (BEFORE_2, set())  # its evaluations were interrupted
+    complete = BEFORE_2 + EVALUATIONS_OF_2
+    assert kept(tmp_path, complete + AFTER_2, 2) == (complete, {"val", "hella"})
+    assert kept(tmp_path, complete, 2) == (complete, {"val", "hella"})
+    assert kept(tmp_path, BEFORE_2 + AFTER_2, 2) == (BEFORE_2, set())  # a stop interrupted them
     assert kept(tmp_path, BEFORE_2 + "3 val 2.5\n", 2) == (BEFORE_2, set())
-    assert kept(tmp_path, BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2, 0) == ("0 val 3.5\n", {"val"})
+    assert kept(tmp_path, complete + AFTER_2, 0) == ("0 val 3.5\n", {"val"})
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("torn", ["2 hella 0.2", "2 hel", "2 train 2.5", "2"])
+@pytest.mark.parametrize("torn", ["2 hella 0.2", "2 train 2.5", "2"])
 def test_a_truncated_last_line_is_dropped_and_is_not_an_evaluation(tmp_path, torn):
-    """An evaluation whose line was truncated once counted as logged: its line was dropped, and it was not repeated."""
-    assert kept(tmp_path, BEFORE_2 + "2 val 2.5\n" + torn, 2) == (BEFORE_2 + "2 val 2.5\n", {"val"})
+    """It once counted as logged: its line was dropped, and it was not repeated."""
+    contents = BEFORE_2 + "2 val 2.5\n"
+    assert kept(tmp_path, contents + torn, 2) == (contents, {"val"})
 
 
-@pytest.mark.parametrize("line", ["a note of mine\n", "\n", "2 val\n", "x val 3.0\n", "-1 val 2.0\n", "\udcff\n"])
+@pytest.mark.parametrize("line", ["a note of mine\n", "\n", "x val 3.0\n", "\udcff\n"])
 def test_an_invalid_line_is_kept_and_ignored(tmp_path, line):
-    contents = (BEFORE_2 + line + EVALUATIONS_OF_2).encode(errors="surrogateescape")
-    (tmp_path / "log.txt").write_bytes(contents + AFTER_2.encode())
-    assert kept_log(str(tmp_path), 2) == (len(contents), {"val", "hella"})
+    contents = BEFORE_2 + line + EVALUATIONS_OF_2
+    assert kept(tmp_path, contents + AFTER_2, 2) == (contents, {"val", "hella"})
 
 
-@pytest.mark.parametrize("contents, last", [("0 train 3.5\n0 lr 0.1\n", 0), ("0 train 3.5\n1 train 3.0", 0), ("", -1)])
+@pytest.mark.parametrize("contents, last", [("0 train 3.5\n1 train 3.0", 0), ("", -1), (None, -1)])
 def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
-    assert kept(tmp_path, contents, 2)[1] == set()
-    message = f"{tmp_path}/log.txt is incomplete: it lacks steps {last + 1} to 1 before the checkpoint\n"
-    assert capsys.readouterr().out == message
-    os.remove(tmp_path / "log.txt")
-    assert kept_log(str(tmp_path), 2) == (0, set())
-    assert "is incomplete" in capsys.readouterr().out
+    if contents is not None:
+        (tmp_path / "log.txt").write_text(contents)
+    assert kept_log(str(tmp_path), 2)[1] == set()
+    lacks = f"it lacks steps {last + 1} to 1 before the checkpoint"
+    assert capsys.readouterr().out == f"{tmp_path}/log.txt is incomplete: {lacks}\n"
 
 
-def open_log(run_dir, keep_bytes=0, tracker="none", first_step=0, ranks=ONE_PROCESS):
-    return Log(str(run_dir), {"tracker": tracker, "exp_name": "a", "n_embd": 8}, keep_bytes, first_step, ranks)
+def open_log(run_dir, keep_bytes=0, tracker="none", first_step=0, ranks=ONE):
+    settings = {"tracker": tracker, "exp_name": "a", "n_embd": 8}
+    return Log(str(run_dir), settings, keep_bytes, first_step, ranks)
 
 
 def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys):
-    log = open_log(tmp_path)
-    log(0, val=3.25)
-    assert (tmp_path / "log.txt").read_text() == "0 val 3.25\n"  # before it is closed: a kill loses nothing
-    log(0, quiet=True, train=3.5, lr=6e-4)
-    log(250, hella=0.25, hella_lm_eval=0.295)
-    log(250)
-    log.flush()
-    assert (tmp_path / "log.txt").read_text() == ("0 val 3.25\n0 train 3.5\n0 lr 0.0006\n"
-                                                  "250 hella 0.25\n250 hella_lm_eval 0.295\n")
-    assert capsys.readouterr().out == ("step     0 | val 3.2500\nstep   250 | hella 0.2500 | hella_lm_eval 0.2950\n")
-
-
-def test_log_does_nothing_for_an_evaluation_that_was_interrupted(tmp_path, capsys):
     calls = []
     log = open_log(tmp_path)
     log.tracker = lambda *call: calls.append(call)
-    log(250, val=None)
-    assert (tmp_path / "log.txt").read_text() == capsys.readouterr().out == "" and calls == []
+    log(0, val=3.25)
+    # before it is closed: a kill loses nothing
+    assert (tmp_path / "log.txt").read_text() == "0 val 3.25\n"
+    log(0, quiet=True, train=3.5, lr=6e-4)
+    log(250, hella=0.25, hella_lm_eval=0.295)
+    log(250, val=None)  # an evaluation that was interrupted
+    log.flush()
+    assert (tmp_path / "log.txt").read_text() == (
+        "0 val 3.25\n0 train 3.5\n0 lr 0.0006\n250 hella 0.25\n250 hella_lm_eval 0.295\n")
+    assert capsys.readouterr().out == (
+        "step     0 | val 3.2500\nstep   250 | hella 0.2500 | hella_lm_eval 0.2950\n")
+    assert calls == [(0, {"val": 3.25}), (0, {"train": 3.5, "lr": 6e-4}),
+                     (250, {"hella": 0.25, "hella_lm_eval": 0.295})]
 
 
 def test_log_of_a_resumed_run_truncates_what_it_does_not_keep(tmp_path):
     (tmp_path / "log.txt").write_text(BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2)
-    log = open_log(tmp_path, *kept_log(str(tmp_path), 2)[:1])
+    num_bytes, _ = kept_log(str(tmp_path), 2)
+    log = open_log(tmp_path, num_bytes)
     log(2, quiet=True, train=2.25)
-    assert (tmp_path / "log.txt").read_text() == BEFORE_2 + EVALUATIONS_OF_2 + "2 train 2.25\n"
+    contents = (tmp_path / "log.txt").read_text()
+    assert contents == BEFORE_2 + EVALUATIONS_OF_2 + "2 train 2.25\n"
 
 
 def test_log_of_other_ranks_writes_and_prints_nothing(tmp_path, capsys, monkeypatch):
@@ -644,172 +534,148 @@ def test_log_of_other_ranks_writes_and_prints_nothing(tmp_path, capsys, monkeypa
 # -----------------------------------------------------------------------------
 # trackers
 
-WANDB = '''
-import json, os
-class Run:
-    id = "abc123"
-    def log(self, values):
-        with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["log", values]) + "\\n")
-    def define_metric(self, name, step_metric):
-        with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["metric", name, step_metric]) + "\\n")
-def init(**kwargs):
-    kwargs["config"] = kwargs["config"]["n_embd"]
-    with open(os.environ["CALLS"], "a") as f: f.write(json.dumps(["init", kwargs]) + "\\n")
-    return Run()
-'''
+@pytest.fixture
+def wandb_calls(monkeypatch):
+    """The calls of a fake package wandb, as tuples."""
+    calls = []
+    run = types.SimpleNamespace(
+        id="abc123",
+        log=lambda values: calls.append(("log", values)),
+        define_metric=lambda name, step_metric: calls.append(("metric", name, step_metric)))
+
+    def init(**kwargs):
+        calls.append(("init", kwargs))
+        return run
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="wandb.py")
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return calls
 
 
-def test_wandb_finds_a_resumed_run_by_its_id_and_receives_the_values(tmp_path, monkeypatch):
-    (tmp_path / "calls").touch()
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
-    exec(WANDB, sys.modules["wandb"].__dict__)
+def test_wandb_finds_a_resumed_run_by_its_id_and_receives_the_values(tmp_path, wandb_calls):
     for step in range(2):
         open_log(tmp_path, tracker="wandb")(step, val=3.25, lr=0.5)
-    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[1]["id"] for call in calls if call[0] == "init"] == [None, "abc123"]
-    assert [call[1] for call in calls if call[0] == "log"] == [{"step": step, "val": 3.25, "lr": 0.5} for step in range(2)]
+    assert [call[1]["id"] for call in wandb_calls if call[0] == "init"] == [None, "abc123"]
+    assert [call[1] for call in wandb_calls if call[0] == "log"] == [
+        {"step": 0, "val": 3.25, "lr": 0.5}, {"step": 1, "val": 3.25, "lr": 0.5}]
 
 
-def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(tmp_path, monkeypatch):
+def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(
+        tmp_path, monkeypatch):
     calls = []
+    writer = types.SimpleNamespace(add_scalar=lambda *call: calls.append(call),
+                                   close=lambda: calls.append("closed"))
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            calls.append((folder, purge_step))
+    def summary_writer(folder, purge_step):
+        calls.append((folder, purge_step))
+        return writer
 
-        def add_scalar(self, *call):
-            calls.append(call)
-
-        def close(self):
-            calls.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setattr(atexit, "register", lambda function: function())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=summary_writer))
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
     log = open_log(tmp_path, tracker="tensorboard", first_step=500)
     log(501, quiet=True, train=3.5, lr=0.1)
-    log(502)
-    assert calls == [(str(tmp_path), 500), "closed", ("train", 3.5, 501), ("lr", 0.1, 501)]
+    registered[0]()
+    assert calls == [(str(tmp_path), 500), ("train", 3.5, 501), ("lr", 0.1, 501), "closed"]
 
 
 def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     """An exception of W&B once stopped the training."""
     def fail(*_, **__):
         raise RuntimeError("server\nsays no")
+
     log = open_log(tmp_path)
     log.tracker = fail
     log(1, quiet=True, train=3.5)
     log(2, quiet=True, train=3.25)
     assert read_log(str(tmp_path / "log.txt")) == {"train": [(1, 3.5), (2, 3.25)]}
-    assert capsys.readouterr().out == "the tracker failed at step 1, it receives no more values: RuntimeError: server\n"
+    assert capsys.readouterr().out == ("the tracker failed at step 1, it receives no more values:"
+                                       " RuntimeError: server\n")
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=fail))
-    with pytest.raises(ValueError, match=r"--tracker wandb cannot be started \(RuntimeError: server\); --tracker none trains"):
+    with pytest.raises(ValueError, match=r"--tracker wandb cannot be started \(RuntimeError: serv"):
         open_log(tmp_path, tracker="wandb")
-    closed = []
-    monkeypatch.setattr(atexit, "register", closed.append)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
-        SummaryWriter=lambda *_, **__: types.SimpleNamespace(close=fail)))
-    open_log(tmp_path, tracker="tensorboard")
-    closed[0]()  # at exit
 
 
-def test_every_tracker_is_checked_and_none_needs_no_package(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert check_tracker("none") is None and Log.open_tracker("none", "", {}, 0) is None
-    for damaged in (None, 3, ["none"], torch.zeros(2), "os"):  # in a checkpoint; "os" is a package
-        with pytest.raises(ValueError, match="--tracker is .*, must be one of none, tensorboard, wandb"):
-            check_tracker(damaged)
-    with pytest.raises(ValueError, match="--tracker tensorboard needs the package tensorboard"):
-        check_tracker("tensorboard")
-
-
-TINY = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8", "--optimizer",
-        "adamw", "--total-batch-size", "32", "--batch-size", "2", "--val-every", "2", "--val-tokens", "64",
-        "--sample-every", "0", "--save-every", "2", "--compile", "off", "--dtype", "float32", "--device", "cpu",
-        "--vocab-size", "50257"]
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("The king and his queen will not come to this house tonight for love or war.\n" * 40)
-    return str(path)
-
-
-def train_here(monkeypatch, folder, text, *flags):
-    """Exit status of a training run in folder, in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *TINY, "--data", text, *flags])
+def train(monkeypatch, run_dir, *flags):
+    """Exit status of a training run log/tiny in a folder, in this process."""
+    monkeypatch.chdir(run_dir)
+    (run_dir / "text.txt").write_text(text_of_words(200))
+    argv = ["train_gpt2.py", *TINY, "--data", "text.txt", "--exp-name", "tiny", "--val-every", "2",
+            "--save-every", "2", "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as end:
         cli.run_main(train_gpt2.main)
     return end.value.code
 
 
-def logged_values(folder):
-    """{(stream, value, step)} of a run's log.txt."""
-    streams = read_log(str(folder / "log" / "shakespeare" / "log.txt"))
-    return {(stream, value, step) for stream, points in streams.items() for step, value in points}
+def logged_values(run_dir):
+    """{(stream, step): value} of the log of train's run."""
+    streams = read_log(str(run_dir / "log" / "tiny" / "log.txt"))
+    return {(stream, step): value for stream, points in streams.items() for step, value in points}
 
 
-def test_a_training_run_sends_every_value_of_its_log(tmp_path, text, monkeypatch):
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="wandb.py")
-    exec(WANDB, wandb.__dict__)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    assert train_here(monkeypatch, tmp_path, text, "--tracker", "wandb", "--max-steps", "2") == 0
-    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert calls[0] == ["init", {"project": "gpt2", "name": "shakespeare", "id": None, "resume": "allow", "config": 8,
-                                 "dir": os.path.join("log", "shakespeare")}]
-    assert calls[1] == ["metric", "*", "step"]
-    sent = {(stream, value, values["step"]) for kind, values, *_ in calls if kind == "log"
-            for stream, value in values.items() if stream != "step"}
-    assert sent == logged_values(tmp_path) and {stream for stream, *_ in sent} == {"train", "val", "val_bpb", "lr", "norm",
-                                                                                       "tok_per_sec"}
-    assert (tmp_path / "log" / "shakespeare" / "wandb_id.txt").read_text() == "abc123"
+def test_a_training_run_sends_every_value_of_its_log(tmp_path, monkeypatch, wandb_calls):
+    assert train(monkeypatch, tmp_path, "--tracker", "wandb", "--max-steps", "2") == 0
+    kind, arguments = wandb_calls[0]
+    assert kind == "init" and arguments.pop("config")["n_embd"] == 16
+    assert arguments == {"project": "gpt2", "name": "tiny", "id": None, "resume": "allow",
+                         "dir": os.path.join("log", "tiny")}
+    assert wandb_calls[1] == ("metric", "*", "step")
+    sent = {}
+    for _, values in wandb_calls[2:]:
+        step = values.pop("step")
+        sent |= {(stream, step): value for stream, value in values.items()}
+    assert sent == logged_values(tmp_path)
+    assert {stream for stream, _ in sent} == {
+        "train", "val", "val_bpb", "lr", "norm", "tok_per_sec"}
 
 
-def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, text, monkeypatch):
+def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    closers = []
-    monkeypatch.setattr(atexit, "register", closers.append)
-    assert train_here(monkeypatch, tmp_path, text, "--tracker", "tensorboard", "--max-steps", "2") == 0
-    for close in closers:
-        close()
-    events = accumulator.EventAccumulator(str(tmp_path / "log" / "shakespeare"))
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    assert train(monkeypatch, tmp_path, "--tracker", "tensorboard", "--max-steps", "2") == 0
+    for function in registered:
+        function()
+    events = accumulator.EventAccumulator(str(tmp_path / "log" / "tiny"))
     events.Reload()
-    read = {(stream, event.value, event.step) for stream in events.Tags()["scalars"] for event in events.Scalars(stream)}
-    written = {(stream, step) for stream, _, step in logged_values(tmp_path)}
-    assert {(stream, step) for stream, _, step in read} == written
-    train_loss = {step: value for stream, value, step in logged_values(tmp_path) if stream == "train"}
-    assert {step: value for stream, value, step in read if stream == "train"} == pytest.approx(train_loss, abs=1e-5)
+    read = {}
+    for stream in events.Tags()["scalars"]:
+        read |= {(stream, event.step): event.value for event in events.Scalars(stream)}
+    assert read == pytest.approx(logged_values(tmp_path))
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, lock):
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # W&B leaves a folder wandb/ where it runs; it is not a package
-    monkeypatch.syspath_prepend(tmp_path)
-    find_spec = importlib.util.find_spec
-    if installed := find_spec("wandb").origin:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
-    assert train_here(monkeypatch, tmp_path, "no-such-text", "--tracker", "wandb") == 2, installed
-    assert capsys.readouterr().err == ("error: --tracker wandb needs the package wandb, which is not installed: pip install"
-                                       " wandb, or --tracker none\n")
-    lock(at_exit=True)
-    assert not os.path.exists(tmp_path / "log")
+    folder_spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    specs = {"wandb": folder_spec, "tensorboard": None}
+    monkeypatch.setattr(importlib.util, "find_spec", specs.get)
+    for name in specs:
+        with pytest.raises(ValueError, match=f"--tracker {name} needs the package {name}, which"):
+            check_tracker(name)
+    check_tracker("none")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
-def test_loading_a_checkpoint_maps_its_files_instead_of_copying_them(tmp_path):
-    """Each of 8 ranks read 18.7 GB of 1558M's checkpoint into memory of its own."""
-    def anonymous():
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=128, block_size=8, vocab_size=50304))
-    moments = {i: {"exp_avg": torch.ones(50304, 128)} for i in range(4)}
-    state = {"optimizers": [{"state": moments, "param_groups": []}], "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
-    checkpoint.save(str(tmp_path), 1, checkpoint.model_contents(model, None), state)
-    checkpoint.load_latest(str(tmp_path))  # the first meta tensor imports 70 MB of modules
-    before = anonymous()
-    saved = checkpoint.load_latest(str(tmp_path))
-    assert anonymous() - before < 0.2 * os.path.getsize(tmp_path / "state_00001.pt")
-    assert saved.state["optimizers"][0]["state"][3]["exp_avg"].sum() == 50304 * 128
+# -----------------------------------------------------------------------------
+# the training loop
+
+class BlockingWriter(checkpoint.Writer):
+    """Finishes each write before training continues, so that when an error is raised is certain."""
+
+    def start(self, function, *args):
+        super().start(function, *args)
+        concurrent.futures.wait([self.pending])
+
+
+@pytest.mark.parametrize("max_steps", ["2", "6"])
+def test_a_failed_save_ends_the_run_at_once(tmp_path, monkeypatch, capsys, max_steps):
+    """After the last step too, where only the final wait raises the error."""
+    monkeypatch.setattr(checkpoint, "Writer", BlockingWriter)
+    monkeypatch.setattr(checkpoint, "save_and_prune", fail)
+    assert train(monkeypatch, tmp_path, "--max-steps", max_steps) == 2
+    assert capsys.readouterr().err == "error: no room\n"
+    steps = {step for stream, step in logged_values(tmp_path) if stream == "train"}
+    assert max(steps) == min(2, int(max_steps) - 1)

@@ -1,13 +1,12 @@
 """
 Faults that a run survives, with real processes, signals and torchrun, damaged files and full disks.
 
-    ./test.sh tests/test_faults.py            # signals and damaged files; no network, no GPU
-    ./test.sh --all tests/test_faults.py -s   # all of it; prints a table of the faults survived
+    ./test.sh tests/test_faults.py        # signals and damaged files; no network, no GPU
+    ./test.sh --all tests/test_faults.py  # all of it
 
-Every process has a wall-clock limit. A run equals the uninterrupted one if losses, norms, learning rates and weights are
-bitwise identical.
+Every process has a wall-clock limit. A run equals the uninterrupted one if losses, norms, learning
+rates and weights are bitwise identical.
 """
-import glob
 import os
 import pickle
 import pty
@@ -15,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,27 +23,14 @@ import psutil
 import pytest
 import torch
 
-from run import checkpoint
 import data
-from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  text is a fixture
-from run import folder
-from run import weights
+from common import ENV, ROOT
+from run import checkpoint, folder
+from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  a fixture
 
 STEPS = 24
-FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2", "--total-batch-size", "512"]  # 50 ms per step
-SURVIVED = {}  # fault: number of times, printed at the end of the module
-
-
-def survived(what, count=1):
-    SURVIVED[what] = SURVIVED.get(what, 0) + count
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    """Prints the faults survived, after all tests."""
-    yield
-    for what, count in SURVIVED.items():
-        print(f"\n  {count:3d} x {what}", end="")
+FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2",
+         "--total-batch-size", "512"]
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +43,21 @@ def uninterrupted(text, tmp_path_factory):  # noqa: F811
 
 
 def assert_equals_uninterrupted(run_dir, uninterrupted, exact=True):  # noqa: F811
-    """The run's log and last weights equal those of the uninterrupted one: bitwise, or if not exact the losses to 1e-4."""
+    """The run's log and last weights equal those of the uninterrupted one.
+
+    Bitwise, or if not exact the losses to 1e-4.
+    """
     streams = ("train", "val", "norm", "lr")
     ours, theirs = log_of(run_dir, *streams), log_of(uninterrupted, *streams)
     if exact:
         assert ours == theirs
-        a, b = (torch.load(os.path.join(folder, f"model_{STEPS:05d}.pt"))["model"] for folder in (run_dir, uninterrupted))
+        a, b = (torch.load(folder.paths(place, STEPS)[0])["model"]
+                for place in (run_dir, uninterrupted))
         assert all(torch.equal(a[name], b[name]) for name in b)
         return
     assert [line.split()[:2] for line in ours] == [line.split()[:2] for line in theirs]
-    for x, y in zip(ours, theirs):
-        assert float(x.split()[2]) == pytest.approx(float(y.split()[2]), rel=1e-4, abs=1e-5)
+    a, b = ([float(line.split()[2]) for line in lines] for lines in (ours, theirs))
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 def wait_for(process, pattern):
@@ -78,46 +67,51 @@ def wait_for(process, pattern):
         lines.append(line)
         if re.search(pattern, line):
             return "".join(lines)
-    raise AssertionError(f"the process ended ({process.wait()}) without {pattern!r}: {''.join(lines)[-2000:]}")
+    output = "".join(lines)[-2000:]
+    raise AssertionError(f"the process ended ({process.wait()}) without {pattern!r}: {output}")
+
+
+def run_code(code, cwd, *flags):
+    """Starts a training process that runs code instead of train_gpt2.py."""
+    return subprocess.Popen([sys.executable, "-c", code, *command(*flags)[2:]], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**ENV, "PYTHONPATH": ROOT})
 
 
 # -----------------------------------------------------------------------------
 # signals
 
-def stop(process, how):
-    """Stops a process with a signal, or closes the pipe that it prints into; returns what it printed since."""
-    if how != "closed stdout":
-        os.kill(process.pid, how)
-        return process.communicate(timeout=60)[0]
-    process.stdout.close()
-    process.wait(timeout=60)
-    return process.stderr.read()
-
-
-@pytest.mark.parametrize("stops", [[(signal.SIGTERM, 0), ("closed stdout", 141), (signal.SIGINT, 130)],
-                                   pytest.param([(signal.SIGUSR1, 75), (signal.SIGHUP, 129)], marks=pytest.mark.slow)])
-def test_signals_finish_the_step_save_and_exit_with_their_status(stops, uninterrupted, text, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("stops", [
+    [(signal.SIGTERM, 0), ("closed stdout", 141), (signal.SIGINT, 130)],
+    pytest.param([(signal.SIGUSR1, 75), (signal.SIGHUP, 129)], marks=pytest.mark.slow)])
+def test_signals_finish_the_step_save_and_exit_with_their_status(
+        stops, uninterrupted, text, tmp_path):  # noqa: F811
     """One run, stopped several times. A closed stdout (`| head`) once ended it without a save."""
     run_dir = tmp_path / "log" / "shakespeare"
     for step, (how, status) in zip((3, 9, 15), stops):
         stderr = subprocess.PIPE if how == "closed stdout" else subprocess.STDOUT
         process = start(tmp_path, "--data", text, *FLAGS, "--save-every", "1000", stderr=stderr)
         wait_for(process, rf"step +{step}/")
-        rest = stop(process, how)
-        assert process.returncode == status, rest
         if how == "closed stdout":
-            assert rest == "stdout cannot be written (Broken pipe): stop requested; finishing the step, then saving\n"
+            process.stdout.close()
+            process.wait(timeout=60)
+            assert process.stderr.read() == ("stdout cannot be written (Broken pipe): stop"
+                                             " requested; finishing the step, then saving\n")
         else:
-            assert int(re.search(r"stopped at step (\d+) by " + how.name, rest)[1]) == folder.saved_steps(run_dir)[-1]
-        assert folder.saved_steps(run_dir)[-1] > step - 1
-        survived(f"{getattr(how, 'name', how)} while training")
+            os.kill(process.pid, how)
+            out = process.communicate(timeout=60)[0]
+            stopped = re.search(rf"stopped at step (\d+) by {how.name}", out)
+            assert int(stopped[1]) == folder.saved_steps(run_dir)[-1]
+        assert process.returncode == status
+        assert folder.saved_steps(run_dir)[-1] >= step
     process = train(tmp_path, *FLAGS)
     assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_although_nothing_can_be_printed(uninterrupted, text, tmp_path):  # noqa: F811
+def test_a_closed_terminal_saves_although_nothing_can_be_printed(
+        uninterrupted, text, tmp_path):  # noqa: F811
     """The kernel sends SIGHUP, and every write to stdout and stderr fails with EIO."""
     process, terminal = pty.fork()
     if process == 0:
@@ -131,13 +125,13 @@ def test_a_closed_terminal_saves_although_nothing_can_be_printed(uninterrupted, 
     assert folder.saved_steps(tmp_path / "log" / "shakespeare")[-1] >= 7
     assert train(tmp_path, *FLAGS).returncode == 0
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
-    survived("closed terminal")
 
 
 @pytest.mark.slow
 def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  # noqa: F811
-    process = subprocess.Popen(["nohup", *command("--data", text, *FLAGS, "--max-steps", "40")], cwd=tmp_path, text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(["nohup", *command("--data", text, *FLAGS, "--max-steps", "40")],
+                               cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(process, r"step +3/")
     os.kill(process.pid, signal.SIGHUP)
     out = process.communicate(timeout=60)[0]
@@ -146,87 +140,98 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  #
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["$x_{ $", "_x", "模型"])
-def test_a_finished_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
-    """A dollar sign in the name failed in matplotlib after the whole training; a full disk or a folder in the way, too."""
-    os.makedirs(tmp_path / "log" / name / "loss.png")
+def test_a_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
+    """A dollar sign in the name failed in matplotlib after the whole training."""
     process = train(tmp_path, "--data", text, f"--exp-name={name}")
     assert process.returncode == 0 and process.stderr == "", process.stderr
+    picture = tmp_path / "log" / name / "loss.png"
+    assert picture.stat().st_size > 1000
+    picture.unlink()
+    picture.mkdir()  # in the way
+    process = train(tmp_path, f"--exp-name={name}", "--max-steps", "9")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
     assert "finished; curves: not drawn, IsADirectoryError" in process.stdout
-    assert folder.saved_steps(tmp_path / "log" / name) == [4, 8]
-    os.rmdir(tmp_path / "log" / name / "loss.png")
-    process = train(tmp_path, "--data", text, f"--exp-name={name}")  # draws what is missing
-    assert process.returncode == 0 and os.path.getsize(tmp_path / "log" / name / "loss.png") > 1000, process.stderr
-    assert process.stderr == ""
+    assert folder.saved_steps(tmp_path / "log" / name) == [8, 9]  # --keep-last 2
 
 
 SLOW_SAVE = """
-import sys, time, train_gpt2
+import time, train_gpt2
 from run import checkpoint
-from run.cli import run_main
-save_file = checkpoint.save_file
+from run.cli import StopSignals, run_main
 def slowly(contents, path):
-    print("writing", flush=True)
-    time.sleep(1)
+    if "model" in path:
+        print("writing the model", flush=True)
+        while StopSignals.received is None:
+            time.sleep(0.01)
     save_file(contents, path)
-checkpoint.save_file = slowly
+save_file, checkpoint.save_file = checkpoint.save_file, slowly
 run_main(train_gpt2.main)
 """
 
 
 @pytest.mark.slow
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tmp_path):  # noqa: F811
-    """The loop is over then: once the signal handlers were restored too early, and the process died in the save."""
-    launcher, script, *flags = command("--data", text, "--save-every", "8")
-    process = subprocess.Popen([launcher, "-c", SLOW_SAVE, *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.path.dirname(script)})
-    wait_for(process, "writing")
-    wait_for(process, "writing")  # the second file: by now the main thread only waits
+    """The handlers were once restored too early, and the process died in the save."""
+    process = run_code(SLOW_SAVE, tmp_path, "--data", text, "--save-every", "8")
+    wait_for(process, "writing the model")
     os.kill(process.pid, signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and folder.saved_steps(tmp_path / "log" / "shakespeare") == [8], out
-    survived("signal while the last checkpoint is written")
+    assert process.returncode == 0, out
+    assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [8]
 
 
 @pytest.mark.slow  # test_checkpoint.py has a fast one, without train_gpt2.py
-def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(text, tmp_path):  # noqa: F811
+def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(
+        text, tmp_path):  # noqa: F811
     process = start(tmp_path, "--data", text, "--max-steps", "100000")
     wait_for(process, r"step +2/")
     second = train(tmp_path, "--data", text)
-    assert second.returncode == 2 and "is in use by another training process" in second.stderr, second.stderr
-    assert second.stderr.count("\n") == 1
+    assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+    assert "is in use by another training process" in second.stderr
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
     third = train(tmp_path, "--data", text)
     assert third.returncode == 0, third.stderr
-    survived("second run in the same folder refused")
+
+
+SLOW_STEP = """
+import time, train_gpt2
+from run.cli import StopSignals, run_main
+def endless(*args):
+    print("in a step", flush=True)
+    while StopSignals.received is None or time.monotonic() - StopSignals.since < 0.6:
+        time.sleep(0.01)
+    print("ready", flush=True)  # half a second later: not torchrun's duplicate of the first one
+    time.sleep(1000)
+train_gpt2.train_step = endless
+run_main(train_gpt2.main)
+"""
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
-    """Within a step of 65,536 micro-steps, which takes minutes."""
-    process = start(tmp_path, "--data", text, "--max-steps", "100000", "--total-batch-size", str(16 * 2**17))
-    wait_for(process, "step +0 | val")
-    time.sleep(0.5)  # until it is in its first step
+    """Within a step that hangs."""
+    process = run_code(SLOW_STEP, tmp_path, "--data", text)
+    wait_for(process, "in a step")
     os.kill(process.pid, signal.SIGINT)
-    wait_for(process, "again stops at once")
-    time.sleep(0.7)
+    wait_for(process, "ready")
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=5)
-    assert process.returncode == 130 and not folder.saved_steps(tmp_path / "log" / "shakespeare")
-    survived("second Ctrl-C")
+    assert process.returncode == 130
+    assert not folder.saved_steps(tmp_path / "log" / "shakespeare")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, tmp_path):  # noqa: F811
+def test_a_signal_at_a_random_moment_loses_no_step(
+        number, uninterrupted, text, tmp_path):  # noqa: F811
     """A signal before the loop saves nothing; later ones save: in steps, evaluations and saves."""
-    rng, lives = random.Random(int(number)), 0
+    rng = random.Random(int(number))
     for _ in range(40):
         process = start(tmp_path, "--data", text, *FLAGS)
         time.sleep(rng.uniform(1.0, 8.0))
         if process.poll() is None:
             os.kill(process.pid, number)
-            lives += 1
         out = process.communicate(timeout=60)[0]
         assert "Traceback" not in out or "KeyboardInterrupt" in out, out
         if folder.saved_steps(tmp_path / "log" / "shakespeare")[-1:] == [STEPS]:
@@ -234,7 +239,6 @@ def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, 
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted)
-    survived(f"{number.name} at a random moment", lives)
 
 
 # -----------------------------------------------------------------------------
@@ -242,12 +246,12 @@ def test_a_signal_at_a_random_moment_loses_no_step(number, uninterrupted, text, 
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_no_result(text, tmp_path):  # noqa: F811
-    """SIGKILL anywhere: in startup, steps, validation, and, as each step saves, in saving, pruning and logging."""
-    steps = ["--max-steps", "150", "--val-every", "5", "--save-every", "1", "--n-embd", "64", "--sample-every", "0"]
+    """SIGKILL anywhere: in startup, steps, validation, saving, pruning and logging."""
+    steps = ["--max-steps", "150", "--val-every", "5", "--save-every", "1", "--n-embd", "64"]
     whole = tmp_path / "whole"
     os.mkdir(whole)
     assert train(whole, "--data", text, *steps, timeout=300).returncode == 0
-    rng, kills, inside = random.Random(0), 0, 0
+    rng, kills = random.Random(0), 0
     run_dir = tmp_path / "log" / "shakespeare"
     while kills < 34:
         process = start(tmp_path, "--data", text, *steps)
@@ -259,15 +263,12 @@ def test_thirty_kills_at_random_moments_change_no_result(text, tmp_path):  # noq
             break
         process.communicate(timeout=30)
         kills += 1
-        inside += bool(glob.glob(str(run_dir / "*.tmp")))
     assert kills >= 30
     process = train(tmp_path, *steps, timeout=300)
     assert process.returncode == 0, process.stderr
     for stream in ("train", "val", "norm", "lr"):
         assert log_of(run_dir, stream) == log_of(whole / "log" / "shakespeare", stream)
-    assert not glob.glob(str(run_dir / "*.tmp")) and not glob.glob(str(run_dir / "*.aside"))
-    survived("SIGKILL at a random moment", kills)
-    survived("of these while writing a checkpoint", inside)
+    assert not list(run_dir.glob("*.tmp"))
 
 
 def ranks_of(process):
@@ -275,8 +276,9 @@ def ranks_of(process):
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if any(part.endswith("train_gpt2.py") for part in child.cmdline()) and "RANK" in child.environ():
-                found[int(child.environ()["RANK"])] = child
+            rank = child.environ().get("RANK")
+            if rank is not None and any("train_gpt2.py" in part for part in child.cmdline()):
+                found[int(rank)] = child
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
@@ -284,11 +286,10 @@ def ranks_of(process):
 
 def torchrun(cwd, *flags, nproc=2, launcher=("--standalone",)):
     """A torchrun that restarts its ranks up to 9 times, as a process with its output."""
-    train_py = command()[1]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={nproc}",
-                             "--max-restarts=9", train_py, *TINY, *flags], cwd=cwd, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={nproc}"]
+    return subprocess.Popen([sys.executable, *launcher, "--max-restarts=9", *command(*flags)[1:]],
+                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=ENV)
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +304,12 @@ def uninterrupted_pair(text, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["step +7/", "step +9/", "saved .*model_00012"])
-def test_torchrun_restarts_after_a_rank_is_killed(moment, uninterrupted_pair, text, tmp_path):  # noqa: F811
-    """In a step, in the evaluation at step 10, at a save. torchrun restarts the group, although its store outlives the
-    ranks that died (parallel.store_of_this_start)."""
+def test_torchrun_restarts_after_a_rank_is_killed(
+        moment, uninterrupted_pair, text, tmp_path):  # noqa: F811
+    """In a step, in the evaluation at step 10, at a save.
+
+    torchrun's store outlives the ranks that died (parallel.store_of_this_start).
+    """
     process = torchrun(tmp_path, "--data", text, *FLAGS)
     wait_for(process, moment)
     ranks_of(process)[1].kill()
@@ -313,73 +317,76 @@ def test_torchrun_restarts_after_a_rank_is_killed(moment, uninterrupted_pair, te
     assert process.returncode == 0, out
     assert "resuming" in out
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("rank of two killed, restarted by torchrun")
+
+
+def new_store():
+    """A store for torchrun's rendezvous, on a free port that the kernel chooses."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.mark.slow
 def test_two_nodes_survive_the_loss_of_a_rank(uninterrupted_pair, text, tmp_path):  # noqa: F811
     """Two torchrun agents with a c10d rendezvous on 127.0.0.1, as on two machines."""
-    port = random.Random(os.getpid()).randrange(20000, 40000)
-    agents = [torchrun(tmp_path, "--data", text, *FLAGS, nproc=1, launcher=(
-        "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=faults",
-        "--local_addr=127.0.0.1")) for _ in range(2)]
-    first = [agent for agent in agents]
-    time.sleep(1)
+    store = new_store()
+    rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{store.port}",
+                  "--rdzv_conf=is_host=0", "--rdzv_id=faults", "--local_addr=127.0.0.1"]
+    agents = [torchrun(tmp_path, "--data", text, *FLAGS, nproc=1, launcher=rendezvous)
+              for _ in range(2)]
     deadline = time.monotonic() + 90
-    while not {rank for agent in first for rank in ranks_of(agent)} == {0, 1}:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
     while not folder.saved_steps(tmp_path / "log" / "shakespeare"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    victim = next(child for agent in agents for rank, child in ranks_of(agent).items() if rank == 1)
+    victim = next(ranks_of(agent)[1] for agent in agents if 1 in ranks_of(agent))
     victim.kill()
     outputs = [agent.communicate(timeout=180)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("rank killed on one of two nodes")
 
 
 @pytest.mark.slow
-def test_train_sbatch_saves_at_slurms_signal_and_requeues(uninterrupted_pair, text, tmp_path):  # noqa: F811
-    """The Slurm batch script with stand-ins for srun, scontrol and scancel: one node, two ranks."""
-    stand_ins = {"srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
-                 "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 && exit; kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
-                             f'echo "$@" >> {tmp_path}/requeued',
-                 "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"'}
+def test_train_sbatch_saves_at_slurms_signal_and_requeues(
+        uninterrupted_pair, text, tmp_path):  # noqa: F811
+    """With stand-ins for srun, scontrol and scancel: one node, two ranks."""
+    scripts = {
+        "srun": f'echo $$ > {tmp_path}/srun.pid; exec "$@"',
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 && exit;'
+                    f' kill -0 "$(cat {tmp_path}/srun.pid)" && set early;'
+                    f' echo "$@" >> {tmp_path}/requeued',
+        "scancel": f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {tmp_path}/srun.pid)"',
+        ".venv/bin/python": f'exec {sys.executable} "$@"'}
     os.makedirs(tmp_path / ".venv" / "bin")
-    for name, line in {**stand_ins, ".venv/bin/python": f'exec {sys.executable} "$@"'}.items():
+    for name, line in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         os.chmod(tmp_path / name, 0o755)
-    root = os.path.dirname(command()[1])
-    os.symlink(os.path.join(root, "train_gpt2.py"), tmp_path / "train_gpt2.py")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
-           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
-           "MASTER_PORT": str(port)}
+    os.symlink(os.path.join(ROOT, "train_gpt2.py"), tmp_path / "train_gpt2.py")
+    env = {**ENV, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1",
+           "SLURM_GPUS_ON_NODE": "2"}
+    script = ["bash", os.path.join(ROOT, "train.sbatch"), *TINY, "--data", text, *FLAGS]
 
-    def submit():
-        return subprocess.Popen(["bash", os.path.join(root, "train.sbatch"), *TINY, "--data", text, *FLAGS], env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    job = submit()
+    def submit(store):
+        return subprocess.Popen(script, env={**env, "MASTER_PORT": str(store.port)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                start_new_session=True)
+
+    store = new_store()
+    job = submit(store)
     wait_for(job, r"step +7/")
     os.kill(job.pid, signal.SIGUSR1)  # to the script only, as --signal=B: does
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0 and "stopped at step" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    job = submit()
+    store = new_store()
+    job = submit(store)
     out = job.communicate(timeout=180)[0]
     assert job.returncode == 0 and "resuming" in out, out
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # only once
     assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", uninterrupted_pair)
-    survived("Slurm's signal, saved and requeued")
 
 
 @pytest.mark.slow
 def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
-    """1 -> 2 -> 1 ranks: the same windows in the same order, so the losses of one rank throughout."""
+    """1 -> 2 -> 1 ranks: the same windows in the same order, so the losses of one rank."""
     flags = ["--data", text, *FLAGS, "--dropout", "0"]
     whole = tmp_path / "whole"
     os.mkdir(whole)
@@ -387,16 +394,18 @@ def test_the_number_of_ranks_may_change_on_resume(text, tmp_path):  # noqa: F811
     for ranks, step in ((1, 6), (2, 14)):
         process = start(tmp_path, *flags, ranks=ranks)
         wait_for(process, rf"step +{step}/")
-        os.killpg(process.pid, signal.SIGKILL)
-        for child in ranks_of(process).values() if ranks > 1 and psutil.pid_exists(process.pid) else ():
+        # torchrun's ranks are in sessions of their own
+        children = list(ranks_of(process).values())
+        for child in children:
             child.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
-        time.sleep(3)  # torchrun's ranks have their own sessions and take a while to exit
-        subprocess.run(["pkill", "-9", "-f", f"--data {text} "], check=False)
+        psutil.wait_procs(children, timeout=30)
     process = train(tmp_path, *flags)
-    assert process.returncode == 0 and "1 processes, were 2" in process.stdout, process.stderr + process.stdout
-    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare", exact=False)
-    survived("change of the number of ranks", 2)
+    assert process.returncode == 0, process.stderr
+    assert "1 processes, were 2" in process.stdout
+    assert_equals_uninterrupted(tmp_path / "log" / "shakespeare", whole / "log" / "shakespeare",
+                                exact=False)
 
 
 # -----------------------------------------------------------------------------
@@ -409,119 +418,71 @@ class Evil:
         return (os.mkdir, ("evil",))
 
 
-def damages(path):
-    """{name: function that damages the file at path}."""
+def damage(path, kind):
+    """Damages the file at path."""
     size = os.path.getsize(path)
-
-    def cut(n):
-        os.truncate(path, n)
-
-    def flip(at):
-        with open(path, "r+b") as f:
-            f.seek(at)
-            byte = f.read(1)
-            f.seek(at)
-            f.write(bytes([byte[0] ^ 64]))
-
-    def write(contents):
-        torch.save(contents, path)
-
-    def evil():
+    if kind == "removed":
+        os.remove(path)
+    elif kind == "code":
         with open(path, "wb") as f:
             pickle.dump({"model": Evil(), "config": {}, "step": 4}, f)
-
-    def wrong_shapes():
-        contents = torch.load(path)
-        if "model" in contents:
-            contents["model"]["transformer.wpe.weight"] = torch.zeros(3, 3)
-        else:
-            contents["optimizers"] = "none"
-            del contents["loader"]
-        write(contents)
-    rng = random.Random(size)
-    return {"zero length": lambda: cut(0), **{f"cut {i}": lambda: cut(rng.randrange(1, size)) for i in range(3)},
-            "last byte gone": lambda: cut(size - 1), **{f"flipped {i}": lambda: flip(rng.randrange(size)) for i in range(6)},
-            "code in it": evil, "not there": lambda: os.remove(path), "another dict": lambda: write({"a": 1}),
-            "a tensor": lambda: write(torch.zeros(3)), "wrong shapes": wrong_shapes,
-            "another step's": lambda: write({**torch.load(path), "step": 99}), "noise": lambda: write(b"noise")}
+    elif kind == "of another step":
+        torch.save({**torch.load(path), "step": 99}, path)
+    elif kind.startswith("cut"):
+        os.truncate(path, int(kind.split()[1]) * (size - 1) // 4)
+    else:  # a flipped bit
+        with open(path, "r+b") as f:
+            position = random.Random(kind).randrange(size)
+            f.seek(position)
+            byte = f.read(1)[0]
+            f.seek(position)
+            f.write(bytes([byte ^ 64]))
 
 
-def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(uninterrupted, tmp_path, monkeypatch):
-    """Each file of the newest checkpoint, each kind of damage: the previous checkpoint is loaded, or the same contents if a
-    flipped bit is in the file's padding."""
+DAMAGES = ["removed", "code", "of another step", *(f"cut {i}" for i in range(5)),
+           *(f"flip {i}" for i in range(6))]
+
+
+def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
+        uninterrupted, tmp_path, monkeypatch):
+    """The previous checkpoint is loaded, or the same contents if a flipped bit is in padding."""
     monkeypatch.chdir(tmp_path)
-    steps = folder.saved_steps(uninterrupted)[-2:]
-    run_dir = str(tmp_path / "run")
-    original = {path: weights.load_file(path) for step in steps for path in folder.paths(uninterrupted, step)}
-    newest = folder.paths(uninterrupted, steps[1])
-    for k, source in enumerate(newest):
-        for name in damages(source):
-            os.makedirs(run_dir)
-            for path in original:
-                shutil.copy(path, run_dir)
-            damaged = os.path.join(run_dir, os.path.basename(source))
-            damages(damaged)[name]()
-            model, state, messages = checkpoint.load_latest(run_dir)
-            if model["step"] == steps[1]:  # the flipped bit is not part of the contents
-                assert name.startswith("flipped") and not messages, name
-                assert all(torch.equal(v, original[newest[0]]["model"][n]) for n, v in model["model"].items())
-                assert str(state) == str(original[newest[1]])
+    older, newest = folder.saved_steps(uninterrupted)[-2:]
+    expected = checkpoint.load_latest(uninterrupted)
+    for i in range(2):  # the model file, the state file
+        for kind in DAMAGES:
+            shutil.copytree(uninterrupted, "run")
+            damaged = folder.paths("run", newest)[i]
+            damage(damaged, kind)
+            model, state, messages = checkpoint.load_latest("run")
+            if model["step"] == newest:
+                assert kind.startswith("flip") and not messages, kind
+                assert str(model) == str(expected.model) and str(state) == str(expected.state)
             else:
-                assert model["step"] == state["step"] == steps[0] and len(messages) == 1, name
-                assert f"skipping step {steps[1]}: " in messages[0] and damaged in messages[0], (name, messages)
-                assert "\n" not in messages[0]
-            survived(f"damaged {('model', 'state')[k]} file")
-            shutil.rmtree(run_dir)
+                assert model["step"] == state["step"] == older, kind
+                message, = messages
+                assert f"skipping step {newest}: " in message and damaged in message
+                assert "\n" not in message
+            shutil.rmtree("run")
     assert not os.path.exists("evil")
 
 
-def test_a_run_resumes_before_a_damaged_checkpoint_and_renames_it(uninterrupted, text, tmp_path):  # noqa: F811
+def test_a_damaged_newest_checkpoint_is_an_error_until_its_files_are_moved_away(
+        uninterrupted, text, tmp_path):  # noqa: F811
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    newest = folder.saved_steps(run_dir)[-1]
+    older, newest = folder.saved_steps(run_dir)[-2:]
     os.truncate(folder.paths(run_dir, newest)[0], 1000)
     process = train(tmp_path, "--data", text, *FLAGS)
-    assert process.returncode == 0 and f"skipping step {newest}" in process.stdout, process.stderr
-    assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    assert f"model_{newest:05d}.pt" in process.stderr
+    assert ("move the newer files away, the same command resumes from step"
+            f" {older}") in process.stderr
+    for path in folder.paths(run_dir, newest):
+        os.rename(path, tmp_path / os.path.basename(path))
+    process = train(tmp_path, "--data", text, *FLAGS)
+    assert process.returncode == 0, process.stderr
     assert_equals_uninterrupted(run_dir, uninterrupted)
-
-
-@pytest.mark.slow
-def test_resume_from_an_older_checkpoint_renames_the_newer(uninterrupted, text, tmp_path):  # noqa: F811
-    run_dir = tmp_path / "moved" / "elsewhere"
-    shutil.copytree(uninterrupted, run_dir)
-    older, newest = folder.saved_steps(run_dir)[-2:]
-    process = train(tmp_path, "--resume", f"moved/elsewhere/model_{older:05d}.pt", *FLAGS)
-    assert process.returncode == 0 and f"from step {older}" in process.stdout, process.stderr
-    assert (run_dir / f"model_{newest:05d}.pt.aside").exists()
-    assert_equals_uninterrupted(run_dir, uninterrupted)
-    survived("resumed from an older checkpoint")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--n-embd", "32"], "n_embd cannot change when a run resumes"),
-    (["--optimizer", "adamw"], "optimizer cannot change when a run resumes"),
-    (["--seed", "5"], "changing seed makes it a different run; --force resumes anyway"),
-    (["--total-batch-size", "256"], "changing total_batch_size"),
-    (["--resume", "never"], "already holds a run"),
-    (["--resume", "nowhere"], "--resume nowhere does not exist"),
-    (["--resume", "log/shakespeare", "--exp-name", "x"], "omit --exp-name and --log-dir"),
-    (["--resume", "log/shakespeare/log.txt"], "is not named like a checkpoint"),
-    (["--batch-size", "3"], "--batch-size that would fit: [1, 2, 4, 8, 16, 32]"),
-])
-def test_wrong_flags_on_resume_are_one_line_and_change_nothing(flags, message, uninterrupted, text, tmp_path,  # noqa: F811
-                                                               monkeypatch, capsys):
-    from run import cli
-    import train_gpt2
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(uninterrupted, "log/shakespeare")
-    before = {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--preset", "shakespeare", "--max-steps", "30", *flags])
-    with pytest.raises(SystemExit) as e:
-        cli.run_main(train_gpt2.main)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and message in err
-    assert before == {name: os.stat(f"log/shakespeare/{name}").st_mtime_ns for name in os.listdir("log/shakespeare")}
 
 
 @pytest.mark.slow
@@ -529,43 +490,44 @@ def test_other_data_is_an_error_unless_forced(uninterrupted, tmp_path):
     """A text with the same number of tokens, which the number of windows does not reveal."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    state_config = checkpoint.load_latest(run_dir)[1]["train_config"]
+    path = checkpoint.load_latest(run_dir).state["train_config"]["data"]
     shards = tmp_path / "shards"
     os.mkdir(shards)
-    train_paths, val_paths = data.prepare_data(state_config["data"])
-    tokens = data.TokenStream(train_paths).read(0, len(data.TokenStream(train_paths)))
+    train_paths, val_paths = data.prepare_data(path)
+    stream = data.TokenStream(train_paths)
+    tokens = stream.read(0, len(stream))
     data.write_shard(str(shards / "a_train_000001.npy"), tokens[::-1].copy())
     shutil.copy(val_paths[0], shards / "a_val_000000.npy")
-    process = train(tmp_path, *FLAGS, "--data", "shards", "--max-steps", str(STEPS + 1))
-    assert process.returncode == 2 and "trained on other data" in process.stderr and "--force" in process.stderr
-    process = train(tmp_path, *FLAGS, "--data", "shards", "--max-steps", str(STEPS + 1), "--force")
+    flags = [*FLAGS, "--data", "shards", "--max-steps", str(STEPS + 1)]
+    process = train(tmp_path, *flags)
+    assert process.returncode == 2 and "trained on other data" in process.stderr
+    process = train(tmp_path, *flags, "--force")
     assert process.returncode == 0, process.stderr
-    survived("other data refused on resume")
 
 
 @pytest.mark.slow
-def test_shards_damaged_under_a_running_loader_stop_it_in_one_line(tmp_path):
-    for damage in ("cut", "removed", "overwritten"):
-        cwd = tmp_path / damage
-        os.makedirs(cwd / "shards")
-        rng = np.random.default_rng(0)
-        for split in ("train", "val"):
-            data.write_shard(str(cwd / "shards" / f"a_{split}_000000.npy"), rng.integers(0, 50257, 20000).astype(np.uint16))
-        process = start(cwd, "--data", "shards", "--max-steps", "100000", "--save-every", "10", "--val-every", "0")
-        wait_for(process, "saved ")
-        path = str(cwd / "shards" / "a_train_000000.npy")
-        if damage == "cut":
-            os.truncate(path, 1000)
-        elif damage == "removed":
-            os.remove(path)
-        else:
-            with open(path, "r+b") as f:
-                f.seek(200)
-                f.write(b"\xff" * 39000)
-        out = process.communicate(timeout=60)[0]
-        assert process.returncode == 2 and re.search(r"^error: .*a_train_000000.npy", out, re.M), out
-        assert checkpoint.load_latest(cwd / "log" / "shakespeare")[2] == []
-        survived("shard damaged under the loader")
+@pytest.mark.parametrize("kind", ["cut", "removed", "overwritten"])
+def test_shards_damaged_under_a_running_loader_stop_it_in_one_line(kind, tmp_path):
+    os.makedirs(tmp_path / "shards")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        tokens = rng.integers(0, 50257, 20000).astype(np.uint16)
+        data.write_shard(str(tmp_path / "shards" / f"a_{split}_000000.npy"), tokens)
+    process = start(tmp_path, "--data", "shards", "--max-steps", "100000", "--save-every", "10",
+                    "--val-every", "0")
+    wait_for(process, "saved ")
+    path = str(tmp_path / "shards" / "a_train_000000.npy")
+    if kind == "cut":
+        os.truncate(path, 1000)
+    elif kind == "removed":
+        os.remove(path)
+    else:
+        with open(path, "r+b") as f:
+            f.seek(200)
+            f.write(b"\xff" * 39000)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and re.search("^error: .*a_train_000000.npy", out, re.M), out
+    assert checkpoint.load_latest(tmp_path / "log" / "shakespeare").messages == []
 
 
 @pytest.mark.slow
@@ -574,20 +536,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_
     disk = tmp_path / "disk"
     os.mkdir(disk)
     size = sum(os.path.getsize(path) for path in folder.paths(uninterrupted, STEPS))
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-        assert "needs" in process.stderr and "are free" in process.stderr
+        assert process.stderr.startswith("error: cannot write"), process.stderr
         # its tensors map the files: keeping them would keep the disk busy
         assert checkpoint.load_latest(disk / "log" / "shakespeare").step == 2
-        assert not glob.glob(str(disk / "log" / "shakespeare" / "*.tmp"))
+        assert not list((disk / "log" / "shakespeare").glob("*.tmp"))
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
         process = train(disk, "--data", text, *FLAGS)
         assert process.returncode == 0, process.stderr
         assert_equals_uninterrupted(disk / "log" / "shakespeare", uninterrupted)
-        survived("disk full")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

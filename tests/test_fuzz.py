@@ -7,7 +7,6 @@ The parsers of files, on inputs that hypothesis damages: each is read, or is one
 A valid file is damaged in its structure: one or two nodes of its nested value are replaced, deleted, renamed or wrapped
 (mutated), or in its bytes: some are replaced, it is cut, something is appended (damaged).
 """
-import atexit
 import contextlib
 import copy
 import gzip
@@ -24,21 +23,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file as save_safetensors
+from safetensors.torch import save as save_safetensors
 
 import bench.__main__ as bench_command
 import convert
 import data
-import fineweb
 import hellaswag
 import plots
-import train_gpt2
+from common import tiny_model
 from convert import hf_state_dict
-from model import GPT, GPTConfig
-from run import folder
-from run import weights
+from run import folder, weights
+from run.checkpoint import model_contents
 
-SIZES = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=50257)
 SECONDS = 5  # for one input
 
 
@@ -69,10 +65,6 @@ def reads_or_explains(read, name):
 
 PLAIN = [None, True, False, -1, 0, 1, 3, 1.0, 2.7, 2**31, 2**40, 10**30, float("nan"), float("inf"), "", "x", "12", "a/../b",
          "\x1b[31mred", [], {}, [[]], [0], {"a": 1}, "long" * 100]
-TENSORS = [torch.zeros(0), torch.tensor(2), torch.zeros(2, 2, 2), torch.zeros(8, dtype=torch.complex64),
-           torch.zeros(3, dtype=int), torch.full((8,), float("nan")), torch.zeros(2, 2).to_sparse(),
-           torch.empty(8, device="meta"), torch.zeros(1).expand(2**40), (1, 2)]
-
 
 def nodes(value, place=()):
     """The places of all nodes of a nested value, as tuples of keys and indices."""
@@ -146,43 +138,34 @@ def text_of(value):
 
 SHARDS = [{"file": "a_val_000000.npy", "split": "val", "tokens": 4, "documents": 1, "sha256": "0" * 64},
           {"file": "a_train_000001.npy", "split": "train", "tokens": 4, "documents": 1, "sha256": "0" * 64}]
-SETTINGS = {"tokenizer": {"name": "gpt2", "sha256": data.TOKENIZER_SHA256}, "source": {"files": ["in.txt"], "bytes": [9]},
-            "shard_size": 100, "val_tokens": 10, "max_tokens": 0, "format": "npy", "text_column": "text",
-            "skip_bad_files": False}
-MANIFEST = {**fineweb.open_manifest("nowhere", SETTINGS), "shards": SHARDS, "bad_files": [{"file": 0, "why": "damaged"}],
-            "complete": True, "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0}}
+MANIFEST = {"version": data.MANIFEST_VERSION, "source": {"files": [["in.txt", 9]]}, "shards": SHARDS,
+            "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0},
+            "complete": True}
 
 
 @fuzz(20)
 @given(st.one_of(mutated(MANIFEST).map(text_of).map(str.encode), damaged(text_of(MANIFEST).encode())))
 def test_manifest(tmp_path_factory, contents):
     folder = tmp_path_factory.mktemp("fuzz")
-    for split, i in (("val", 0), ("train", 1)):
-        data.write_shard(str(folder / f"a_{split}_{i:06d}.npy"), np.array([50256, 1, 2, 3], dtype=np.uint16))
+    for shard in SHARDS:
+        data.write_shard(str(folder / shard["file"]), np.array([50256, 1, 2, 3], dtype=np.uint16))
     (folder / "manifest.json").write_bytes(contents)
-    reads_or_explains(lambda: fineweb.open_manifest(str(folder), SETTINGS), str(folder))
     reads_or_explains(lambda: data.prepare_data(str(folder)), str(folder))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        reads_or_explains(lambda: fineweb.verify(str(folder)), str(folder))
 
 
-EXAMPLES = [{"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-             "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap.", "is ripping.", "is.", "is."]},
-            {"activity_label": "Roof", "ctx": "He. he", "label": "1", "endings": ["a", "b", "c", "d"]}]
-JSONL = "\n".join(map(text_of, EXAMPLES)).encode()
+EXAMPLE = {"activity_label": "Roof", "ctx_a": "A man is on a roof.", "ctx_b": "he", "label": 3,
+           "ctx": "A man is on a roof. he", "endings": ["wraps.", "rips.", "is.", "is."]}
+JSONL = (text_of(EXAMPLE) + "\n").encode() * 2
 
 
 @fuzz(30)
-@given(st.one_of(*(mutated(e).map(text_of).map(str.encode) for e in EXAMPLES), damaged(JSONL),
-                 damaged(gzip.compress(JSONL, mtime=0)), st.just(b'{"ctx": ' + b"[" * 3000)))
+@given(st.one_of(damaged(JSONL), damaged(gzip.compress(JSONL, mtime=0))))
 def test_hellaswag_examples(tmp_path_factory, contents):
-    path = str(tmp_path_factory.getbasetemp() / ("a.jsonl.gz" if contents[:2] == b"\x1f\x8b" else "a.jsonl"))
+    name = "a.jsonl.gz" if contents.startswith(b"\x1f\x8b") else "a.jsonl"
+    path = str(tmp_path_factory.getbasetemp() / name)
     with open(path, "wb") as f:
         f.write(contents)
-    examples = []
-    reads_or_explains(lambda: examples.extend(hellaswag.iterate_examples(path)), path)
-    for style in ("completion", "lm_eval"):  # what was accepted can be scored
-        assert all(len(endings) == 4 for _, endings in hellaswag.tokenize(examples, style))
+    reads_or_explains(lambda: list(hellaswag.iterate_examples(path)), path)
 
 
 RESULT = {"machine": {"device": "a CPU"}, "settings": {"size": "gpt2", "B": 4},
@@ -268,20 +251,7 @@ def test_shards(tmp_path_factory, name, contents):
 # -----------------------------------------------------------------------------
 # models
 
-def tiny_model(**changes):
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SIZES, **changes}))
-
-
-SMALL = tiny_model(vocab_size=16)
-OURS = {"model": dict(SMALL.state_dict()), "config": dict(vars(SMALL.config)), "step": 2, "val_loss": 3.5}
-NANO = {"model": OURS["model"], "model_args": {**OURS["config"]}, "iter_num": 2, "best_val_loss": torch.tensor(3.5)}
-
-
-def saved_bytes(contents):
-    f = io.BytesIO()
-    torch.save(contents, f)
-    return f.getvalue()
+SMALL = tiny_model(n_layer=1, n_embd=8, block_size=8, vocab_size=16)
 
 
 def check_model(path):
@@ -291,124 +261,74 @@ def check_model(path):
         reads_or_explains(lambda: weights.load_model(path), name)
 
 
-@fuzz(15)
-@given(st.one_of(*(mutated(value, PLAIN + TENSORS) for value in (OURS, NANO))))
-def test_contents_of_pt(tmp_path_factory, contents):
-    path = str(tmp_path_factory.getbasetemp() / "a.pt")
-    torch.save(contents, path)
-    check_model(path)
+def pt_bytes():
+    """A checkpoint of ours."""
+    f = io.BytesIO()
+    torch.save({**model_contents(SMALL, 3.5), "step": 2}, f)
+    return f.getvalue()
 
 
 @fuzz(30)
-@given(damaged(saved_bytes(OURS)))
+@given(damaged(pt_bytes()))
 def test_bytes_of_pt(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "a.pt"
     path.write_bytes(contents)
     check_model(str(path))
 
 
-@fuzz(20)
-@given(st.lists(st.tuples(st.integers(0, 8), st.sampled_from([-1, 0, 1, 3, 7, 2**20, 2**31 - 1, -2**31])), max_size=3),
-       st.binary())
-def test_header_of_llmc(tmp_path_factory, changes, noise):
-    path = tmp_path_factory.getbasetemp() / "a.bin"
+def llmc_bytes():
     f = io.BytesIO()
     convert.write_llmc(SMALL, f)
-    contents = bytearray(f.getvalue())
-    for where, value in changes:
-        contents[4 * where:4 * where + 4] = struct.pack("<i", value)
-    path.write_bytes(contents + noise[1:])
+    return f.getvalue()
+
+
+@fuzz(30)
+@given(damaged(llmc_bytes()))
+def test_bytes_of_llmc(tmp_path_factory, contents):
+    path = tmp_path_factory.getbasetemp() / "a.bin"
+    path.write_bytes(contents)
     check_model(str(path))
 
 
-HF_WEIGHTS = hf_state_dict(SMALL)
-HF_CONFIG = {**json.loads(convert.config_files(SMALL.config, "float32")["config.json"]), "vocab_size": 16, "n_inner": None}
-HF_INDEX = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(HF_WEIGHTS, "model-00001-of-00001.safetensors")}
+HF_WEIGHTS = save_safetensors(hf_state_dict(SMALL))
+HF_CONFIG = json.loads(convert.config_files(SMALL.config, "float32")["config.json"])
+HF_CONFIG |= {"vocab_size": 16, "n_inner": None}
+HF_INDEX = {"metadata": {"total_size": 1},
+            "weight_map": dict.fromkeys(hf_state_dict(SMALL), "model-00001-of-00001.safetensors")}
 
 
-def check_folder(folder, **files):
+def check_folder(folder, config, **files):
     """Writes a Hugging Face folder and reads it."""
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
+    (folder / "config.json").write_bytes(config)
     for name, contents in files.items():
         (folder / name).write_bytes(contents)
     check_model(str(folder))
 
 
 @fuzz(20)
-@given(st.one_of(mutated(HF_CONFIG).map(text_of).map(str.encode), damaged(text_of(HF_CONFIG).encode())))
+@given(st.one_of(mutated(HF_CONFIG).map(text_of).map(str.encode),
+                 damaged(text_of(HF_CONFIG).encode())))
 def test_config_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
-    weights = tmp_path_factory.getbasetemp() / "hf.safetensors"
-    save_safetensors(HF_WEIGHTS, weights)
-    check_folder(folder, **{"config.json": contents, "model.safetensors": weights.read_bytes()})
+    check_folder(folder, contents, **{"model.safetensors": HF_WEIGHTS})
 
 
 @fuzz(20)
-@given(st.one_of(mutated(HF_INDEX).map(text_of).map(str.encode), damaged(text_of(HF_INDEX).encode())))
+@given(damaged(text_of(HF_INDEX).encode()))
 def test_index_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
-    weights = tmp_path_factory.getbasetemp() / "hf.safetensors"
-    save_safetensors(HF_WEIGHTS, weights)
-    check_folder(folder, **{"config.json": text_of(HF_CONFIG).encode(), "model.safetensors.index.json": contents,
-                            "model-00001-of-00001.safetensors": weights.read_bytes()})
+    check_folder(folder, text_of(HF_CONFIG).encode(), **{
+        "model.safetensors.index.json": contents, "model-00001-of-00001.safetensors": HF_WEIGHTS})
 
 
 @fuzz(20)
-@given(st.one_of(mutated(HF_WEIGHTS, TENSORS[:6]), st.just(None)), st.data())
-def test_weights_of_hugging_face(tmp_path_factory, weights, draw):
+@given(damaged(HF_WEIGHTS))
+def test_weights_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
-    path = tmp_path_factory.getbasetemp() / "hf.safetensors"
-    if isinstance(weights, dict):
-        weights = {str(name): tensor.clone() for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-    save_safetensors(weights if isinstance(weights, dict) else HF_WEIGHTS, path)
-    contents = path.read_bytes() if isinstance(weights, dict) else draw.draw(damaged(path.read_bytes()))
-    check_folder(folder, **{"config.json": text_of(HF_CONFIG).encode(), "model.safetensors": contents})
-
-
-# -----------------------------------------------------------------------------
-# checkpoints of a run
-
-FLAGS = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8",
-         "--total-batch-size", "32", "--batch-size", "4", "--compile", "off", "--sample-every", "0", "--val-every", "0",
-         "--optimizer", "adamw", "--dtype", "float32", "--data", "in.txt", "--log-dir", ".", "--exp-name", "run"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(folder with in.txt and a run of two steps, run; contents of its state file)"""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "in.txt").write_text("To be, or not to be, that is the question.\n\n" * 100)
-    (folder / "run").mkdir()
-    with contextlib.chdir(folder):
-        train("--max-steps", "2")
-    return folder, weights.load_file(str(folder / "run" / "state_00002.pt"))
-
-
-def train(*flags):
-    """train_gpt2.py's main in this process."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as at_exit:
-        patch.setattr(atexit, "register", at_exit.callback)
-        patch.setattr(sys, "argv", ["train_gpt2.py", *FLAGS, *flags])
-        patch.setattr(folder, "lock_run", lambda run_dir: None)  # this process would hold it until its end
-        patch.setattr(train_gpt2, "plot_run", lambda *args, **kwargs: "")
-        with pytest.raises(SystemExit):
-            train_gpt2.main()
-            sys.exit(0)
-
-
-@fuzz(8)
-@given(st.data())
-def test_state_of_a_run(trained, draw):
-    folder, state = trained
-    contents = draw.draw(mutated(state, PLAIN + TENSORS))
-    with contextlib.chdir(folder):
-        for name in os.listdir("run"):
-            if "00003" in name:
-                os.remove(f"run/{name}")
-        torch.save(contents, "run/state_00002.pt")
-        reads_or_explains(lambda: train("--max-steps", "3"), "")
+    check_folder(folder, text_of(HF_CONFIG).encode(), **{"model.safetensors": contents})
 
 
 @pytest.mark.slow

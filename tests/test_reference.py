@@ -19,8 +19,8 @@ from run.reference import (Comparison, NotComparable, corpus_of, fitting, interp
 
 CONFIG = {"preset": "gpt2-124M", "data": "edu_fineweb10B", "n_layer": 12, "n_head": 12,
           "n_embd": 768, "lr": 6e-4, "total_batch_size": 524288, "val_tokens": 10485760,
-          "max_steps": 18787, "shuffle": "on", "warmup_steps": 715, "init_from": "",
-          "optimizer": "adamw"}
+          "max_steps": 18787, "shuffle": "on", "warmup_steps": 715, "block_size": 1024,
+          "init_from": "", "optimizer": "adamw"}
 LECTURE = {**CONFIG, "preset": "gpt2-124M-lecture", "shuffle": "off", "max_steps": 19073,
            "init": "lecture"}
 

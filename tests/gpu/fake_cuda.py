@@ -1,6 +1,7 @@
 """
-Runs training steps, evaluations, scoring and sampling on fake CUDA tensors: they have a device, a dtype and a shape, but no
-values, so a CPU tensor that meets a CUDA tensor is an error, as it would be on a GPU.
+Runs training steps, evaluations, scoring and sampling on fake CUDA tensors: they have a device, a
+dtype and a shape, but no values, so a CPU tensor that meets a CUDA tensor is an error, as it would
+be on a GPU. Needs a CPU build of PyTorch: others register hooks and a guard for CUDA themselves.
 
     python tests/gpu/fake_cuda.py GUARD.so      # compiled from cuda_guard.cpp
 
@@ -22,16 +23,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 
 import data  # noqa: E402
-from run import parallel  # noqa: E402
-from run import runtime  # noqa: E402
+import hellaswag as scorer  # noqa: E402
 import sample  # noqa: E402
 import train_gpt2  # noqa: E402
-from run.config import TrainConfig  # noqa: E402
 from model import GPT  # noqa: E402
-import hellaswag as scorer  # noqa: E402
+from run import parallel, runtime  # noqa: E402
+from run.config import TrainConfig  # noqa: E402
 
 RANKS = parallel.Ranks(0, 0, 1, "cuda:0", False)
-SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, sequence_length=16, vocab_size=50304, total_batch_size=64,
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50304, total_batch_size=64,
              batch_size=2, compile="off", device="cuda")
 
 
@@ -56,23 +56,27 @@ class Loader:
 
 def values(tensor):
     """Made-up values for a fake tensor: ones."""
-    return np.ones(tuple(int(n) for n in tensor.shape), dtype=float if tensor.is_floating_point() else int).tolist()
+    shape = tuple(int(n) for n in tensor.shape)
+    return np.ones(shape, dtype=float if tensor.is_floating_point() else int).tolist()
 
 
 @contextlib.contextmanager
 def fake_cuda():
     """Context in which new tensors are fake, with made-up values where the code reads them."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
-                          allow_non_fake_inputs=True)
-    patches = {"item": values, "tolist": values, "pin_memory": lambda tensor: tensor, "__bool__": lambda tensor: False,
+    shapes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    methods = {"item": values, "tolist": values, "pin_memory": lambda tensor: tensor,
+               "__bool__": lambda tensor: False,
                "numpy": lambda tensor: np.asarray(values(tensor))}
+    functions = {"amp.common.amp_definitely_not_available": lambda: False,
+                 "is_bf16_supported": lambda *args, **kwargs: True,
+                 "mem_get_info": lambda device: (80 * 10**9, 85 * 10**9)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
-        for name, function in patches.items():
+        for name, function in methods.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, function))
-        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True))
-        stack.enter_context(mock.patch("torch.cuda.mem_get_info", lambda device: (80 * 10**9, 85 * 10**9)))
+        for name, function in functions.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", function))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield mode
 
@@ -84,31 +88,38 @@ def on_gpu(config, mode):
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                module._parameters[name] = torch.nn.Parameter(FakeTensor(mode, p.detach(), torch.device("cuda:0")))
+                fake = FakeTensor(mode, p.detach(), torch.device("cuda:0"))
+                module._parameters[name] = torch.nn.Parameter(fake)
     model.transformer.wte.weight = model.lm_head.weight
     return model
 
 
 def training(dtype, optimizer):
-    """Devices of the optimizers' state, and dtypes of the gradients, after a training step of two micro-steps."""
+    """Devices of the optimizers' state, dtypes of the gradients, after a step of 2 micro-steps."""
     with fake_cuda() as mode:
         config = TrainConfig(**SIZES, optimizer=optimizer)
         model = on_gpu(config, mode)
-        optimizers = parallel.make_optimizers(model, config, RANKS)
+        optimizers = parallel.make_optimizers(model, config)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
-        train_gpt2.train_step(0, model, model, optimizers, scaler, Loader(), 1e-3, 2, 1.0, dtype, RANKS)
-        states = [v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
-        return sorted({str(v.device) for v in states if v.dim() > 0}), sorted({str(p.grad.dtype) for p in model.parameters()})
+        train_gpt2.train_step(0, model, model, optimizers, scaler, Loader(), 1e-3, 2, 1.0, dtype,
+                              RANKS)
+        devices = set()
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                devices |= {str(v.device) for v in state.values() if v.dim() > 0}
+        return sorted(devices), sorted({str(p.grad.dtype) for p in model.parameters()})
 
 
 def evaluation(dtype):
     with fake_cuda() as mode:
-        return train_gpt2.evaluate_loss(on_gpu(TrainConfig(**SIZES), mode), Stream(), 8, 16, 600, dtype, RANKS)
+        model = on_gpu(TrainConfig(**SIZES), mode)
+        return train_gpt2.evaluate_loss(model, Stream(), 8, 16, 600, dtype, RANKS)
 
 
 def hellaswag(dtype):
     """Number of scores of three examples."""
-    rows = [(np.arange(5, dtype=np.uint16), [np.arange(3 + k, dtype=np.uint16) for k in range(4)])] * 3
+    endings = [np.arange(3 + k, dtype=np.uint16) for k in range(4)]
+    rows = [(np.arange(5, dtype=np.uint16), endings)] * 3
     with fake_cuda() as mode, mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor):
         return scorer.score(on_gpu(TrainConfig(**SIZES), mode), rows, dtype, RANKS)[0].size
 
@@ -116,7 +127,8 @@ def hellaswag(dtype):
 def sampling(dtype, top_p):
     """Number of tokens, and their device."""
     with fake_cuda() as mode, runtime.autocast("cuda:0", dtype):
-        tokens = list(sample.stream(on_gpu(TrainConfig(**SIZES), mode), [[1, 2, 3], [4, 5]], 4, None, top_p=top_p))
+        model = on_gpu(TrainConfig(**SIZES), mode)
+        tokens = list(sample.stream(model, [[1, 2, 3], [4, 5]], 4, None, top_p=top_p))
         return len(tokens), str(tokens[0].device)
 
 
@@ -130,12 +142,16 @@ def planted(where):
 
 
 def main():
-    checks = {f"train_step {dtype} {optimizer}": (training, dtype, optimizer)
-              for dtype in runtime.DTYPES for optimizer in ("adamw", "muon")}
+    checks = {}
     for dtype in runtime.DTYPES:
-        checks |= {f"evaluate_loss {dtype}": (evaluation, dtype), f"score {dtype}": (hellaswag, dtype),
-                   f"sample {dtype}": (sampling, dtype, 1.0), f"sample top_p {dtype}": (sampling, dtype, 0.9)}
-    checks |= {"planted targets": (planted, "targets"), "planted positions": (planted, "positions")}
+        for optimizer in ("adamw", "muon"):
+            checks[f"train_step {dtype} {optimizer}"] = (training, dtype, optimizer)
+        checks[f"evaluate_loss {dtype}"] = (evaluation, dtype)
+        checks[f"score {dtype}"] = (hellaswag, dtype)
+        checks[f"sample {dtype}"] = (sampling, dtype, 1.0)
+        checks[f"sample top_p {dtype}"] = (sampling, dtype, 0.9)
+    checks["planted targets"] = (planted, "targets")
+    checks["planted positions"] = (planted, "positions")
     results = {}
     for name, (function, *args) in checks.items():
         try:

@@ -1,19 +1,23 @@
 """
-Runs train_gpt2.main() with a CUDA that is the CPU, alone or as rank 0 of W, and counts what it asks of CUDA and NCCL.
+Runs train_gpt2.main() with a CUDA that is the CPU, alone or as rank 0 of W, and counts what it asks
+of CUDA and NCCL.
 
     python tests/gpu/pretend_cuda.py WORLD_SIZE [flags of train_gpt2.py]
 
-Every branch for CUDA runs, on real numbers: "cuda" becomes "cpu" in each call of a torch function, and the process group
-is torch's fake one, which returns at once. The last line of the output is JSON:
+Every branch for CUDA runs, on real numbers: "cuda" becomes "cpu" in each call of a torch function,
+and the process group is torch's fake one, which returns at once. The last line of the output is
+JSON:
 
     status         exit status
     graphs         number of graphs that torch.compile captured
     first          the first call of torch.cuda, torch.distributed or torch.compile
     calls          {name: number of calls} of the whole run
-    step           the same for one turn of the loop without evaluations, from one train_step to the next
+    step           the same for one turn of the loop without evaluations, from one train_step to
+                   the next
     micro_steps    grad_accum_steps of that step
     ddp            arguments of DistributedDataParallel
-    backward       of the last step: b where a compiled backward graph ends, R where DDP reduces a bucket of gradients
+    backward       of the last step: b where a compiled backward graph ends, R where DDP reduces a
+                   bucket of gradients
 """
 import collections
 import contextlib
@@ -30,12 +34,12 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from run import cli  # noqa: E402
-from run import parallel  # noqa: E402
 import train_gpt2  # noqa: E402
+from run import cli, parallel  # noqa: E402
 
 calls, order, steps, report = collections.Counter(), [], [], {}
-WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")  # for the GPU
+# wait for the GPU
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")
 
 
 def count(name):
@@ -51,17 +55,18 @@ def on_cpu(value):
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """Moves every call of a torch function from CUDA to the CPU, and counts those that would wait for the GPU."""
+    """Moves every call of a torch function from CUDA to the CPU; counts those that would wait."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in WAITS:
             count(f"wait: {name}")
-        if func is torch.tensor and on_cpu((kwargs or {}).get("device")) == "cpu":
+        if func is torch.tensor and on_cpu(kwargs.get("device")) == "cpu":
             count("wait: torch.tensor")  # a copy from memory that is not pinned
         if func is torch.device:
-            return func(*args, **(kwargs or {}))
-        return func(*map(on_cpu, args), **{key: on_cpu(value) for key, value in (kwargs or {}).items()})
+            return func(*args, **kwargs)
+        return func(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
 
 
 def counted(name, result=None):
@@ -79,7 +84,7 @@ def init_process_group(backend, **kwargs):
 
 
 def finished(_, bucket):
-    """A communication hook: the futures of the fake process group hold no tensors, which DDP needs."""
+    """A communication hook: the fake process group's futures hold no tensors, which DDP needs."""
     count("bucket")
     future = torch.futures.Future()
     future.set_result(bucket.buffer())
@@ -111,37 +116,54 @@ def backward_graph(graph, _):
 
 
 WORLD_SIZE = int(sys.argv[1])
+FREE_MEMORY = int(os.environ.get("PRETEND_MEMORY", 80 * 10**9))
 COUNTING = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=backward_graph)
-COLLECTIVES = ("all_reduce", "all_gather_object", "barrier", "broadcast", "destroy_process_group")
+COLLECTIVES = ("all_reduce", "all_gather_object", "barrier", "broadcast",
+               "destroy_process_group")
 real = {name: getattr(dist, name) for name in (*COLLECTIVES, "init_process_group")}
-real |= {"train_step": train_gpt2.train_step, "compile": torch.compile, "Generator": torch.Generator}
+real |= {"train_step": train_gpt2.train_step, "compile": torch.compile,
+         "Generator": torch.Generator}
 cuda = {
-    "is_available": lambda: True, "device_count": lambda: 8, "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
-    "get_device_capability": lambda device=None: (9, 0), "get_arch_list": lambda: ["sm_90"],
-    "mem_get_info": lambda device=None: (int(os.environ.get("PRETEND_MEMORY", 80 * 10**9)), 85 * 10**9),
+    "is_available": lambda: True,
+    "device_count": lambda: 8,
+    "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
+    "get_device_capability": lambda device=None: (9, 0),
+    "get_arch_list": lambda: ["sm_90"],
+    "mem_get_info": lambda device=None: (FREE_MEMORY, 85 * 10**9),
     "is_bf16_supported": lambda *args, **kwargs: "PRETEND_T4" not in os.environ,
     "set_device": lambda device: count(f"set_device {torch.cuda._utils._get_device_index(device)}"),
     "synchronize": lambda device=None: count("wait: synchronize"),
-    "get_rng_state": lambda device=None: torch.get_rng_state(), "set_rng_state": lambda state, device=None: None,
-    "manual_seed_all": lambda seed: None, "amp.common.amp_definitely_not_available": lambda: False,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: None,
+    "manual_seed_all": lambda seed: None,
+    "amp.common.amp_definitely_not_available": lambda: False,
 }
 
 
 def main():
     if WORLD_SIZE > 1:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(WORLD_SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(WORLD_SIZE),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     patches = [mock.patch(f"torch.cuda.{name}", function) for name, function in cuda.items()]
-    patches += [mock.patch.object(dist, name, counted(name, None if name == "barrier" else real[name])) for name in COLLECTIVES]
-    chunked_loss = train_gpt2.GPT.chunked_loss
+    for name in COLLECTIVES:
+        result = None if name == "barrier" else real[name]
+        patches.append(mock.patch.object(dist, name, counted(name, result)))
+    chunked_loss = counted("chunked_loss", train_gpt2.GPT.chunked_loss)
+    pin_memory = counted("pin_memory", lambda tensor: tensor)
+    # without a code generator: the graphs run eagerly
+    compile_ = counted("compile", lambda model, **_: real["compile"](model, backend=COUNTING))
     patches += [
-        mock.patch.object(train_gpt2.GPT, "chunked_loss", lambda *args: (count("chunked_loss"), chunked_loss(*args))[1]),
+        mock.patch.object(train_gpt2.GPT, "chunked_loss", chunked_loss),
         mock.patch.object(dist, "init_process_group", init_process_group),
-        mock.patch.object(parallel, "DDP", CountedDDP), mock.patch.object(train_gpt2, "train_step", train_step),
-        # without a code generator: the graphs run eagerly
-        mock.patch("torch.compile", lambda model, **kwargs: (count("compile"), real["compile"](model, backend=COUNTING))[1]),
+        mock.patch.object(parallel, "DDP", CountedDDP),
+        mock.patch.object(train_gpt2, "train_step", train_step),
+        mock.patch("torch.compile", compile_),
         mock.patch("torch.Generator", lambda device="cpu": real["Generator"]("cpu")),
         # in the prefetch thread, where no TorchFunctionMode is active
-        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: (count("pin_memory"), tensor)[1]),
+        mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
+        # None as in a CPU build; in a CUDA build it is cuda, whose current stream the optimizers
+        # ask for, which fails without a driver
+        mock.patch("torch.accelerator.current_accelerator", lambda check_available=False: None),
     ]
     sys.argv = ["train_gpt2.py", *sys.argv[2:]]
     with contextlib.ExitStack() as stack:
@@ -154,8 +176,8 @@ def main():
             report["status"] = e.code or 0
     marks = {"backward graph": "b", "bucket": "R"}
     report["backward"] = "".join(marks.get(name, "") for name in order[report.pop("start", 0):])
-    report.update(graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"], first=order[0], calls=calls,
-                  step=(steps[-1] - steps[-2]) if len(steps) > 1 else {})
+    report.update(graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"], first=order[0],
+                  calls=calls, step=steps[-1] - steps[-2] if len(steps) > 1 else {})
     print(json.dumps(report), flush=True)
     os._exit(0)
 
