@@ -651,7 +651,7 @@ def tokenize_texts(paths):
     texts = [read_text(path) for path in paths]
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
-    train, val = split_texts(texts)
+    train, val = (encode_documents(documents) for documents in split_texts(texts))
     # with the time: in containers a killed process may have had the same id
     temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"
     try:
@@ -661,8 +661,8 @@ def tokenize_texts(paths):
                       " the text to a folder that can be written, and use --data with the"
                       " copy") from e
     try:
-        write_shard(os.path.join(temporary, f"{name}_train_000001.npy"), encode_documents(train))
-        write_shard(os.path.join(temporary, f"{name}_val_000000.npy"), encode_documents(val))
+        write_shard(os.path.join(temporary, f"{name}_train_000001.npy"), train)
+        write_shard(os.path.join(temporary, f"{name}_val_000000.npy"), val)
         os.rename(temporary, folder)
     except OSError:
         if not os.path.isdir(folder):  # else another process has tokenized the text meanwhile

@@ -501,9 +501,9 @@ def draw_weights(source, folder, prompt):
         raise ValueError(f"{source} is not a folder; name a folder for the pictures with --out")
     folder = folder or source
     model, _ = load_model(source)
+    os.makedirs(folder, exist_ok=True)
     prompt = prompt or default_prompt(source)
     num_blocks = len(model.transformer.h)
-    os.makedirs(folder, exist_ok=True)
 
     def write(name, figure):
         print("wrote", write_figure(figure, os.path.join(folder, f"{name}.png")))

@@ -241,15 +241,6 @@ def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text
     assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
 
 
-def test_an_id_outside_the_vocabulary_is_an_assertion_error(monkeypatch):
-    class Tokenizer:
-        def encode_to_numpy(self, text, **kwargs):
-            return np.array([70000], dtype=np.uint32)
-    monkeypatch.setattr(data, "get_tokenizer", Tokenizer)
-    with pytest.raises(AssertionError, match="70000"):
-        fineweb.encode("a")
-
-
 # -----------------------------------------------------------------------------
 # complete runs on local files
 
