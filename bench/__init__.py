@@ -1,1 +1,4 @@
-"""Benchmarks against references; run as `python -m bench`. Nothing imports this package except tests."""
+"""Benchmarks against references; run as `python -m bench`.
+
+Nothing imports this package except tests.
+"""

@@ -1,15 +1,19 @@
 """
 Benchmarks: each measures its reference in the same run and prints ratios.
 
-    python -m bench train                          # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
+    # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
+    python -m bench train
     python -m bench train --size gpt2-medium --batch-size 8 --steps 10 --json train.json
-    python -m bench gpu_check                      # on a new machine, first of all
+    # on a new machine, first of all
+    python -m bench gpu_check
     python -m bench ladder --json ladder.json --picture ladder.png
     python -m bench hellaswag --data hellaswag/hellaswag_val.jsonl
     python -m bench tokenize --data FOLDER_OF_PARQUET_FILES
     python -m bench all --quick --json new.json --compare old.json
 
-Prints a table per benchmark. --json writes {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}.
+Prints a table per benchmark. --json writes
+
+    {"machine": {...}, "settings": the flags, "benchmarks": {name: rows}}
 """
 import json
 import os
@@ -25,7 +29,10 @@ QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 
 
 def check_args(args):
-    """Raises ValueError or FileNotFoundError for what would fail, or be ignored, after the benchmark has run."""
+    """Raises ValueError or FileNotFoundError for flags that would fail or be ignored.
+
+    Otherwise they would do so only after the benchmark has run.
+    """
     if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
         raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file,"
                          " tokenize a folder of parquet files")
@@ -42,32 +49,48 @@ def check_args(args):
 
 def parse_args(argv=None):
     """The flags; ValueError or FileNotFoundError for an invalid one."""
-    parser = cli.ArgumentParser(prog="python -m bench", description="Measure the speed of the suite.")
+    parser = cli.ArgumentParser(prog="python -m bench",
+                                description="Measure the speed of the suite.")
     add = parser.add_argument
     add("benchmark", choices=[*NAMES, "all"], metavar="BENCHMARK",
-        help="train: a training step; ladder: its optimizations, added one by one; hellaswag: scoring; sample:"
-             " generating text; tokenize: text to shards; loader: batches from shards; checkpoint: saving and loading; all;"
+        help="train: a training step;"
+             " ladder: its optimizations, added one by one;"
+             " hellaswag: scoring;"
+             " sample: generating text;"
+             " tokenize: text to shards;"
+             " loader: batches from shards;"
+             " checkpoint: saving and loading;"
+             " all;"
              " gpu_check: whether this machine computes the right thing, first of all on a new one")
-    add("--size", default="gpt2", metavar="NAME", help="model: gpt2 ... gpt2-xl, gpt3-small ... gpt3-xl (default gpt2)")
+    add("--size", default="gpt2", metavar="NAME",
+        help="model: gpt2 ... gpt2-xl, gpt3-small ... gpt3-xl (default gpt2)")
     add("--batch-size", type=cli.number(int, 0), default=0,
         help="B, sequences (default 4 on a CPU, 16 on a GPU; sample: 1 and 4)")
     add("--sequence-length", type=cli.number(int, 0), default=0,
         help="T, tokens (default 512 on a CPU, 1024 on a GPU; sample: 256 and as many as fit)")
-    add("--steps", type=cli.number(int, 1), default=6, help="training steps to time (default 6)")
+    add("--steps", type=cli.number(int, 1), default=6,
+        help="training steps to time (default 6)")
     add("--ranks", type=cli.number(int, 0, os.cpu_count()), default=0,
         help="ladder: processes of DDP (default: one per GPU)")
     add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
-    add("--data", metavar="PATH", help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files (default input.txt)")
-    add("--limit", type=cli.number(int, 1), default=60, help="hellaswag: examples to score (default 60)")
-    add("--repeats", type=cli.number(int, 1), default=3, help="tokenize: runs to take the median of (default 3)")
+    add("--data", metavar="PATH",
+        help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files"
+             " (default input.txt)")
+    add("--limit", type=cli.number(int, 1), default=60,
+        help="hellaswag: examples to score (default 60)")
+    add("--repeats", type=cli.number(int, 1), default=3,
+        help="tokenize: runs to take the median of (default 3)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--json", metavar="FILE", help="write the result to this file")
-    add("--compare", metavar="FILE", help="an earlier --json file: print how the result changed")
-    add("--quick", action="store_true", help="small shapes, to notice regressions; all skips ladder")
+    add("--compare", metavar="FILE",
+        help="an earlier --json file: print how the result changed")
+    add("--quick", action="store_true",
+        help="small shapes, to notice regressions; all skips ladder")
     args = parser.parse_args(argv)
     check_args(args)
-    vars(args).update(QUICK if args.quick else {})
+    if args.quick:
+        vars(args).update(QUICK)
     return args
 
 
@@ -86,12 +109,21 @@ from bench.measure import in_fresh_process, print_table
 from bench.sample import bench_sample
 from bench.train import bench_train
 
-# functions of the flags that return rows: dicts with the same keys, the first of which names the row
-BENCHMARKS = {bench.__name__.removeprefix("bench_"): bench
-              for bench in (bench_train, bench_ladder, bench_hellaswag, bench_sample, bench_tokenize, bench_loader,
-                            bench_checkpoint, bench_gpu_check)}
+# Functions of the flags that return rows: dicts with the same keys, the first of which names the
+# row.
+BENCHMARKS = {
+    "train": bench_train,
+    "ladder": bench_ladder,
+    "hellaswag": bench_hellaswag,
+    "sample": bench_sample,
+    "tokenize": bench_tokenize,
+    "loader": bench_loader,
+    "checkpoint": bench_checkpoint,
+    "gpu_check": bench_gpu_check,
+}
 
-COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")  # columns that --compare compares
+# columns that --compare compares
+COMPARED = ("tok/s", "examples/s", "MB/s", "ms/batch", "seconds", "peak GB")
 
 
 def read_result(path):
@@ -119,7 +151,10 @@ def measurements(result):
 
 
 def print_comparison(old, new):
-    """Prints what both results measured, with ratios; above 1 is faster or smaller: 100 tok/s, now 90 -> 0.9."""
+    """Prints what both results measured, with ratios.
+
+    A ratio above 1 is faster or smaller: 100 tok/s before and 90 now is 0.9.
+    """
     old_settings = {**old["machine"], **old["settings"]}
     for name, value in {**new["machine"], **new["settings"]}.items():
         if old_settings.get(name) != value:
@@ -131,7 +166,8 @@ def print_comparison(old, new):
         if before:
             name, unit = key
             ratio = now / before if unit.endswith("/s") else before / now
-            rows.append({"compared": name, "unit": unit, "before": before, "now": now, "ratio": ratio})
+            rows.append({"compared": name, "unit": unit, "before": before, "now": now,
+                         "ratio": ratio})
     if not rows:
         raise ValueError("the two results have no measurement in common")
     print_table(rows)
@@ -145,21 +181,25 @@ def main():
     args.device = runtime.choose_device(args.device)
     args.dtype = runtime.choose_dtype(args.dtype, args.device)
     # the shape of the training steps to time
-    args.B = args.batch_size or (4 if args.device == "cpu" else 16)
-    args.T = args.sequence_length or (512 if args.device == "cpu" else 1024)
+    default_B, default_T = (4, 512) if args.device == "cpu" else (16, 1024)
+    args.B = args.batch_size or default_B
+    args.T = args.sequence_length or default_T
     old = read_result(args.compare) if args.compare else None
     names = [args.benchmark]
     if args.benchmark == "all":
-        skipped = ("gpu_check", "ladder") if args.quick else ("gpu_check",)
+        skipped = ["gpu_check"]
+        if args.quick:
+            skipped.append("ladder")
         names = [name for name in BENCHMARKS if name not in skipped]
     print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype},"
           f" training steps of B={args.B}, T={args.T}", flush=True)
-    # each in a fresh process: what one changes (the allocator, thread pools) must not affect the next
+    # each in a fresh process: what one changes (the allocator, thread pools) must not affect the
+    # next
     rows = {name: in_fresh_process(BENCHMARKS[name], args) for name in names}
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("benchmark", "json", "compare", "picture")}
-    result = {"machine": runtime.describe_machine(args.device), "settings": settings,
-              "benchmarks": rows}
+    machine = runtime.describe_machine(args.device)
+    result = {"machine": machine, "settings": settings, "benchmarks": rows}
     try:
         if args.json:
             with atomic_write(args.json, "w") as f:

@@ -12,10 +12,10 @@ from bench.train import Variant, build_step
 
 
 def time_checkpoint(args):
-    """({row: seconds}, seconds of a training step, bytes) of a checkpoint: weights and AdamW's moments.
+    """({row: seconds}, seconds of a training step, bytes) of a checkpoint.
 
-    The stall is how much longer training takes while a checkpoint is saved in the background,
-    the copy included.
+    The checkpoint holds the weights and AdamW's moments. The stall is how much longer training
+    takes while a checkpoint is saved in the background, the copy included.
     """
     ranks = parallel.Ranks(0, 0, 1, args.device, False)
     run, raw_model, optimizers = build_step(Variant(args.dtype), args, ranks)
@@ -43,14 +43,25 @@ def time_checkpoint(args):
         runtime.synchronize(args.device)
         stall = time.perf_counter() - start - steps * step
         writer.wait()
-        seconds = {"synchronous save": synchronous, "background save: stall": stall,
-                   "background save: copy": copy, "load": timed(load, args.device)[0]}
-        return seconds, step, sum(os.path.getsize(path) for path in paths(folder, 2))
+        loading, _ = timed(load, args.device)
+        size = sum(os.path.getsize(path) for path in paths(folder, 2))
+    seconds = {
+        "synchronous save": synchronous,
+        "background save: stall": stall,
+        "background save: copy": copy,
+        "load": loading,
+    }
+    return seconds, step, size
 
 
 def bench_checkpoint(args):
-    """Rows in seconds and in training steps: a synchronous save, a save in the background, loading."""
-    rows, step, size = in_fresh_process(time_checkpoint, args)
-    return print_table([{"checkpoint": name, "seconds": seconds,
-                         "training steps": seconds / step, "GB": size / 1e9}
-                        for name, seconds in rows.items()])
+    """Rows of a synchronous save, a save in the background and loading.
+
+    Each is given in seconds and in training steps.
+    """
+    times, step, size = in_fresh_process(time_checkpoint, args)
+    rows = []
+    for name, seconds in times.items():
+        rows.append({"checkpoint": name, "seconds": seconds, "training steps": seconds / step,
+                     "GB": size / 1e9})
+    return print_table(rows)

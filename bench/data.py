@@ -21,7 +21,10 @@ SHARD_SIZE = 1_000_000
 
 @functools.cache
 def tiktokens_gpt2():
-    """The Encoding that tiktoken.get_encoding("gpt2") downloads: ours with tiktoken's own pattern."""
+    """The Encoding that tiktoken.get_encoding("gpt2") downloads.
+
+    It is ours with tiktoken's own pattern.
+    """
     # tiktoken_ext/openai_public.py of tiktoken 0.14
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     return data.encoding_with(pattern)
@@ -110,8 +113,11 @@ def bench_tokenize(args):
         if not texts:
             raise ValueError(f"{folder} has no parquet files with documents in a column named text")
         tiktoken_encode = tiktokens_gpt2().encode_ordinary
-        pipelines = {"tiktoken alone": lambda out: time_encode(tiktoken_encode, texts),
-                     "data.encode alone": lambda out: time_encode(data.encode, texts)}
+        # functions of an empty folder that return (seconds, tokens)
+        pipelines = {
+            "tiktoken alone": lambda out: time_encode(tiktoken_encode, texts),
+            "data.encode alone": lambda out: time_encode(data.encode, texts),
+        }
         for n in sorted({1, cpus}):
             pipelines[f"fineweb.py, workers={n}"] = lambda out, n=n: time_fineweb(paths, out, n)
         for n in sorted({max(1, cpus // 2), cpus}):  # the lecture's script uses half of the CPUs
@@ -124,13 +130,19 @@ def bench_tokenize(args):
     size = sum(len(text.encode()) for text in texts)
     medians = {name: sorted(times)[len(times) // 2] for name, times in results.items()}
     tiktoken_seconds, _ = medians["tiktoken alone"]
-    return print_table([{"tokenize": name, "MB/s": size / seconds / 1e6,
-                         "M tok/s": tokens / seconds / 1e6, "x tiktoken": tiktoken_seconds / seconds}
-                        for name, (seconds, tokens) in medians.items()])
+    rows = []
+    for name, (seconds, tokens) in medians.items():
+        rows.append({"tokenize": name, "MB/s": size / seconds / 1e6,
+                     "M tok/s": tokens / seconds / 1e6,
+                     "x tiktoken": tiktoken_seconds / seconds})
+    return print_table(rows)
 
 
 def time_loader(args, num_tokens=1 << 24, batches=200):
-    """(seconds to read, cast and move a batch, seconds that next_batch waits in a slow training loop)."""
+    """(seconds to read a batch, seconds that next_batch waits for one).
+
+    Reading includes the cast and the move to the device. The wait is that of a slow training loop.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "random_train_000001.npy")
         tokens = np.random.default_rng(0).integers(0, data.NUM_TOKENS, num_tokens)
@@ -142,11 +154,13 @@ def time_loader(args, num_tokens=1 << 24, batches=200):
             for _ in range(batches):
                 loader.next_batch()
 
-        read = timed(read_all, args.device)[0] / batches
+        seconds, _ = timed(read_all, args.device)
+        read = seconds / batches
         waits = []
         for _ in range(30):
             time.sleep(4 * read)  # the step; meanwhile the prefetch thread reads the next batch
-            waits.append(timed(loader.next_batch, args.device)[0])
+            wait, _ = timed(loader.next_batch, args.device)
+            waits.append(wait)
         loader.close()
     return read, np.median(waits).item()
 
@@ -155,7 +169,12 @@ def bench_loader(args):
     """Rows of milliseconds per batch, shuffled, compared with an eager training step."""
     read, wait = in_fresh_process(time_loader, args)
     step = time_step(Variant(args.dtype), args)["ms/step"]
-    times = {"read and cast a batch": 1000 * read, "wait for a batch": 1000 * wait,
-             "training step": step}
-    return print_table([{"loader": name, "ms/batch": ms, "% of step": 100 * ms / step}
-                        for name, ms in times.items()])
+    times = {
+        "read and cast a batch": 1000 * read,
+        "wait for a batch": 1000 * wait,
+        "training step": step,
+    }
+    rows = []
+    for name, ms in times.items():
+        rows.append({"loader": name, "ms/batch": ms, "% of step": 100 * ms / step})
+    return print_table(rows)

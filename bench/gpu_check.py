@@ -1,12 +1,14 @@
 """
-What to run first on a new machine: what a step costs and consists of, whether it computes the right thing, whether a
-stopped run resumes bit for bit, what evaluations, sampling and the optimizers cost.
+What to run first on a new machine: how fast a training step is and what it consists of, whether it
+computes the right thing, whether a stopped run resumes bitwise identical, how fast evaluations,
+sampling and the optimizers are.
 
-    python -m bench gpu_check                        # every GPU of this machine, at most nine minutes
-    python -m bench gpu_check --device cpu --quick   # every stage at small sizes, as a rehearsal
+    python -m bench gpu_check                        # every GPU of this machine, nine minutes
+    python -m bench gpu_check --device cpu --quick   # every stage at small sizes: a rehearsal
 
-Prints ok or FAIL and a measurement for each check, the most valuable first, and writes gpu_check.json and
-gpu_check_profile.txt (the kernels of a training step). Exit status 1 if a check fails.
+Prints ok or FAIL and a measurement for each check, the most valuable first, and writes
+gpu_check.json and gpu_check_profile.txt (the kernels of a training step) into the current folder.
+Exit status 1 if a check fails.
 """
 import contextlib
 import json
@@ -29,21 +31,17 @@ import train_gpt2
 from bench.measure import in_fresh_process, timed
 from model import GPT, config_for
 from run import parallel, runtime
+from run.cli import first_line
 from run.config import TrainConfig, preset_settings
 from run.settings import estimate_memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 540  # seconds; a stage that would begin later is skipped
 
-TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32", "--batch-size", "2",
-        "--total-batch-size", "128", "--val-tokens", "320", "--compile", "off"]
+TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
+        "--batch-size", "2", "--total-batch-size", "128", "--val-tokens", "320", "--compile", "off"]
 EXAMPLE = {"activity_label": "Roof", "ctx": "A man is on a roof. He", "label": 3,
-           "endings": ["is using a wrap of skis.", "is ripping tiles.", "holds a cube.", "starts pulling."]}
-
-
-def one_rank(args):
-    """The Ranks of a single process."""
-    return parallel.Ranks(0, 0, 1, args.device, False)
+           "endings": ["is using skis.", "is ripping tiles.", "holds a cube.", "starts pulling."]}
 
 
 def random_model(args):
@@ -57,14 +55,18 @@ def random_model(args):
 # the training step of 124M, in train_gpt2.main() itself
 
 def profiled(function, device, path):
-    """function(), with a profile of its kernels (on a CPU, of its operators), slowest first, in a file."""
-    kind = torch.profiler.ProfilerActivity
-    on_gpu = device.startswith("cuda")
-    with torch.profiler.profile(activities=[kind.CUDA if on_gpu else kind.CPU]) as profile:
+    """The result of function(); writes its kernels, on a CPU its operators, slowest first."""
+    if device.startswith("cuda"):
+        activity = torch.profiler.ProfilerActivity.CUDA
+        attribute = "self_device_time_total"
+    else:
+        activity = torch.profiler.ProfilerActivity.CPU
+        attribute = "self_cpu_time_total"
+    with torch.profiler.profile(activities=[activity]) as profile:
         result = function()
         runtime.synchronize(device)
-    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    kernels = [(getattr(event, attribute), event.count, event.key) for event in profile.key_averages()]
+    kernels = [(getattr(event, attribute), event.count, event.key)
+               for event in profile.key_averages()]
     total = sum(micros for micros, _, _ in kernels)
     with open(path, "w", encoding="utf-8") as f:
         f.write(f"{total / 1000:.2f} ms in all\n")
@@ -74,9 +76,8 @@ def profiled(function, device, path):
 
 
 def training(args):
-    """Yields checks of 16 steps of the gpt2-124M preset at B=64: speed, memory beside the plan's estimate, graphs."""
+    """Yields checks of 16 steps of the gpt2-124M preset at B=64: speed, memory, graphs."""
     from torch._dynamo.utils import counters
-    on_gpu = args.device.startswith("cuda")
     seconds = []
     real_step = train_gpt2.train_step
 
@@ -89,21 +90,29 @@ def training(args):
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--preset", "gpt2-124M", "--data", os.path.join(ROOT, "input.txt"), "--log-dir", folder,
-                 "--device", args.device, "--max-steps", "16", "--warmup-steps", "5", "--hellaswag", "off",
-                 "--val-tokens", "16384", "--batch-size", "64", "--compile", "on", *(TINY if args.quick else [])]
-        with mock.patch.object(train_gpt2, "train_step", step), mock.patch.object(sys, "argv", ["train_gpt2.py", *flags]):
-            with contextlib.suppress(SystemExit):
-                train_gpt2.main()
+        flags = ["--preset", "gpt2-124M", "--data", os.path.join(ROOT, "input.txt"),
+                 "--log-dir", folder, "--device", args.device, "--max-steps", "16",
+                 "--warmup-steps", "5", "--hellaswag", "off", "--val-tokens", "16384",
+                 "--batch-size", "64", "--compile", "on"]
+        if args.quick:
+            flags += TINY
+        with (mock.patch.object(train_gpt2, "train_step", step),
+              mock.patch.object(sys, "argv", ["train_gpt2.py", *flags]),
+              contextlib.suppress(SystemExit)):
+            train_gpt2.main()
     dt = statistics.median(seconds[3:])
     config = TrainConfig(**preset_settings("gpt2-124M"))
     shape = config.gpt_config()
     tokens = 128 if args.quick else config.total_batch_size
+    figure = f"{1000 * dt:.1f} ms, {tokens / dt:,.0f} tok/s"
     peak = runtime.peak_flops(args.device, args.dtype)
-    mfu = shape.flops_per_token(config.block_size) * tokens / dt / peak if peak else None
-    yield "step of 124M", len(seconds) == 15, f"{1000 * dt:.1f} ms, {tokens / dt:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else "")
-    if on_gpu:
-        estimate = sum(estimate_memory(config, shape.num_params(), 64, args.dtype, 1, True).values()) / 1e9
+    if peak:
+        mfu = shape.flops_per_token(config.block_size) * tokens / dt / peak
+        figure += f", MFU {mfu:.1%}"
+    yield "step of 124M", len(seconds) == 15, figure
+    if args.device.startswith("cuda"):
+        parts = estimate_memory(config, shape.num_params(), 64, args.dtype, 1, compiled=True)
+        estimate = sum(parts.values()) / 1e9
         memory = torch.cuda.max_memory_allocated() / 1e9
         yield "memory", memory < 1.15 * estimate, f"{memory:.1f} GB, estimate {estimate:.1f}"
     graphs = counters["stats"]["unique_graphs"]
@@ -114,44 +123,47 @@ def training(args):
 # is it right?
 
 def environment(args):
-    """Yields versions, and whether Triton finds what it needs: a C compiler and Python's headers."""
+    """Yields versions, and whether Triton finds a C compiler and Python's headers."""
+    device = runtime.device_name(args.device)
     if not args.device.startswith("cuda"):
-        yield "environment", True, f"torch {torch.__version__}, {runtime.device_name(args.device)}"
+        yield "environment", True, f"torch {torch.__version__}, {device}"
         return
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1] if shutil.which("nvidia-smi") else []
     yield "environment", bool(compiler and headers), (
-        f"{torch.cuda.device_count()} x {runtime.device_name(args.device)}, driver {driver}, torch {torch.__version__},"
-        f" cuDNN {torch.backends.cudnn.version()}, compiler {compiler}, Python's headers {headers}")
+        f"{torch.cuda.device_count()} x {device}, torch {torch.__version__}, cuDNN"
+        f" {torch.backends.cudnn.version()}, compiler {compiler}, Python's headers {headers}")
 
 
 def losses(args):
-    """Yields comparisons of the losses of 124M's first steps with those of float32 on the CPU."""
+    """Yields comparisons of the losses of first steps with those of float32 on the CPU."""
     T = 32 if args.quick else 256
     batches = torch.randint(50257, (4, 2, T + 1), generator=torch.Generator().manual_seed(1))
+    on_cpu = SimpleNamespace(device="cpu", quick=args.quick)
 
     def first_losses(device, dtype, optimizer="adamw", precision="highest"):
         torch.set_float32_matmul_precision(precision)
         ranks = parallel.Ranks(0, 0, 1, device, False)
-        model = random_model(SimpleNamespace(device="cpu", quick=args.quick)).to(device)
+        model = random_model(on_cpu).to(device)  # the same weights on every device
         optimizers = model.configure_optimizers(1e-3, 0.1, optimizer=optimizer)
         scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
-        rows = iter(batches.to(device))
-        loader = SimpleNamespace(position=0, next_batch=lambda: [(b[:, :-1], b[:, 1:]) for b in [next(rows)]][0])
-        return [train_gpt2.train_step(step, model, model, optimizers, scaler, loader, 1e-3, 1, 1.0, dtype, ranks)[0]
-                for step in range(len(batches))]
+        xy = iter([(batch[:, :-1], batch[:, 1:]) for batch in batches.to(device)])
+        loader = SimpleNamespace(position=0, next_batch=lambda: next(xy))
+        return [train_gpt2.train_step(step, model, model, optimizers, scaler, loader, 1e-3, 1, 1.0,
+                                      dtype, ranks)[0] for step in range(len(batches))]
 
-    expected = {optimizer: first_losses("cpu", "float32", optimizer) for optimizer in ("adamw", "muon")}
-    variants = [("float32", 1e-3, {}), ("bfloat16", 5e-2, {}), ("float32", 2e-2, dict(optimizer="muon"))]
+    expected = {name: first_losses("cpu", "float32", name) for name in ("adamw", "muon")}
+    variants = [("float32", 1e-3, {}), ("bfloat16", 5e-2, {}),
+                ("float32", 2e-2, {"optimizer": "muon"})]
     if args.device.startswith("cuda"):
-        variants += [("float32", 2e-2, dict(precision="high")), ("float16", 5e-2, {})]
+        variants += [("float32", 2e-2, {"precision": "high"}), ("float16", 5e-2, {})]
     for dtype, tolerance, changes in variants:
         found = first_losses(args.device, dtype, **changes)
-        largest = max(abs(a - b) for a, b in zip(found, expected[changes.get("optimizer", "adamw")]))
+        reference = expected[changes.get("optimizer", "adamw")]
+        largest = max(abs(a - b) for a, b in zip(found, reference))
         name = " ".join(["losses in", dtype, *changes.values()])
-        yield name, largest < tolerance, f"largest difference from float32 on the CPU {largest:.1e}, allowed {tolerance:.0e}"
+        yield name, largest < tolerance, (f"largest difference from float32 on the CPU"
+                                          f" {largest:.1e}, allowed {tolerance:.0e}")
 
 
 class Runs:
@@ -163,19 +175,25 @@ class Runs:
             f.write("the king and his queen will not come to this house tonight\n" * 4000)
 
     def run(self, name, *flags, ranks=1):
-        """The losses and norms that a run on some ranks logs, {(step, stream): text}; RuntimeError if it fails."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"), "--data", "t.txt", "--preset",
-                   "shakespeare", "--n-embd", "64", "--block-size", "64", "--device", self.args.device, "--sample-every",
-                   "0", "--save-every", "4", "--val-every", "4", "--val-tokens", "704", "--batch-size", "1",
-                   "--total-batch-size", str(128 * self.world_size), "--schedule", "wsd", "--exp-name", name, *flags]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        """{(step, stream): text} of the losses and norms of a run; RuntimeError if it fails."""
+        launcher = []
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"),
+                   "--data", "t.txt", "--preset", "shakespeare", "--n-embd", "64",
+                   "--block-size", "64", "--device", self.args.device, "--sample-every", "0",
+                   "--save-every", "4", "--val-every", "4", "--val-tokens", "704",
+                   "--batch-size", "1", "--total-batch-size", str(128 * self.world_size),
+                   "--schedule", "wsd", "--exp-name", name, *flags]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True,
+                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode != 0:
-            raise RuntimeError(f"{name}: status {done.returncode}, {done.stderr.strip()[-200:]}")
+            reason = done.stderr.strip()[-200:]
+            raise RuntimeError(f"{name}: status {done.returncode}, {reason}")
         with open(os.path.join(self.folder, "log", name, "log.txt"), encoding="utf-8") as f:
             lines = [line.split() for line in f]
-        return {(step, stream): value for step, stream, value in lines if stream in ("train", "val", "norm")}
+        return {(step, stream): value for step, stream, value in lines
+                if stream in ("train", "val", "norm")}
 
 
 def resume(args):
@@ -183,36 +201,40 @@ def resume(args):
     for optimizer in ("adamw", "muon"):
         with tempfile.TemporaryDirectory() as folder:
             runs = Runs(folder, args, 1)
-            flags = ["--deterministic", "--optimizer", optimizer, "--compile", "off" if args.quick else "on"]
+            compiled = "off" if args.quick else "on"
+            flags = ["--deterministic", "--optimizer", optimizer, "--compile", compiled]
             whole = runs.run("whole", "--max-steps", "8", *flags)
             runs.run("resumed", "--max-steps", "4", *flags)
             resumed = runs.run("resumed", "--max-steps", "8", *flags)
-            yield f"resume, {optimizer}", whole == resumed and len(whole) == 19, f"{len(whole)} losses and norms bitwise equal"
+            equal = whole == resumed and len(whole) == 19
+            yield f"resume, {optimizer}", equal, f"{len(whole)} losses and norms, equal: {equal}"
 
 
 def ranks(args):
     """Yields the differences of the losses on one rank and on all devices, with DDP and FSDP."""
-    world_size = max(2, torch.cuda.device_count()) if not args.device.startswith("cuda") else torch.cuda.device_count()
-    if world_size < 2 or args.device == "mps":
+    world_size = torch.cuda.device_count() if args.device.startswith("cuda") else 2
+    if world_size < 2 or args.device == "mps":  # no process group has MPS
         yield "several ranks", True, "not checked: one device"
         return
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(folder, args, world_size)
-        flags = ["--max-steps", "8", "--optimizer", "adamw", "--dtype", "float32", "--compile", "off"]
+        flags = ["--max-steps", "8", "--optimizer", "adamw", "--dtype", "float32",
+                 "--compile", "off"]
         one = runs.run("one", *flags)
         for mode in ("ddp", "fsdp"):
             other = runs.run(mode, *flags, "--parallel", mode, ranks=world_size)
             largest = max(abs(float(one[key]) - float(other[key])) for key in one)
-            yield f"{world_size} ranks, {mode}", largest < 1e-2, f"losses and norms differ by {largest:.1e}"
+            yield (f"{world_size} ranks, {mode}", largest < 1e-2,
+                   f"losses and norms differ by {largest:.1e}")
 
 
 # -----------------------------------------------------------------------------
 # what else does it cost?
 
 def evaluations(args):
-    """Yields the speed of HellaSwag, and whether its scores depend on TF32 outside, and the speed of sampling."""
+    """Yields the speed of HellaSwag and of sampling, and whether scores depend on TF32 outside."""
     model = random_model(args).eval()
-    ranks = one_rank(args)
+    ranks = parallel.Ranks(0, 0, 1, args.device, False)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "examples.jsonl")
         with open(path, "w", encoding="utf-8") as f:
@@ -221,15 +243,19 @@ def evaluations(args):
     sums = []
     for precision in ("high", "highest"):
         torch.set_float32_matmul_precision(precision)
-        seconds, (_, found, _) = timed(lambda: hellaswag.evaluate(model, dataset, args.dtype, ranks), args.device)
+        seconds, (_, found, _) = timed(
+            lambda: hellaswag.evaluate(model, dataset, args.dtype, ranks), args.device)
         sums.append(found)
     equal = all((sums[0][style] == sums[1][style]).all() for style in sums[0])
-    yield "HellaSwag", equal, f"{len(dataset.examples) / seconds:,.0f} short examples/s in both styles, after the first pass"
+    speed = len(dataset.examples) / seconds  # of the second pass
+    yield "HellaSwag", equal, f"{speed:,.0f} short examples/s in both styles"
     model = sample.prepare_for_sampling(model, args.dtype, 1)
     tokens = 16 if args.quick else 256
 
     def generate():
-        return list(sample.stream(model, [[50256]], tokens, torch.Generator(device=args.device).manual_seed(1)))
+        generator = torch.Generator(device=args.device).manual_seed(1)
+        return list(sample.stream(model, [[50256]], tokens, generator))
+
     seconds, made = timed(generate, args.device, 1, 1)
     yield "sampling", True, f"{len(made) / seconds:,.0f} tok/s, one text"
 
@@ -241,12 +267,18 @@ def optimizers(args):
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
         made = model.configure_optimizers(6e-4, 0.1, optimizer=name)
-        seconds, _ = timed(lambda made=made: [optimizer.step() for optimizer in made], args.device, 10, 3)
+
+        def step(made=made):
+            for optimizer in made:
+                optimizer.step()
+
+        seconds, _ = timed(step, args.device, 10, 3)
         yield f"{name} step", True, f"{1000 * seconds:.2f} ms"
 
 
 # the most valuable first, with the seconds that one takes on an H200
-STAGES = [(environment, 15), (training, 90), (resume, 150), (losses, 45), (evaluations, 30), (optimizers, 20), (ranks, 120)]
+STAGES = [(environment, 15), (training, 90), (resume, 150), (losses, 100), (evaluations, 30),
+          (optimizers, 20), (ranks, 120)]
 
 
 def run_stage(stage, args):
@@ -260,22 +292,26 @@ def run_stage(stage, args):
         except StopIteration:
             return rows
         except Exception as e:  # a stage that fails must not hide the others
-            name, passed, figure = stage.__name__, False, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            name, passed, figure = stage.__name__, False, first_line(e)
         result = "ok" if passed else "FAIL"
-        rows.append({"gpu_check": name, "result": result, "figure": figure, "seconds": round(time.monotonic() - start, 1)})
-        print(f"{result:<4} {name}: {figure} ({rows[-1]['seconds']:.1f} s)", flush=True)
+        seconds = round(time.monotonic() - start, 1)
+        rows.append({"gpu_check": name, "result": result, "figure": figure, "seconds": seconds})
+        print(f"{result:<4} {name}: {figure} ({seconds:.1f} s)", flush=True)
 
 
 def bench_gpu_check(args):
     """Rows of all checks; "result" is "ok", "FAIL" or "skipped"."""
-    start, rows = time.monotonic(), []
+    start = time.monotonic()
+    rows = []
     for stage, seconds in STAGES:
         if time.monotonic() - start + seconds > LIMIT:
-            rows.append({"gpu_check": stage.__name__, "result": "skipped", "figure": "no time left", "seconds": 0.0})
+            rows.append({"gpu_check": stage.__name__, "result": "skipped",
+                         "figure": "no time left", "seconds": 0.0})
             print(f"skipped {stage.__name__}: {LIMIT} s are over", flush=True)
         else:
-            # a process of its own: compiled code, the allocator and patched functions do not outlive the stage
+            # compiled code, allocated memory and patched functions end with the stage's process
             rows += in_fresh_process(run_stage, stage, args)
         with open("gpu_check.json", "w", encoding="utf-8") as f:
-            json.dump({"machine": runtime.describe_machine(args.device), "checks": rows}, f, indent=1)
+            machine = runtime.describe_machine(args.device)
+            json.dump({"machine": machine, "checks": rows}, f, indent=1)
     return rows

@@ -16,21 +16,24 @@ def rungs(dtype, device, world_size):
     has_tf32 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     variant = Variant("float32", tf32=False, compile=False, flash=False, vocab_size=50257,
                       fused=False, ours=False)
-    for name, change, reason in (
-            ("float32", {}, None),
-            ("TF32", {"tf32": True}, None if has_tf32 else "needs an NVIDIA GPU, Ampere or newer"),
-            (f"{dtype} autocast", {"dtype": dtype},
-             "no fast 16-bit dtype" if dtype == "float32" else None),
-            ("torch.compile", {"compile": True},
-             "not used on MPS" if device == "mps" else None),
-            ("flash attention", {"flash": True}, None),
-            ("vocabulary 50304", {"vocab_size": 50304}, None),
-            ("fused AdamW", {"fused": True},
-             None if on_cuda or device == "cpu" else "not used on this device"),
-            ("memory kept, logits detached", {"ours": True}, None),
-            ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
-            (f"DDP x {world_size}", {"world_size": world_size},
-             None if world_size > 1 else "one process; use --ranks")):
+    no_tf32 = None if has_tf32 else "needs an NVIDIA GPU, Ampere or newer"
+    no_autocast = "no fast 16-bit dtype" if dtype == "float32" else None
+    no_compile = "not used on MPS" if device == "mps" else None
+    no_fused = None if on_cuda or device == "cpu" else "not used on this device"
+    no_ddp = None if world_size > 1 else "one process; use --ranks"
+    changes = [
+        ("float32", {}, None),
+        ("TF32", {"tf32": True}, no_tf32),
+        (f"{dtype} autocast", {"dtype": dtype}, no_autocast),
+        ("torch.compile", {"compile": True}, no_compile),
+        ("flash attention", {"flash": True}, None),
+        ("vocabulary 50304", {"vocab_size": 50304}, None),
+        ("fused AdamW", {"fused": True}, no_fused),
+        ("memory kept, logits detached", {"ours": True}, None),
+        ("gradient accumulation x 4", {"grad_accum_steps": 4}, None),
+        (f"DDP x {world_size}", {"world_size": world_size}, no_ddp),
+    ]
+    for name, change, reason in changes:
         if reason is None:
             variant = replace(variant, **change)
         yield name, variant, reason
@@ -46,7 +49,9 @@ def claims(args):
     shapes = [(args.B, config.n_head, args.T, config.n_embd // config.n_head)] * 3
 
     def seconds(attention):
-        return in_fresh_process(forward_backward_seconds, attention, shapes, args.dtype, args.device)
+        return in_fresh_process(forward_backward_seconds, attention, shapes, args.dtype,
+                                args.device)
+
     speedup = seconds(naive_attention) / seconds(flash_attention)
     notes = {"torch.compile": "claimed: 2x",
              "flash attention": f"claimed: 7.6x for attention only; here {speedup:.1f}x"}
@@ -84,10 +89,11 @@ def bench_ladder(args):
         first = rows[0] if rows else result
         before = rows[-1] if rows else result
         flops = 1e9 * result["GFLOP/s"]
+        mfu = 100 * flops / data_sheet if data_sheet else None
         rows.append({"ladder": name, **result, "gain": result["tok/s"] / before["tok/s"],
                      "x float32": result["tok/s"] / first["tok/s"],
                      "% of matmul peak": 100 * flops / peak,
-                     "MFU %": 100 * flops / data_sheet if data_sheet else None,
+                     "MFU %": mfu,
                      "note": notes.get(name, "")})
     if not rows:
         raise ValueError("every rung ran out of memory; use a smaller --batch-size")

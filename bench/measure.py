@@ -58,9 +58,13 @@ def timed(function, device="cpu", repeats=1, warmup=0):
 
 
 def kernel_seconds(function, device, repeats):
-    """Median seconds of function() after two calls; on CUDA the GPU's time, of ten calls at once."""
+    """Median seconds of function() after two calls.
+
+    On CUDA, the GPU's time, measured over ten calls at once.
+    """
     if not device.startswith("cuda"):
-        return timed(function, device, repeats, warmup=2)[0]
+        median, _ = timed(function, device, repeats, warmup=2)
+        return median
     seconds = []
     with torch.cuda.device(device):
         for _ in range(2):
@@ -90,6 +94,7 @@ def forward_backward_seconds(function, shapes, dtype, device, repeats=5):
 
     def run():
         return torch.autograd.grad(function(*inputs), inputs, grad)
+
     return kernel_seconds(run, device, repeats)
 
 

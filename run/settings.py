@@ -243,8 +243,8 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
       attention's output, the second residual, and the MLP before and after GELU. With activation
       checkpointing a block keeps 4, and one block at a time has all 36.
     - the loss, bytes per logit: logits, log-softmax and two gradients, all but the first in
-      float32; compiled, only logits and their gradient exist, in the autocast dtype. With
-      loss_chunks, of one chunk at a time (model.chunked_loss, not compiled).
+      float32; compiled, only the logits exist, in the autocast dtype: their gradient overwrites
+      them. With loss_chunks, of one chunk at a time (model.chunked_loss, not compiled).
     - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of
       wte
 
@@ -272,7 +272,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
     casts = 0 if is_float32 else 2 * cast_params
 
     is_fused = compiled and not is_fsdp and loss_chunks == 1
-    per_logit = 2 * value if is_fused else value + 12
+    per_logit = value if is_fused else value + 12
     loss = tokens * V / loss_chunks * per_logit
 
     micro_batch = activations + loss + casts + 8 * V * C

@@ -1,4 +1,4 @@
-"""What many tests share: paths, one rank, a tiny model, tiny flags, a text, a subprocess with one thread."""
+"""What many tests share: paths, tiny flags, a text, a tiny model, a subprocess of one thread."""
 import os
 import random
 import subprocess
@@ -14,9 +14,12 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # of subprocesses
 ONE = Ranks(0, 0, 1, "cpu", False)            # a single process, without torchrun
 
 # flags of train_gpt2.py for a run of seconds
-TINY = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
-        "--total-batch-size", "128", "--batch-size", "8", "--compile", "off", "--sample-every", "0",
-        "--val-tokens", "1024", "--optimizer", "adamw", "--dtype", "float32"]
+TINY = [
+    "--preset", "shakespeare", "--n-layer", "1", "--n-head", "2", "--n-embd", "16",
+    "--block-size", "16", "--total-batch-size", "128", "--batch-size", "8",
+    "--optimizer", "adamw", "--dtype", "float32", "--compile", "off",
+    "--sample-every", "0", "--val-tokens", "1024",
+]
 
 WORDS = "the king and his queen will not come to this house tonight for love or war my lord".split()
 

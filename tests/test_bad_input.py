@@ -1,13 +1,15 @@
 """
-Bad input to every script: one line that says what is wrong, exit status 2, and nothing written or removed.
+Bad input to every script: one line that says what is wrong, exit status 2, and nothing written or
+removed.
 
     .venv/bin/python -m pytest tests/test_bad_input.py
 
-Each row is a command line, a part of its message, and optionally a function that prepares the folder it runs in. The
-scripts run in this process, through the main and run_main of the command line, in a copy of the same folder:
+Each row is a command line, a part of its message, and optionally functions that prepare the folder
+it runs in. The scripts run in this process, through the main and run_main of the command line, in
+a copy of the same folder:
 
-    in.txt         60 kB of text              run/          a run of a tiny model, with one checkpoint
-    hella.jsonl    one HellaSwag example      shards/       what fineweb.py made of in.txt
+    in.txt         60 kB of text            run/          a run of a tiny model, one checkpoint
+    hella.jsonl    one HellaSwag example    shards/       what fineweb.py made of in.txt
 """
 import atexit
 import contextlib
@@ -17,6 +19,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -32,20 +35,26 @@ from run import cli
 import convert
 import data
 from run import files
+from common import TINY
 from convert import hf_state_dict
 from model import GPT, GPTConfig
 
 TIMEOUT = 20      # seconds that a command may take
 MEMORY = 2 << 30  # bytes of address space that a command may add
-TINY = ["--preset", "shakespeare", "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--block-size", "16",
-        "--total-batch-size", "128", "--batch-size", "8", "--compile", "off", "--sample-every", "0", "--val-tokens", "1024",
-        "--optimizer", "adamw", "--dtype", "float32"]
-EXAMPLE = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-           "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap.", "is ripping.", "is one.", "is."]}
+EXAMPLE = {
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "label": 3,
+    "endings": ["is using wrap.", "is ripping.", "is one.", "is."],
+}
 
 
-def run(script, argv, monkeypatch):
-    """Exit status of a script's main with these arguments, in this process; a run folder is unlocked at its end."""
+def run(script, arguments, monkeypatch):
+    """Exit status of a script's main with these arguments, in this process; a run folder is
+    unlocked at its end."""
     unlocks = []
     register = atexit.register
 
@@ -54,7 +63,7 @@ def run(script, argv, monkeypatch):
             unlocks.append(function)
         else:
             register(function, *args, **kwargs)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
     monkeypatch.setattr(atexit, "register", register_or_unlock)
     with pytest.raises(SystemExit) as end:
         cli.run_main(importlib.import_module(script).main)
@@ -64,6 +73,9 @@ def run(script, argv, monkeypatch):
     return end.value.code or 0
 
 
+TINY_RUN = shlex.join(TINY) + " --data in.txt"
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """The folder described above."""
@@ -71,13 +83,13 @@ def template(tmp_path_factory):
     (folder / "in.txt").write_text("To be, or not to be, that is the question.\n\n" * 1400)
     (folder / "hella.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.chdir(folder):
-        assert run("train_gpt2", [*TINY, "--data", "in.txt", "--log-dir", ".", "--exp-name", "run", "--max-steps", "2"],
-                   monkeypatch) == 0
+        training = f"{TINY_RUN} --log-dir . --exp-name run --max-steps 2"
+        assert run("train_gpt2", training, monkeypatch) == 0
         os.mkdir("texts")
         for i in range(20):
             shutil.copy("in.txt", f"texts/{i}.txt")
-        assert run("fineweb", ["--input", "texts", "--out", "shards", "--shard-size", "100000", "--workers", "1"],
-                   monkeypatch) == 0
+        tokenizing = "--input texts --out shards --shard-size 100000 --workers 1"
+        assert run("fineweb", tokenizing, monkeypatch) == 0
         shutil.rmtree("texts")
         shutil.rmtree(".tokens")
     return folder
@@ -85,7 +97,8 @@ def template(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenized(template, tmp_path_factory):
-    """The same folder with the tokens of in.txt, which training writes before it reads the checkpoint's state."""
+    """The same folder with the tokens of in.txt, which training writes before it reads the
+    checkpoint's state."""
     folder = tmp_path_factory.mktemp("tokenized") / "here"
     shutil.copytree(template, folder, symlinks=True)
     with contextlib.chdir(folder):
@@ -95,12 +108,14 @@ def tokenized(template, tmp_path_factory):
 
 @contextlib.contextmanager
 def limits():
-    """Context in which more than TIMEOUT seconds raise, and MEMORY more bytes of address space cannot be allocated."""
+    """Context in which more than TIMEOUT seconds raise, and MEMORY more bytes of address space
+    cannot be allocated."""
     def expired(*_):
         raise AssertionError(f"not finished after {TIMEOUT} s")
     with open("/proc/self/statm") as f:
         used = int(f.read().split()[0]) * resource.getpagesize()
-    old, old_handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, expired)
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    old_handler = signal.signal(signal.SIGALRM, expired)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, old[1]))
     signal.alarm(TIMEOUT)
     try:
@@ -112,39 +127,47 @@ def limits():
 
 
 def contents(folder):
-    """{path: (size, modification time, link target)} of everything below a folder, hidden files included."""
+    """{path: (size, modification time, is a link)} of everything below a folder, hidden files
+    included."""
     found = {}
     for parent, folders, names in os.walk(folder):
         for name in folders + names:
             path = os.path.join(parent, name)
             status = os.lstat(path)
-            found[os.path.relpath(path, folder)] = (status.st_size, status.st_mtime_ns, os.path.islink(path))
+            facts = status.st_size, status.st_mtime_ns, os.path.islink(path)
+            found[os.path.relpath(path, folder)] = facts
     return found
 
 
-def check(script, row, template, tmp_path, monkeypatch, capfd):
-    argv, message, *prepare = row
-    folder = tmp_path / "here"
-    shutil.copytree(template, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    for function in prepare:
-        function(folder)
-    before = contents(folder)
-    capfd.readouterr()
-    with limits():
-        status = run(script, argv, monkeypatch)
-    err = capfd.readouterr().err
-    assert status == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
-    after = contents(folder)
-    for name in before.keys() | after.keys():
-        # a folder's own entry changes when a temporary file in it is created and removed
-        if not (name in before and (folder / name).is_dir()):
-            assert before.get(name) == after.get(name), name
+@pytest.fixture
+def check(template, tmp_path, monkeypatch, capfd):
+    """A function that runs a script's row and asserts what the module's docstring says."""
+    def run_row(script, row, template=template):
+        arguments, message, *prepare = row
+        folder = tmp_path / "here"
+        shutil.copytree(template, folder, symlinks=True)
+        monkeypatch.chdir(folder)
+        for function in prepare:
+            function(folder)
+        before = contents(folder)
+        capfd.readouterr()
+        with limits():
+            status = run(script, arguments, monkeypatch)
+        err = capfd.readouterr().err
+        assert status == 2, err
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+        after = contents(folder)
+        for name in before.keys() | after.keys():
+            # a folder's own entry changes when a temporary file in it is created and removed
+            if not (name in before and (folder / name).is_dir()):
+                assert before.get(name) == after.get(name), name
+    return run_row
 
 
-def ids(rows):
-    return [" ".join(row[0])[-60:] or "(no arguments)" for row in rows]
+def rows(table):
+    """Parametrizes a test with the rows of a table."""
+    ids = [row[0][-60:] or "(no arguments)" for row in table]
+    return pytest.mark.parametrize("row", table, ids=ids)
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +181,8 @@ def write(name, contents):
         if contents is None:
             os.mkfifo(folder / name)
         else:
-            (folder / name).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+            as_bytes = contents if isinstance(contents, bytes) else contents.encode()
+            (folder / name).write_bytes(as_bytes)
     return prepare
 
 
@@ -223,86 +247,80 @@ def lock_folder(folder):
 # -----------------------------------------------------------------------------
 # train_gpt2.py
 
-NO_LOCK = ["--data", "shards", "--dry-run"]  # creates no folder
-
-
 def break_file(name):
     """Cuts a file in half."""
-    def prepare(folder):
-        contents = (folder / name).read_bytes()
-        (folder / name).write_bytes(contents[:len(contents) // 2])
-    return prepare
+    return write_with(name, lambda contents: contents[:len(contents) // 2])
 
 
 TRAIN = [
     # what an unset shell variable gives, and what leaves --log-dir
-    (["--exp-name", ""], "--exp-name '': must be the name of a folder, not empty"),
-    (["--exp-name", ".."], "--exp-name '..': must be the name of a folder"),
-    (["--exp-name", "a/b"],
+    ("--exp-name ''", "--exp-name '': must be the name of a folder, not empty"),
+    ("--exp-name ..", "--exp-name '..': must be the name of a folder"),
+    ("--exp-name a/b",
      "--exp-name 'a/b': must be the name of a folder, not empty, without slashes"),
-    (["--log-dir", "in.txt"], "in.txt"),
-    (["--data", ""], "--data '': must not be empty"),
+    ("--log-dir in.txt", "in.txt"),
+    ("--data ''", "--data '': must not be empty"),
     # numbers
-    (["--lr", "nan"], "--lr nan: must be a number"),
-    (["--lr", "0"], "--lr 0: must be a number, above 0"),
-    (["--beta1", "1"], "--beta1 1: must be a number, 0 or more and at most 0.99999"),
-    (["--warmup-steps", "1.5"], "--warmup-steps 1.5: must be an integer"),
-    (["--n-layer", "0"], "--n-layer 0: must be an integer, 1 or more"),
-    (["--n-layer", "1000000000"],
+    ("--lr nan", "--lr nan: must be a number"),
+    ("--lr 0", "--lr 0: must be a number, above 0"),
+    ("--beta1 1", "--beta1 1: must be a number, 0 or more and at most 0.99999"),
+    ("--warmup-steps 1.5", "--warmup-steps 1.5: must be an integer"),
+    ("--n-layer 0", "--n-layer 0: must be an integer, 1 or more"),
+    ("--n-layer 1000000000",
      "--n-layer 1000000000: must be an integer, 1 or more and at most 1000"),
-    ([*NO_LOCK, "--dropout", "1"], "dropout=1.0: must be at least 0 and less than 1"),
-    (["--epochs", "2", "--max-steps", "3"], "--epochs and --max-steps both set the length"),
-    ([*NO_LOCK, "--epochs", "0.00001"], "are less than one step of 128"),
-    # settings that do not fit together
-    ([*NO_LOCK, "--val-tokens", "8"], "--val-tokens 8 is less than one sequence of 16"),
-    ([*NO_LOCK, "--n-head", "3"],
-     "n_embd=16 is not a multiple of n_head=3; n_head that fit: [1, 2, 4, 8, 16]"),
-    ([*NO_LOCK, "--total-batch-size", "100"],
-     "--total-batch-size 100 is not a multiple of --block-size 16"),
-    ([*NO_LOCK, "--batch-size", "3"],
-     "is not a multiple of B*T*W = 3*16*1; --batch-size that would fit: [1, 2, 4, 8]"),
-    ([*NO_LOCK, "--optimizer", "muon", "--parallel", "fsdp"], "--parallel fsdp cannot shard muon"),
-    ([*NO_LOCK, "--vocab-size", "100"], "allowed are ids below 100"),
-    ([*NO_LOCK, "--vocab-size", "100", "--sample-every", "1"],
-     "GPT-2's 50257 tokens, the vocabulary has 100"),
-    ([*NO_LOCK, "--block-size", "99999", "--total-batch-size", "99999", "--val-tokens", "99999"],
-     "too few for one sequence"),
+    ("--epochs 2 --max-steps 3", "--epochs and --max-steps both set the length"),
     # words
-    (["--optimizer", "sgd"], "--optimizer invalid choice: 'sgd'"),
-    ([*NO_LOCK, "--device", "tpu"], "device 'tpu' is not available"),
-    (["--learning_rate", "1"], "unknown flag --learning-rate: did you mean --lr?"),
-    (["config/train_shakespeare_char.py"],
+    ("--optimizer sgd", "--optimizer invalid choice: 'sgd'"),
+    ("--learning_rate 1", "unknown flag --learning-rate: did you mean --lr?"),
+    ("config/train_shakespeare_char.py",
      "unrecognized arguments: config/train_shakespeare_char.py"),
-    # data and weights
-    ([*NO_LOCK, "--data", "nowhere"], "no data at nowhere"),
-    ([*NO_LOCK, "--init-from", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    ([*NO_LOCK, "--init-from", "in.txt"], "cannot load in.txt"),
-    ([*NO_LOCK, "--init-from", "run", "--init", "lecture"],
-     "--init lecture is for random weights, and --init-from"),
-    ([*NO_LOCK, "--init-from", "run", "--n-layer", "2"],
-     "--init-from's weights have n_layer=1: omit these flags"),
-    ([*NO_LOCK, "--init-from", "run", "--block-size", "32"],
-     "--block-size 32 is over the 16 positions of"),
-    (["--eval-only", "--data", "shards"], "--eval-only: there is no checkpoint in log/shakespeare"),
-    (["--eval-only", "--init-from", "run", "--data", "shards", "--hella-every", "9",
-      "--hellaswag", "in.txt"], "line 1"),
+    # evaluation
+    ("--eval-only --data shards", "--eval-only: there is no checkpoint in log/shakespeare"),
+    ("--eval-only --init-from run --data shards --hella-every 9 --hellaswag in.txt", "line 1"),
     # a run that exists
-    (["--resume", "nowhere"], "--resume nowhere: there is no run with a checkpoint"),
-    (["--resume", "run/model_00002.pt"], "is a file: give its folder"),
-    (["--resume", "run", "--exp-name", "run"], "--resume run names the run: omit --exp-name"),
-    (["--resume", "never", "--log-dir", ".", "--exp-name", "run"], "./run already holds a run"),
-    (["--resume", "run", "--n-layer", "2"], "n_layer cannot change when a run resumes"),
-    (["--resume", "run", "--seed", "1", "--shuffle", "off"],
+    ("--resume nowhere", "--resume nowhere: there is no run with a checkpoint"),
+    ("--resume run/model_00002.pt", "is a file: give its folder"),
+    ("--resume run --exp-name run", "--resume run names the run: omit --exp-name"),
+    ("--resume never --log-dir . --exp-name run", "./run already holds a run"),
+    ("--resume run --n-layer 2", "n_layer cannot change when a run resumes"),
+    ("--resume run --seed 1 --shuffle off",
      "changing seed, shuffle makes it a different run; --force resumes anyway"),
-    (["--resume", "run"], "no checkpoint in run can be loaded", break_file("run/model_00002.pt")),
+    ("--resume run", "no checkpoint in run can be loaded", break_file("run/model_00002.pt")),
+]
+DRY_RUN = [  # with --data shards --dry-run, which creates no folder
+    # numbers
+    ("--dropout 1", "dropout=1.0: must be at least 0 and less than 1"),
+    ("--epochs 0.00001", "are less than one step of 128"),
+    # settings that do not fit together
+    ("--val-tokens 8", "--val-tokens 8 is less than one sequence of 16"),
+    ("--n-head 3", "n_embd=16 is not a multiple of n_head=3; n_head that fit: [1, 2, 4, 8, 16]"),
+    ("--total-batch-size 100", "--total-batch-size 100 is not a multiple of --block-size 16"),
+    ("--batch-size 3",
+     "is not a multiple of B*T*W = 3*16*1; --batch-size that would fit: [1, 2, 4, 8]"),
+    ("--optimizer muon --parallel fsdp", "--parallel fsdp cannot shard muon"),
+    ("--vocab-size 100", "allowed are ids below 100"),
+    ("--vocab-size 100 --sample-every 1", "GPT-2's 50257 tokens, the vocabulary has 100"),
+    ("--block-size 99999 --total-batch-size 99999 --val-tokens 99999", "too few for one sequence"),
+    ("--device tpu", "device 'tpu' is not available"),
+    # weights
+    ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("--init-from in.txt", "cannot load in.txt"),
+    ("--init-from run --init lecture", "--init lecture is for random weights, and --init-from"),
+    ("--init-from run --n-layer 2", "--init-from's weights have n_layer=1: omit these flags"),
+    ("--init-from run --block-size 32", "--block-size 32 is over the 16 positions of"),
 ]
 
 
-@pytest.mark.parametrize("row", TRAIN, ids=ids(TRAIN))
-def test_train_gpt2(row, template, tmp_path, monkeypatch, capfd):
+@rows(TRAIN)
+def test_train_gpt2(row, check):
     # the row's own flags come last, so they win
-    row = ([*TINY, "--data", "in.txt", *row[0]], *row[1:])
-    check("train_gpt2", row, template, tmp_path, monkeypatch, capfd)
+    check("train_gpt2", (f"{TINY_RUN} {row[0]}", *row[1:]))
+
+
+@rows(DRY_RUN)
+def test_a_dry_run_of_train_gpt2(row, check):
+    arguments, message = row
+    check("train_gpt2", (f"{TINY_RUN} --data shards --dry-run {arguments}", message))
 
 
 # -----------------------------------------------------------------------------
@@ -332,11 +350,10 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("row", DAMAGED, ids=[f"{i} {row[0]}"[-60:] for i, row in enumerate(DAMAGED)])
-def test_a_damaged_run(row, tokenized, tmp_path, monkeypatch, capfd):
+@rows(DAMAGED)
+def test_a_damaged_run(row, check, tokenized):
     """Resumed with the settings in its checkpoint."""
-    row = (["--log-dir", ".", "--exp-name", "run", "--max-steps", "3"], *row)
-    check("train_gpt2", row, tokenized, tmp_path, monkeypatch, capfd)
+    check("train_gpt2", ("--log-dir . --exp-name run --max-steps 3", *row), tokenized)
 
 
 # -----------------------------------------------------------------------------
@@ -353,31 +370,31 @@ def saved(array):
     return f.getvalue()
 
 
-NEW = ["--out", "new"]
-IN = ["--input", "in.txt", *NEW]
-AGAIN = ["--input", "in.txt", "--out", "shards"]
+NEW = "--out new"
+IN = f"--input in.txt {NEW}"
+AGAIN = "--input in.txt --out shards"
 JSON = '{"text": "a document"}\n'
-LINES = ["--input", "a.jsonl", *NEW]
-PARQUET = ["--input", "a.parquet", *NEW]
+LINES = f"--input a.jsonl {NEW}"
+PARQUET = f"--input a.parquet {NEW}"
 FINEWEB = [
     # flags
-    (["--input", "in.txt"], "--out is missing"),
-    (["--input", "in.txt", "--out", ""], "--out is missing"),
-    ([*IN, "--shard-size", "1"], "--shard-size 1: must be an integer, 2 or more"),
-    ([*IN, "--shard-size", "1e12"], "out of memory: Unable to allocate 1.82 TiB"),
-    ([*IN, "--workers", "20000"], "--workers 20000: must be an integer, 0 or more and at most"),
-    ([*IN, "--max-tokens", "nan"], "--max-tokens nan: must be an integer"),
-    ([*IN, "--val-tokens", "0"], "--val-tokens 0: must be an integer, 1 or more"),
-    ([*IN, "--val-tokens", "1M"], "no tokens are left for the train split: all 21,000 are in"),
-    ([*IN, "--val", "shard"], "--val invalid choice: 'shard'"),
-    ([*IN, "--val", "first-shard", "--val-tokens", "5"], "--val first-shard takes the first"),
-    ([*IN, "--format", "parquet"], "invalid choice: 'parquet'"),
-    ([*IN, "--text_colum", "body"], "unknown flag --text-colum: did you mean --text-column?"),
-    (["--dataset", "a/b/c", "--name", "x", *NEW], "Repo id"),
+    ("--input in.txt", "--out is missing"),
+    ("--input in.txt --out ''", "--out is missing"),
+    (f"{IN} --shard-size 1", "--shard-size 1: must be an integer, 2 or more"),
+    (f"{IN} --shard-size 1e12", "out of memory: Unable to allocate 1.82 TiB"),
+    (f"{IN} --workers 20000", "--workers 20000: must be an integer, 0 or more and at most"),
+    (f"{IN} --max-tokens nan", "--max-tokens nan: must be an integer"),
+    (f"{IN} --val-tokens 0", "--val-tokens 0: must be an integer, 1 or more"),
+    (f"{IN} --val-tokens 1M", "no tokens are left for the train split: all 21,000 are in"),
+    (f"{IN} --val shard", "--val invalid choice: 'shard'"),
+    (f"{IN} --val first-shard --val-tokens 5", "--val first-shard takes the first"),
+    (f"{IN} --format parquet", "invalid choice: 'parquet'"),
+    (f"{IN} --text_colum body", "unknown flag --text-colum: did you mean --text-column?"),
+    (f"--dataset a/b/c --name x {NEW}", "Repo id"),
     # the output folder
-    (["--input", "in.txt", "--out", "in.txt"], "in.txt is not a folder; choose another name"),
-    (["--input", "in.txt", "--out", "/proc/new"], "No such file or directory: '/proc/new'"),
-    (["--input", "nowhere", "--out", "x/y/z"], "no input at nowhere"),
+    ("--input in.txt --out in.txt", "in.txt is not a folder; choose another name"),
+    ("--input in.txt --out /proc/new", "No such file or directory: '/proc/new'"),
+    ("--input nowhere --out x/y/z", "no input at nowhere"),
     (AGAIN, "shards is in use by another fineweb.py", lock_folder),
     (IN, "new holds 1 shards that no manifest.json lists (mine_train_000001.npy",
      write("new/mine_train_000001.npy", "mine")),
@@ -390,31 +407,29 @@ FINEWEB = [
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
     (AGAIN, "shards/manifest.json is damaged", shard(tokens=-5)),
     # --verify
-    (["--verify", ""], "no shards (*_train_000001.npy or .bin) in ''"),
-    (["--verify", "nowhere"], "no shards (*_train_000001.npy or .bin) in 'nowhere'"),
-    (["--verify", "in.txt"], "no shards (*_train_000001.npy or .bin) in 'in.txt'"),
-    (["--verify", "shards"], "shards is incomplete", manifest(complete=False)),
-    (["--verify", "shards"], "holds 1 shards that no manifest.json lists (other_train_000001.npy",
+    *((f"--verify {name!r}", f"no shards (*_train_000001.npy or .bin) in {name!r}")
+      for name in ("", "nowhere", "in.txt")),
+    ("--verify shards", "shards is incomplete", manifest(complete=False)),
+    ("--verify shards", "holds 1 shards that no manifest.json lists (other_train_000001.npy",
      write("shards/other_train_000001.npy", "")),
-    (["--verify", "shards"], "_val_000000.npy has changed: sha256 was", shard(sha256="0" * 64)),
-    (["--verify", "shards"], "shards_val_000000.npy has no tokens, but", remove(VAL)),
-    (["--verify", "shards"], "it is truncated", write_with(VAL, lambda old: old + b"x")),
-    (["--verify", "shards"], "tokens, but 5 in manifest.json", shard(tokens=5)),
-    (["--verify", "shards"], "has the id 65535",
-     write_with(VAL, lambda old: old[:-2] + b"\xff\xff")),
+    ("--verify shards", "_val_000000.npy has changed: sha256 was", shard(sha256="0" * 64)),
+    ("--verify shards", "shards_val_000000.npy has no tokens, but", remove(VAL)),
+    ("--verify shards", "it is truncated", write_with(VAL, lambda old: old + b"x")),
+    ("--verify shards", "tokens, but 5 in manifest.json", shard(tokens=5)),
+    ("--verify shards", "has the id 65535", write_with(VAL, lambda old: old[:-2] + b"\xff\xff")),
     # the input
-    (["--input", "", *NEW], "no input at "),
-    (["--input", "in.txt", "./in.txt", *NEW], "--input ./in.txt is given twice"),
-    (["--input", "texts", "texts/a.txt", *NEW], "--input texts/a.txt is given twice",
+    (f"--input '' {NEW}", "no input at "),
+    (f"--input in.txt ./in.txt {NEW}", "--input ./in.txt is given twice"),
+    (f"--input texts texts/a.txt {NEW}", "--input texts/a.txt is given twice",
      write("texts/a.txt", "text")),
-    (["--input", "texts", *NEW], "--input texts: no file of a supported format",
+    (f"--input texts {NEW}", "--input texts: no file of a supported format",
      write("texts/a.csv", "text")),
-    (["--input", "shards", *NEW], "--input shards: no file of a supported format"),
-    (["--input", "texts", *NEW], "No such file or directory: 'texts/b.txt'",
+    (f"--input shards {NEW}", "--input shards: no file of a supported format"),
+    (f"--input texts {NEW}", "No such file or directory: 'texts/b.txt'",
      link("texts/b.txt", "nowhere")),
-    (["--input", "a.txt", *NEW], "the source contains no text", write("a.txt", "")),
-    (["--input", "a.txt", *NEW], "the source contains no text", write("a.txt", b"\xef\xbb\xbf")),
-    (["--input", "a.txt", *NEW], "a.txt is damaged or truncated ('utf-8'",
+    (f"--input a.txt {NEW}", "the source contains no text", write("a.txt", "")),
+    (f"--input a.txt {NEW}", "the source contains no text", write("a.txt", b"\xef\xbb\xbf")),
+    (f"--input a.txt {NEW}", "a.txt is damaged or truncated ('utf-8'",
      write("a.txt", "text".encode("utf-16"))),
     *((LINES, message, write("a.jsonl", contents)) for contents, message in [
         (JSON + "[1, 2]\n", "line 2 is not a JSON object"),
@@ -424,28 +439,27 @@ FINEWEB = [
         ("plain text\n", "a.jsonl is damaged or truncated (line 1 is not a JSON object"),
         ('\n \n{"body": "a"}\n', "has no field 'text'; it has body"),
         ('{"text": null}\n{"text": ["a"]}\n{"text": {"text": "a"}}\n\n', "contains no text")]),
-    ([*LINES, "--text-column", "body"], "has no field 'body'; it has text", write("a.jsonl", JSON)),
-    (["--input", "a.jsonl.gz", *NEW], "a.jsonl.gz is damaged or truncated (",
+    (f"{LINES} --text-column body", "has no field 'body'; it has text", write("a.jsonl", JSON)),
+    (f"--input a.jsonl.gz {NEW}", "a.jsonl.gz is damaged or truncated (",
      write("a.jsonl.gz", "not gzip")),
-    (["--input", "a.txt.gz", *NEW], "Truncated compressed stream",
+    (f"--input a.txt.gz {NEW}", "Truncated compressed stream",
      write("a.txt.gz", gzip.compress(b"text " * 99)[:-9])),
-    (["--input", "a.jsonl.zst", *NEW], "a.jsonl.zst is damaged or truncated (",
+    (f"--input a.jsonl.zst {NEW}", "a.jsonl.zst is damaged or truncated (",
      write("a.jsonl.zst", b"\x28\xb5\x2f\xfdx")),
     (PARQUET, "a.parquet is damaged or truncated (", write("a.parquet", "")),
     (PARQUET, "a.parquet is damaged or truncated (", parquet("a.parquet", ["a"]),
      write_with("a.parquet", lambda old: old[:-20])),
     (PARQUET, "column 'text' of a.parquet holds list<", parquet("a.parquet", [["a"], ["b"]])),
     (PARQUET, "column 'text' of a.parquet holds int64", parquet("a.parquet", [1, 2])),
-    ([*PARQUET, "--text-column", "body"], "no column 'body'; it has",
-     parquet("a.parquet", ["a"])),
+    (f"{PARQUET} --text-column body", "no column 'body'; it has", parquet("a.parquet", ["a"])),
     (PARQUET, "the source contains no text", parquet("a.parquet", [None, ""], "string")),
     (PARQUET, "the source contains no text", parquet("a.parquet", [], "string")),
 ]
 
 
-@pytest.mark.parametrize("row", FINEWEB, ids=ids(FINEWEB))
-def test_fineweb(row, template, tmp_path, monkeypatch, capfd):
-    check("fineweb", row, template, tmp_path, monkeypatch, capfd)
+@rows(FINEWEB)
+def test_fineweb(row, check):
+    check("fineweb", row)
 
 
 # -----------------------------------------------------------------------------
@@ -454,34 +468,33 @@ def test_fineweb(row, template, tmp_path, monkeypatch, capfd):
 UNLISTED = remove("shards/manifest.json")  # shards without a manifest, as build-nanogpt's
 BIN = write("bin/x_val_000000.bin", llmc(20240520, 1, 2))
 DATA = [
-    (["nowhere"], "no data at nowhere"),
+    ("nowhere", "no data at nowhere"),
     # text
-    (["a.txt"], "a.txt is empty: there is nothing to train on", write("a.txt", b"\xef\xbb\xbf")),
-    (["a.txt"], "a.txt is not UTF-8 text: byte 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
-    (["a.txt"], "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
-    (["/dev/stdin"], "/dev/stdin is not a regular file"),
-    (["texts"], "texts holds neither shards", write("texts/a.md", "text")),
-    *(([name], f"{name} is not plain text; create shards with python fineweb.py --input",
+    ("a.txt", "a.txt is empty: there is nothing to train on", write("a.txt", b"\xef\xbb\xbf")),
+    ("a.txt", "a.txt is not UTF-8 text: byte 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
+    ("a.txt", "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
+    ("/dev/stdin", "/dev/stdin is not a regular file"),
+    ("texts", "texts holds neither shards", write("texts/a.md", "text")),
+    *((name, f"{name} is not plain text; create shards with python fineweb.py --input",
        write(name, JSON)) for name in ("a.JSON", "a.parquet", "a.txt.gz", "a.csv")),
-    ([VAL], f"{VAL} is a single shard; --data takes the folder"),
+    (VAL, f"{VAL} is a single shard; --data takes the folder"),
     # folders of shards
-    (["shards"], "shards is incomplete: fineweb.py is still running or was interrupted",
+    ("shards", "shards is incomplete: fineweb.py is still running or was interrupted",
      manifest(complete=False)),
-    (["shards"], "holds 1 shards that no manifest.json lists (x_train_000009.bin",
+    ("shards", "holds 1 shards that no manifest.json lists (x_train_000009.bin",
      write("shards/x_train_000009.bin", "")),
-    (["shards"], "has no tokens, but", remove(VAL)),
-    (["shards"], "it was removed or replaced", write(VAL, saved(TOKENS))),
-    (["shards"], "shards/manifest.json is damaged", write("shards/manifest.json", "[]")),
-    (["shards"], "the shard {", shard(split="test")),
-    (["shards"], "supported is 1", manifest(version=3)),
-    (["shards"], "shards has no shard named *_val_NNNNNN", UNLISTED, remove(VAL)),
-    (["new"], "new has no shard named *_train_NNNNNN",
-     write("new/x_val_000000.npy", saved(TOKENS))),
-    (["char"], "char holds nanoGPT's character-level data (meta.pkl)",
+    ("shards", "has no tokens, but", remove(VAL)),
+    ("shards", "it was removed or replaced", write(VAL, saved(TOKENS))),
+    ("shards", "shards/manifest.json is damaged", write("shards/manifest.json", "[]")),
+    ("shards", "the shard {", shard(split="test")),
+    ("shards", "supported is 1", manifest(version=3)),
+    ("shards", "shards has no shard named *_val_NNNNNN", UNLISTED, remove(VAL)),
+    ("new", "new has no shard named *_train_NNNNNN", write("new/x_val_000000.npy", saved(TOKENS))),
+    ("char", "char holds nanoGPT's character-level data (meta.pkl)",
      write("char/train.bin", bytes(9000)), write("char/val.bin", bytes(9000)),
      write("char/meta.pkl", b"cos\nsystem\n(S'touch owned'\ntR.")),
     # contents
-    *((["shards"], message, UNLISTED, write(VAL, contents)) for contents, message in [
+    *(("shards", message, UNLISTED, write(VAL, contents)) for contents, message in [
         (b"", "is not a valid .npy file"),
         (b"version https://git-lfs.github.com/spec/v1", "is not a valid .npy file"),
         (npy("{'descr': '<u2', 'shape': (("), "is not a valid .npy file"),
@@ -490,10 +503,10 @@ DATA = [
         (saved(np.array([os.system], dtype=object)), "holds object of shape (1,)"),
         (saved(TOKENS)[:-1], "it is truncated"),
         (saved(TOKENS[:0]), "the val split of shards has 0 tokens")]),
-    (["shards"], "has the id 56024 among its tokens", UNLISTED,
+    ("shards", "has the id 56024 among its tokens", UNLISTED,
      lambda folder: [path.unlink() for path in (folder / "shards").glob("*_train_*")],
      write("shards/x_train_000001.npy", saved(TOKENS + 55001))),
-    *((["bin"], message, BIN, write("bin/x_train_000001.bin", contents))
+    *(("bin", message, BIN, write("bin/x_train_000001.bin", contents))
       for contents, message in [
         (llmc(20240520, 1, 3), "should hold 3 tokens"),
         (llmc(20240520, 2, 2), "has no valid llm.c header"),
@@ -502,16 +515,16 @@ DATA = [
 ]
 
 
-@pytest.mark.parametrize("row", DATA, ids=ids(DATA))
-def test_data_of_train_gpt2(row, template, tmp_path, monkeypatch, capfd):
-    check("train_gpt2", ([*TINY, "--data", *row[0]], *row[1:]), template, tmp_path, monkeypatch, capfd)
+@rows(DATA)
+def test_data_of_train_gpt2(row, check):
+    check("train_gpt2", (f"{TINY_RUN} --data {row[0]}", *row[1:]))
 
 
 # -----------------------------------------------------------------------------
 # hellaswag.py
 
 def damaged(kind):
-    """A function that writes KIND.pt, a damaged copy of the run's model file, into the folder it is given."""
+    """Writes KIND.pt, a damaged copy of the run's model file."""
     def save(folder):
         contents = torch.load(folder / "run" / "model_00002.pt")
         weights, config = contents["model"], contents["config"]
@@ -531,7 +544,7 @@ def damaged(kind):
 
 def hella(contents, message, name="bad.jsonl"):
     """The row of a file of examples."""
-    return ["run", "--data", name], message, write(name, contents)
+    return f"run --data {name}", message, write(name, contents)
 
 
 def changed(**changes):
@@ -542,26 +555,25 @@ def changed(**changes):
 
 LINE = json.dumps(EXAMPLE).encode() + b"\n"
 GZIP = gzip.compress(LINE * 200, mtime=0)
-HELLA = ["run", "--data", "hella.jsonl"]
+HELLA = "run --data hella.jsonl"
 HELLASWAG = [
     # flags
-    ([*HELLA, "--limit", "0"], "--limit 0: must be an integer, 1 or more"),
-    ([*HELLA, "--batch-tokens", "0"], "--batch-tokens 0: must be an integer, 1 or more"),
-    ([*HELLA, "--dtype", "int8"], "unknown dtype 'int8'"),
-    ([*HELLA, "--device", "tpu"], "device 'tpu' is not available"),
-    ([*HELLA, "--jsn"], "unknown flag --jsn: did you mean --json?"),
-    (["run", "hella.jsonl"], "unrecognized arguments: hella.jsonl"),
-    (["--data", "hella.jsonl"], "name a model to score: python hellaswag.py MODEL --data FILE"),
-    (["--out", "scores.jsonl"], "name a model to score"),
+    (f"{HELLA} --limit 0", "--limit 0: must be an integer, 1 or more"),
+    (f"{HELLA} --batch-tokens 0", "--batch-tokens 0: must be an integer, 1 or more"),
+    (f"{HELLA} --dtype int8", "unknown dtype 'int8'"),
+    (f"{HELLA} --device tpu", "device 'tpu' is not available"),
+    (f"{HELLA} --jsn", "unknown flag --jsn: did you mean --json?"),
+    ("run hella.jsonl", "unrecognized arguments: hella.jsonl"),
+    ("--data hella.jsonl", "name a model to score: python hellaswag.py MODEL --data FILE"),
+    ("--out scores.jsonl", "name a model to score"),
     # --out
-    ([*HELLA, "--out", "run"], "'run' is not the name of a file to write"),
-    ([*HELLA, "--out", "new/scores.jsonl"], "new is not an existing folder"),
+    (f"{HELLA} --out run", "'run' is not the name of a file to write"),
+    (f"{HELLA} --out new/scores.jsonl", "new is not an existing folder"),
     # --data
-    (["run", "--data", "nowhere.jsonl"], "no HellaSwag examples at nowhere.jsonl"),
-    (["run", "--data", ""], "no HellaSwag examples at"),
-    (["run", "--data", "run"], "Is a directory: 'run'"),
-    (["run", "--data", "in.txt"], "cannot read HellaSwag examples from in.txt, line 1"),
-    (["run", "--data", "run/model_00002.pt"], "examples from run/model_00002.pt, line 1"),
+    ("run --data nowhere.jsonl", "no HellaSwag examples at nowhere.jsonl"),
+    ("run --data ''", "no HellaSwag examples at"),
+    ("run --data run", "Is a directory: 'run'"),
+    ("run --data in.txt", "cannot read HellaSwag examples from in.txt, line 1"),
     hella("\n \n", "bad.jsonl has no examples"),
     hella(LINE * 2 + b"[1, 2]\n", "line 3: an example must be a JSON object with activity_label"),
     hella(LINE + LINE[:50], "line 2: Unterminated string"),
@@ -573,21 +585,22 @@ HELLASWAG = [
     hella(changed(endings="abcd"), "endings must be a list of four strings"),
     hella(changed(endings=["a", "b", "c"]), "endings must be a list of four strings"),
     hella(changed(label=4), "label is '4', it must be 0, 1, 2 or 3"),
-    hella(changed(label=""), "label is '', it must be 0, 1, 2 or 3; the test split, whose labels are"),
+    hella(changed(label=""),
+          "label is '', it must be 0, 1, 2 or 3; the test split, whose labels are"),
     hella(changed(label=None), "a JSON object with activity_label, ctx, endings, label"),
     # the model
-    (["nowhere", "--data", "hella.jsonl"], "no checkpoint at nowhere"),
-    (["nan.pt", "--data", "hella.jsonl"], "nan.pt has NaN or infinite weights", damaged("nan")),
-    (["char.pt", "--data", "hella.jsonl"],
+    ("nowhere --data hella.jsonl", "no checkpoint at nowhere"),
+    ("nan.pt --data hella.jsonl", "nan.pt has NaN or infinite weights", damaged("nan")),
+    ("char.pt --data hella.jsonl",
      "vocabulary has 65 tokens; HellaSwag needs GPT-2's 50257", damaged("char")),
     (HELLA, "example 0 has an ending of 40 tokens; this model's block_size is only 16",
      write("hella.jsonl", changed(endings=["a", "b", "c", "b" + " d" * 39]))),
 ]
 
 
-@pytest.mark.parametrize("row", HELLASWAG, ids=ids(HELLASWAG))
-def test_hellaswag(row, template, tmp_path, monkeypatch, capfd):
-    check("hellaswag", row, template, tmp_path, monkeypatch, capfd)
+@rows(HELLASWAG)
+def test_hellaswag(row, check):
+    check("hellaswag", row)
 
 
 # -----------------------------------------------------------------------------
@@ -595,53 +608,53 @@ def test_hellaswag(row, template, tmp_path, monkeypatch, capfd):
 
 SAMPLE = [
     # flags
-    ([], "the following arguments are required: source"),
-    (["run", "--num-samples", "0"], "--num-samples 0: must be an integer, 1 or more"),
-    (["run", "--max-new-tokens", "-1"], "--max-new-tokens -1: must be an integer, 1 or more"),
-    (["run", "--temperature", "-0.1"], "--temperature -0.1: must be a number, 0 or more"),
-    (["run", "--temperature", "hot"], "--temperature hot: must be a number, 0 or more"),
-    (["run", "--top-k", "-1"], "--top-k -1: must be an integer, 0 or more"),
-    (["run", "--top-p", "0"], "--top-p 0: must be a number, above 0 and at most 1"),
-    (["run", "--top-p", "1.5"], "--top-p 1.5: must be a number, above 0 and at most 1"),
-    (["run", "--seed", "-1"], "--seed -1: must be an integer, 0 or more"),
-    (["run", "--dtype", "fp16"], "unknown dtype 'fp16'"),
-    (["run", "--device", "gpu"], "device 'gpu' is not available"),
-    (["run", "--start", "x"], "unknown flag --start: did you mean --prompt?"),
-    (["run", "--max_tokens", "5"], "unknown flag --max-tokens: did you mean --max-new-tokens?"),
-    (["run", "--tokens", "5"], "unknown flag --tokens: did you mean --max-new-tokens?"),
-    (["run", "--out_dir", "x"], "unrecognized arguments: --out-dir x"),
+    ("", "the following arguments are required: source"),
+    ("run --num-samples 0", "--num-samples 0: must be an integer, 1 or more"),
+    ("run --max-new-tokens -1", "--max-new-tokens -1: must be an integer, 1 or more"),
+    ("run --temperature -0.1", "--temperature -0.1: must be a number, 0 or more"),
+    ("run --temperature hot", "--temperature hot: must be a number, 0 or more"),
+    ("run --top-k -1", "--top-k -1: must be an integer, 0 or more"),
+    ("run --top-p 0", "--top-p 0: must be a number, above 0 and at most 1"),
+    ("run --top-p 1.5", "--top-p 1.5: must be a number, above 0 and at most 1"),
+    ("run --seed -1", "--seed -1: must be an integer, 0 or more"),
+    ("run --dtype fp16", "unknown dtype 'fp16'"),
+    ("run --device gpu", "device 'gpu' is not available"),
+    ("run --start x", "unknown flag --start: did you mean --prompt?"),
+    ("run --max_tokens 5", "unknown flag --max-tokens: did you mean --max-new-tokens?"),
+    ("run --tokens 5", "unknown flag --tokens: did you mean --max-new-tokens?"),
+    ("run --out_dir x", "unrecognized arguments: --out-dir x"),
     # prompts
-    (["run", "To be"], "unexpected 'To be': a prompt is given as --prompt 'To be'"),
-    (["run", "--prompt"], "--prompt expected one argument"),
-    (["run", "--prompt", "a", "--prompt-file", "in.txt"], "give only one of --prompt, --prompt-f"),
-    (["run", "--prompt", "", "-"], "give only one of --prompt"),
-    (["run", "--interactive", "-"], "give only one of --prompt"),
-    (["run", "--prompt", "a\udcffb"], "not valid Unicode at character 2"),
-    (["run", "--prompt-file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
-    (["run", "--prompt-file", "utf16.txt"], "utf16.txt is not valid UTF-8 at byte 1",
+    ("run 'To be'", "unexpected 'To be': a prompt is given as --prompt 'To be'"),
+    ("run --prompt", "--prompt expected one argument"),
+    ("run --prompt a --prompt-file in.txt", "give only one of --prompt, --prompt-f"),
+    ("run --prompt '' -", "give only one of --prompt"),
+    ("run --interactive -", "give only one of --prompt"),
+    ("run --prompt a\udcffb", "not valid Unicode at character 2"),
+    ("run --prompt-file nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+    ("run --prompt-file utf16.txt", "utf16.txt is not valid UTF-8 at byte 1",
      write("utf16.txt", "To be".encode("utf-16"))),
     # the model
-    (["nowhere"], "no checkpoint at nowhere"),
-    ([""], "the name of the checkpoint is empty"),
-    (["log"], "no checkpoint at log"),
-    (["shards"], "shards holds no checkpoint"),
-    (["in.txt"], "cannot load in.txt"),
-    (["run/state_00002.pt"], 'it lacks "model"'),
-    (["run/model_00001.pt"], "no checkpoint at run/model_00001.pt"),
-    (["empty.pt"], "cannot load empty.pt", write("empty.pt", b"")),
-    (["run"], "cannot load run/model_00002.pt",
+    ("nowhere", "no checkpoint at nowhere"),
+    ("''", "the name of the checkpoint is empty"),
+    ("log", "no checkpoint at log"),
+    ("shards", "shards holds no checkpoint"),
+    ("in.txt", "cannot load in.txt"),
+    ("run/state_00002.pt", 'it lacks "model"'),
+    ("run/model_00001.pt", "no checkpoint at run/model_00001.pt"),
+    ("empty.pt", "cannot load empty.pt", write("empty.pt", b"")),
+    ("run", "cannot load run/model_00002.pt",
      lambda folder: os.truncate(folder / "run" / "model_00002.pt", 1000)),
-    (["inf.pt"], "inf.pt has NaN or infinite weights: transformer.ln_f.weight", damaged("inf")),
-    (["char.pt"], "char.pt has a vocabulary of 65 tokens, not GPT-2's 50257", damaged("char")),
-    (["short.pt"], "transformer.wpe.weight (3, 16) for (16, 16)", damaged("short")),
-    (["lacks.pt"], "the weights of lacks.pt do not fit this model: transformer.ln_f.bias",
+    ("inf.pt", "inf.pt has NaN or infinite weights: transformer.ln_f.weight", damaged("inf")),
+    ("char.pt", "char.pt has a vocabulary of 65 tokens, not GPT-2's 50257", damaged("char")),
+    ("short.pt", "transformer.wpe.weight (3, 16) for (16, 16)", damaged("short")),
+    ("lacks.pt", "the weights of lacks.pt do not fit this model: transformer.ln_f.bias",
      damaged("lacks")),
 ]
 
 
-@pytest.mark.parametrize("row", SAMPLE, ids=ids(SAMPLE))
-def test_sample(row, template, tmp_path, monkeypatch, capfd):
-    check("sample", row, template, tmp_path, monkeypatch, capfd)
+@rows(SAMPLE)
+def test_sample(row, check):
+    check("sample", row)
 
 
 # -----------------------------------------------------------------------------
@@ -695,69 +708,65 @@ def compressed(folder):
 HF_FILE = "hf/model.safetensors"
 GIT_LFS = "version https://git-lfs.github.com/spec/v1"  # of a clone without Git LFS
 INDEX = "hf/model.safetensors.index.json"
-C_FC = "transformer.h.0.mlp.c_fc.weight"
 LARGER = GPT(GPTConfig(**{**SIZES, "n_layer": 2})).state_dict()
 CONVERT = [
     # flags
-    ([], "required"),
-    (["exprt", "run", "x"], "invalid choice: 'exprt'"),
-    (["export", "run"], "required: out"),
-    (["export", "run", "x", "--dtype", "float16"], "invalid choice: 'float16'"),
+    ("", "required"),
+    ("exprt run x", "invalid choice: 'exprt'"),
+    ("export run", "required: out"),
+    ("export run x --dtype float16", "invalid choice: 'float16'"),
     # the source
-    (["info", ""], "the name of the checkpoint is empty"),
-    (["info", "nowhere/model"], "no checkpoint at nowhere/model"),
-    (["info", "nobody/gpt2"], "hf download USER/NAME"),
-    (["info", "shards"], "shards holds no checkpoint"),
-    (["info", "/dev/zero"], "/dev/zero is not a regular file"),
-    (["info", "model.safetensors"], "model.safetensors lacks its config.json",
+    ("info ''", "the name of the checkpoint is empty"),
+    ("info nowhere/model", "no checkpoint at nowhere/model"),
+    ("info nobody/gpt2", "hf download USER/NAME"),
+    ("info shards", "shards holds no checkpoint"),
+    ("info /dev/zero", "/dev/zero is not a regular file"),
+    ("info model.safetensors", "model.safetensors lacks its config.json",
      write("model.safetensors", "hello")),
     # the output
-    (["export", "run", "shards"], "shards exists already; --overwrite"),
-    (["convert", "run", "in"], "in exists already; --overwrite", write("in", "hello")),
-    (["convert", "run", "x.gguf"], "x.gguf: .gguf is not a format to write; give X.pt, X.bin, or"),
-    (["convert", "run", "missing/a.pt"], "cannot write missing/a.pt: [Errno 2] No such file"),
-    (["export", "run", "in.txt/x"], "[Errno 20] Not a directory: 'in.txt/x'"),
-    (["export", "a.pt", "x"], "GPT-2's tokenizer does not fit it", pt()),
+    ("export run shards", "shards exists already; --overwrite"),
+    ("convert run in", "in exists already; --overwrite", write("in", "hello")),
+    ("convert run x.gguf", "x.gguf: .gguf is not a format to write; give X.pt, X.bin, or"),
+    ("convert run missing/a.pt", "cannot write missing/a.pt: [Errno 2] No such file"),
+    ("export run in.txt/x", "[Errno 20] Not a directory: 'in.txt/x'"),
+    ("export a.pt x", "GPT-2's tokenizer does not fit it", pt()),
     # files of torch.save
-    (["info", "in.txt"], "cannot load in.txt: it is truncated, damaged or not a checkpoint"),
-    (["info", "run/model_00002.pt"], "it is truncated, damaged or", break_file("run/model_00002.pt")),
-    (["info", "a.pt"], "archive/data.pkl is compressed, or a folder", compressed),
-    (["info", "a.pt"], "it contains posix.system, not only tensors and plain values, and could run"
+    ("info in.txt", "cannot load in.txt: it is truncated, damaged or not a checkpoint"),
+    ("info run/model_00002.pt", "it is truncated, damaged or", break_file("run/model_00002.pt")),
+    ("info a.pt", "archive/data.pkl is compressed, or a folder", compressed),
+    ("info a.pt", "it contains posix.system, not only tensors and plain values, and could run"
      " code", pt(optimizer=os.system)),
-    (["info", "run/state_00002.pt"], "run/state_00002.pt is not a model checkpoint"),
-    (["info", "a.pt"], "a.pt is not of a GPT-2: GPTConfig", pt({"rope": True})),
-    (["info", "a.pt"], "n_embd=8 is not a multiple of n_head=3", pt({"n_head": 3})),
-    (["info", "a.pt"], "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
-    (["info", "a.pt"], "the checkpoint may have another n_layer", pt(model=LARGER)),
-    (["info", "a.pt"], "expected 872,000,000,208 parameters, found", pt({"n_layer": 10**9})),
-    (["info", "a.pt"], "of a.pt differ (an untied lm_head)",
+    ("info run/state_00002.pt", "run/state_00002.pt is not a model checkpoint"),
+    ("info a.pt", "a.pt is not of a GPT-2: GPTConfig", pt({"rope": True})),
+    ("info a.pt", "n_embd=8 is not a multiple of n_head=3", pt({"n_head": 3})),
+    ("info a.pt", "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
+    ("info a.pt", "the checkpoint may have another n_layer", pt(model=LARGER)),
+    ("info a.pt", "expected 872,000,000,208 parameters, found", pt({"n_layer": 10**9})),
+    ("info a.pt", "of a.pt differ (an untied lm_head)",
      pt(weights={"lm_head.weight": torch.zeros(16, 8)})),
     # llm.c
-    (["info", "a.bin"], "it starts with [20240520]", llmc_model(0, 20240520)),
-    (["info", "a.bin"], "version 4 of llm.c", llmc_model(1, 4)),
-    (["info", "a.bin"], "block_size=-1: must be an integer", llmc_model(2, -1)),
-    (["info", "a.bin"], "a.bin is truncated or damaged: expected", llmc_model(4, 2**31 - 1)),
-    (["info", "a.bin"], "it starts with []", write("a.bin", b"")),
+    ("info a.bin", "it starts with [20240520]", llmc_model(0, 20240520)),
+    ("info a.bin", "version 4 of llm.c", llmc_model(1, 4)),
+    ("info a.bin", "block_size=-1: must be an integer", llmc_model(2, -1)),
+    ("info a.bin", "a.bin is truncated or damaged: expected", llmc_model(4, 2**31 - 1)),
+    ("info a.bin", "it starts with []", write("a.bin", b"")),
     # Hugging Face
-    (["info", "hf"], "is not the config.json of a GPT-2: 'list' object", hf(),
+    ("info hf", "is not the config.json of a GPT-2: 'list' object", hf(),
      write("hf/config.json", "[]")),
-    (["info", "hf"], "is not the config.json of a GPT-2: it lacks 'n_positions'", hf(),
+    ("info hf", "is not the config.json of a GPT-2: it lacks 'n_positions'", hf(),
      write("hf/config.json", '{"model_type": "gpt2"}')),
-    (["info", "hf"], "n_layer=None: must be an integer", hf(n_layer=None)),
-    (["info", "hf"], "activation_function='relu', GPT-2 has 'gelu_new'",
-     hf(activation_function="relu")),
-    (["info", "hf"], "model_type='llama', GPT-2 has 'gpt2'", hf(model_type="llama")),
-    (["info", "hf"], "model.safetensors is truncated or damaged", hf(), write(HF_FILE, GIT_LFS)),
-    (["info", "hf"], "model.safetensors.index.json is not", hf(), remove(HF_FILE),
-     write(INDEX, "{}")),
-    (["info", "hf"], "hf has no b.safetensors", hf(), remove(HF_FILE),
+    ("info hf", "n_layer=None: must be an integer", hf(n_layer=None)),
+    ("info hf", "activation_function='relu', GPT-2 has 'gelu_new'", hf(activation_function="relu")),
+    ("info hf", "model.safetensors is truncated or damaged", hf(), write(HF_FILE, GIT_LFS)),
+    ("info hf", "model.safetensors.index.json is not", hf(), remove(HF_FILE), write(INDEX, "{}")),
+    ("info hf", "hf has no b.safetensors", hf(), remove(HF_FILE),
      write(INDEX, '{"weight_map": {"a": "b.safetensors"}}')),
 ]
 
 
-@pytest.mark.parametrize("row", CONVERT, ids=ids(CONVERT))
-def test_convert(row, template, tmp_path, monkeypatch, capfd):
-    check("convert", row, template, tmp_path, monkeypatch, capfd)
+@rows(CONVERT)
+def test_convert(row, check):
+    check("convert", row)
 
 
 # -----------------------------------------------------------------------------
@@ -765,69 +774,70 @@ def test_convert(row, template, tmp_path, monkeypatch, capfd):
 
 LOSSES = "0 train 3.5\n1 train 3.25\n"
 PLOTS = [
-    (["shards"], "shards has no log.txt"),
-    ([], "the following arguments are required: source"),
-    (["run", "run"], "got 2 sources; name their common picture"),
-    (["run", "run", "--verdict"], "got 2 sources; --weights and --verdict take one"),
-    (["run", "--by", "epochs"], "invalid choice: 'epochs'"),
-    (["run", "--baselines", "pile"], "invalid choice: 'pile'"),
-    (["run", "--out", "shards"], "'shards' is not the name of a file"),
-    (["run", "--out", "nowhere/x.png"], "nowhere is not an existing folder"),
-    (["run", "--out", "x.doc"], "Format 'doc' is not supported"),
-    (["run", "--prompt", "a"], "--prompt is the text of the attention pictures: add --weights"),
-    (["run", "--weight"], "unknown flag --weight: did you mean --weights"),
-    (["--weights", "nowhere"], "nowhere is not a folder; name a folder for the pictures"),
-    (["--weights", "run", "--out", "in.txt"], "File exists: 'in.txt'"),
-    (["run", "--reference", "shards"], "--reference shards: must be the name of a published"),
-    (["run", "--reference"], "no published curve fits run: the data, in.txt, are not known"),
-    (["run", "--reference", "--by", "hours"], "the hours of --reference's curve are not known"),
-    (["run"], "has no losses yet", write("run/log.txt", "0 train 3")),
-    (["run"], "has no losses yet", write("run/log.txt", "0 train nan\n1 lr 0.1\n")),
-    (["run"], "line 1: expected `step stream value`, got '404: Not Found'",
+    ("shards", "shards has no log.txt"),
+    ("", "the following arguments are required: source"),
+    ("run run", "got 2 sources; name their common picture"),
+    ("run run --verdict", "got 2 sources; --weights and --verdict take one"),
+    ("run --by epochs", "invalid choice: 'epochs'"),
+    ("run --baselines pile", "invalid choice: 'pile'"),
+    ("run --out shards", "'shards' is not the name of a file"),
+    ("run --out nowhere/x.png", "nowhere is not an existing folder"),
+    ("run --out x.doc", "Format 'doc' is not supported"),
+    ("run --prompt a", "--prompt is the text of the attention pictures: add --weights"),
+    ("run --weight", "unknown flag --weight: did you mean --weights"),
+    ("--weights nowhere", "nowhere is not a folder; name a folder for the pictures"),
+    ("--weights run --out in.txt", "File exists: 'in.txt'"),
+    ("run --reference shards", "--reference shards: must be the name of a published"),
+    ("run --reference", "no published curve fits run: the data, in.txt, are not known"),
+    ("run --reference --by hours", "the hours of --reference's curve are not known"),
+    ("run", "has no losses yet", write("run/log.txt", "0 train 3")),
+    ("run", "has no losses yet", write("run/log.txt", "0 train nan\n1 lr 0.1\n")),
+    ("run", "line 1: expected `step stream value`, got '404: Not Found'",
      write("run/log.txt", "404: Not Found\n")),
-    (["run"], "line 1: expected", write("run/log.txt", b"\x89PNG\r\n\x1a\n\0\0")),
-    *((["run"], "line 3: expected", write("run/log.txt", f"{LOSSES}{line}\n"))
+    ("run", "line 1: expected", write("run/log.txt", b"\x89PNG\r\n\x1a\n\0\0")),
+    *(("run", "line 3: expected", write("run/log.txt", f"{LOSSES}{line}\n"))
       for line in ("two train 3", "2 train", "2 train 3 4", "2 train high", "", "1.5 train 3")),
-    (["run", "--by", "hours"], "hours need tok_per_sec", write("run/log.txt", LOSSES)),
-    (["run", "--by", "tokens"], "--by tokens needs total_batch_size",
+    ("run --by hours", "hours need tok_per_sec", write("run/log.txt", LOSSES)),
+    ("run --by tokens", "--by tokens needs total_batch_size",
      write("run/config.json", '{"config": {}}')),
-    (["run"], "config.json is not the config.json of a run", write("run/config.json", "{")),
-    (["run"], "config.json is not the config.json of a run",
+    ("run", "config.json is not the config.json of a run", write("run/config.json", "{")),
+    ("run", "config.json is not the config.json of a run",
      write("run/config.json", '{"model_type": "gpt2"}')),
 ]
 
 
-@pytest.mark.parametrize("row", PLOTS, ids=ids(PLOTS))
-def test_plots(row, template, tmp_path, monkeypatch, capfd):
-    check("plots", row, template, tmp_path, monkeypatch, capfd)
+@rows(PLOTS)
+def test_plots(row, check):
+    check("plots", row)
 
 
 # -----------------------------------------------------------------------------
 # python -m bench
 
 BENCH = [
-    ([], "required: BENCHMARK"),
-    (["trian"], "invalid choice: 'trian'"),
-    (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
-    (["train", "--batch_size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
-    (["train", "--size", "gpt4"], "unknown model size 'gpt4'"),
-    (["ladder", "--ranks", "20000"], "--ranks 20000: must be an integer, 0 or more and at most"),
-    (["train", "--device", "tpu"], "device 'tpu' is not available"),
-    (["train", "--dtype", "int8"], "unknown dtype 'int8'"),
-    (["all", "--data", "in.txt"], "all takes no --data"),
-    (["train", "--data", "in.txt"], "train takes no --data"),
-    (["tokenize", "--data", "nowhere"], "no data at 'nowhere'"),
-    (["train", "--json", "run"], "'run' is not the name of a file"),
-    (["train", "--json", "missing/a.json"], "missing is not an existing folder"),
-    (["ladder", "--picture", "missing/a.png"], "missing is not an existing folder"),
-    (["ladder", "--picture", "a.pdf"], "--picture a.pdf: only ladder draws one, into a file named *.png"),
-    (["train", "--picture", "a.png"], "--picture a.png: only ladder draws one"),
-    (["train", "--compare", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
-    (["train", "--compare", "in.txt"], "in.txt is not a file that --json wrote"),
-    (["train", "--compare", "run/config.json"], "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
+    ("", "required: BENCHMARK"),
+    ("trian", "invalid choice: 'trian'"),
+    ("train --steps 0", "--steps 0: must be an integer, 1 or more"),
+    ("train --batch_size -1", "--batch-size -1: must be an integer, 0 or more"),
+    ("train --size gpt4", "unknown model size 'gpt4'"),
+    ("ladder --ranks 20000", "--ranks 20000: must be an integer, 0 or more and at most"),
+    ("train --device tpu", "device 'tpu' is not available"),
+    ("train --dtype int8", "unknown dtype 'int8'"),
+    ("all --data in.txt", "all takes no --data"),
+    ("train --data in.txt", "train takes no --data"),
+    ("tokenize --data nowhere", "no data at 'nowhere'"),
+    ("train --json run", "'run' is not the name of a file"),
+    ("train --json missing/a.json", "missing is not an existing folder"),
+    ("ladder --picture missing/a.png", "missing is not an existing folder"),
+    ("ladder --picture a.pdf", "--picture a.pdf: only ladder draws one, into a file named *.png"),
+    ("train --picture a.png", "--picture a.png: only ladder draws one"),
+    ("train --compare nowhere.json", "No such file or directory: 'nowhere.json'"),
+    ("train --compare in.txt", "in.txt is not a file that --json wrote"),
+    ("train --compare run/config.json",
+     "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
 ]
 
 
-@pytest.mark.parametrize("row", BENCH, ids=ids(BENCH))
-def test_bench(row, template, tmp_path, monkeypatch, capfd):
-    check("bench.__main__", row, template, tmp_path, monkeypatch, capfd)
+@rows(BENCH)
+def test_bench(row, check):
+    check("bench.__main__", row)

@@ -1,7 +1,8 @@
 """
-python -m bench: the variants and references compute the same as the model, the ladder, the tables, the JSON, --compare.
+python -m bench: the variants and references compute the same as the model, the ladder, the
+tables, the JSON, --compare.
 
-    ./test.sh tests/test_bench.py        # no network, no GPU; a model of two blocks and 32 channels
+    ./test.sh tests/test_bench.py   # no network, no GPU; a model of two blocks and 32 channels
 
 No test asserts a time. Slow tests run the command.
 """
@@ -25,13 +26,11 @@ import bench.train
 import fineweb
 import hellaswag
 import sample
+from run import runtime
 from bench import measure
 from bench.train import Variant, build_step
-from model import GPTConfig
 import model
 from common import ENV, ONE, ROOT, python
-
-
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
@@ -50,68 +49,89 @@ def run_in_this_process(monkeypatch, *modules):
 
 def tiny_args(**changes):
     """The flags of a benchmark at the tiny size."""
-    flags = dict(size="tiny", B=2, T=16, steps=2, ranks=0, picture=None, data=None, limit=2, repeats=1, device="cpu",
-                 dtype="float32")
+    flags = dict(size="tiny", B=2, T=16, steps=2, ranks=0, picture=None, data=None, limit=2,
+                 repeats=1, device="cpu", dtype="float32")
     return argparse.Namespace(**{**flags, **changes})
 
 
 # -----------------------------------------------------------------------------
 # the variants of a training step
 
-def losses(variant, steps=3):
+def losses(variant):
+    """Of three steps."""
     run, _, _ = build_step(variant, tiny_args(), ONE)
-    return [run() for _ in range(steps)]
+    return [run() for _ in range(3)]
 
 
-@pytest.mark.parametrize("changes", [dict(flash=False), dict(ours=False), dict(fused=False), dict(grad_accum_steps=3),
-                                     dict(flash=False, ours=False, fused=False)])
+@pytest.mark.parametrize("changes", [
+    dict(flash=False),
+    dict(ours=False),
+    dict(fused=False),
+    dict(grad_accum_steps=3),
+    dict(flash=False, ours=False, fused=False),
+])
 def test_every_variant_has_the_same_losses(changes):
-    """A variant changes how a step is computed, not its result; three times the same batch has the same mean gradient."""
-    assert losses(Variant("float32", **changes)) == pytest.approx(losses(Variant("float32")), abs=2e-4)
+    """A variant changes how a step is computed, not its result; three times the same batch has
+    the same mean gradient."""
+    expected = losses(Variant("float32"))
+    assert losses(Variant("float32", **changes)) == pytest.approx(expected, abs=2e-4)
 
 
 def test_naive_attention_equals_flash_attention():
-    q, k, v = torch.randn(3, 2, 3, 8, 4).unbind(0)
-    assert torch.allclose(bench.train.naive_attention(q, k, v), bench.train.flash_attention(q, k, v), atol=1e-6)
+    q, k, v = torch.randn(3, 2, 3, 8, 4)
+    flash = bench.train.flash_attention(q, k, v)
+    assert torch.allclose(bench.train.naive_attention(q, k, v), flash, atol=1e-6)
 
 
 def test_a_step_has_the_settings_of_its_variant():
-    changes = dict(flash=False, vocab_size=50257, fused=False, ours=False)
-    _, raw_model, optimizers = build_step(Variant("float32", **changes), tiny_args(), ONE)
+    x, y = torch.zeros(2, 2, 16, dtype=torch.long)
+    lecture = Variant("float32", flash=False, vocab_size=50257, fused=False, ours=False)
+    _, raw_model, optimizers = build_step(lecture, tiny_args(), ONE)
     assert raw_model.config.vocab_size == 50257
-    assert {type(block.attn) for block in raw_model.transformer.h} == {bench.train.NaiveAttention}
+    for block in raw_model.transformer.h:
+        assert type(block.attn) is bench.train.NaiveAttention
     assert not optimizers[0].defaults["fused"] and not optimizers[0].param_groups[0]["fused"]
-    logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
+    logits, _ = raw_model(x, y)
     assert logits.requires_grad
+
     _, raw_model, optimizers = build_step(Variant("float32"), tiny_args(), ONE)
-    logits, _ = raw_model(*torch.zeros(2, 2, 16, dtype=torch.long).unbind(0))
+    logits, _ = raw_model(x, y)
     assert logits is None and optimizers[0].defaults["fused"]
 
 
 def test_the_roofline_counts_every_matmul_and_attention_of_the_step(monkeypatch):
-    """Each call takes as many seconds as it has FLOPs, so the sum must be what flops_per_token counts."""
+    """Each call takes as many seconds as it has FLOPs: their sum is what flops_per_token counts."""
     def flops(function, shapes, dtype, device, repeats):
         if function is F.linear:
             (rows, n_in), (n_out, _) = shapes
             return 6 * rows * n_in * n_out
-        (B, nh, T, hs), _, _ = shapes
+        B, nh, T, hs = shapes[0]
         return 12 * B * nh * T * T * hs
     monkeypatch.setattr(bench.train, "forward_backward_seconds", flops)
-    _, raw_model, _ = build_step(Variant("float32"), tiny_args(), ONE)
-    matrices = sum(p.numel() for name, p in raw_model.named_parameters() if p.dim() == 2 and "wpe" not in name)
+    matrices = 50304 * 32 + 2 * 12 * 32 * 32
     expected = 2 * 16 * (6 * matrices + 12 * 2 * 32 * 16)
     assert bench.train.time_roofline(tiny_args()) == expected
 
 
-def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
-    """With a fake timer: the lecture takes 4 s, ours eager 2 s, compiled 1 s; the roofline is 0.5 s."""
-    seconds = {(False, False): 4, (True, False): 2, (True, True): 1}
+def row_of(tokens_per_second, ms=1.0):
+    """What time_step returns; a token has 200 FLOPs."""
+    return {"ms/step": ms, "tok/s": tokens_per_second, "peak GB": 2.0,
+            "GFLOP/s": 200 * tokens_per_second, "loss": 1.0}
 
+
+def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
+    """With a fake timer: the lecture takes 4 s, ours eager 2 s, compiled 1 s; the roofline is
+    0.5 s, and the matmul peak twice our FLOP/s."""
     def time_step(variant, args):
-        s = seconds[variant.ours, variant.compile]
-        return {"ms/step": 1000 * s, "tok/s": 32 / s, "peak GB": 2.0, "GFLOP/s": 8 / s, "loss": 1.0}
+        seconds = 4
+        if variant.ours:
+            seconds = 1 if variant.compile else 2
+        return row_of(32 / seconds, 1000 * seconds)
+
+    def in_fresh_process(function, *_):
+        return 2 * 200e9 * 32 if function is measure.matmul_peak else 0.5
     monkeypatch.setattr(bench.train, "time_step", time_step)
-    monkeypatch.setattr(bench.train, "in_fresh_process", lambda function, *_: 16e9 if function is measure.matmul_peak else 0.5)
+    monkeypatch.setattr(bench.train, "in_fresh_process", in_fresh_process)
     rows = bench.train.bench_train(tiny_args())
     assert [row["x lecture"] for row in rows] == [1, 2, 4, 8]
     assert [row["% of roofline"] for row in rows] == [12.5, 25, 50, 100]
@@ -122,47 +142,58 @@ def test_train_rows_are_relative_to_the_lecture_and_the_roofline(monkeypatch):
 # the ladder
 
 def test_the_ladder_goes_from_float32_to_the_step_we_train_with():
-    variants = {name: variant for name, variant, reason in bench.ladder.rungs("bfloat16", "cpu", 2) if reason is None}
+    rungs = bench.ladder.rungs("bfloat16", "cpu", 2)
+    variants = {name: variant for name, variant, reason in rungs if reason is None}
     assert variants["float32"] == Variant("float32", False, False, False, 50257, False, False)
-    assert variants["DDP x 2"] == Variant("bfloat16", tf32=False, compile=True, grad_accum_steps=4, world_size=2)
+    ours = Variant("bfloat16", tf32=False, compile=True, grad_accum_steps=4, world_size=2)
+    assert variants["DDP x 2"] == ours
     assert "TF32" not in variants  # not on a CPU
 
 
 def test_a_rung_that_this_machine_cannot_run_has_a_reason():
-    reasons = {name: reason for name, _, reason in bench.ladder.rungs("float32", "mps", 1) if reason}
-    assert reasons.keys() == {"TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"}
+    rungs = bench.ladder.rungs("float32", "mps", 1)
+    assert {name for name, _, reason in rungs if reason} == {
+        "TF32", "float32 autocast", "torch.compile", "fused AdamW", "DDP x 1"}
+
+
+def fake_ladder(monkeypatch, time_step):
+    monkeypatch.setattr(bench.ladder, "time_step", time_step)
+    monkeypatch.setattr(bench.ladder, "in_fresh_process", lambda function, *args: 640e9)
 
 
 def test_ladder_rows_are_relative_to_the_rung_before(monkeypatch, tmp_path, capsys):
-    """With a fake timer: 100 s in float32, half of it from bf16 on, and a rung that runs out of memory."""
+    """With a fake timer: a step takes 100 s in float32, half of it from bfloat16 on, and a rung
+    runs out of memory."""
     def time_step(variant, args):
         if variant.fused and not variant.ours:
             raise MemoryError
         speed = 32 / (100 if variant.dtype == "float32" else 50)
-        return {"ms/step": 32e3 * variant.grad_accum_steps / speed, "tok/s": speed, "peak GB": 2.0, "GFLOP/s": 200 * speed,
-                "loss": 1.0}
-    monkeypatch.setattr(bench.ladder, "time_step", time_step)
-    monkeypatch.setattr(bench.ladder, "in_fresh_process", lambda function, *args: 640e9)
+        return row_of(speed, 32e3 * variant.grad_accum_steps / speed)
+    fake_ladder(monkeypatch, time_step)
     picture = tmp_path / "ladder.png"
-    rows = {row["ladder"]: row for row in bench.ladder.bench_ladder(tiny_args(dtype="bfloat16", picture=str(picture)))}
-    assert rows["float32"]["tok/s"] == 0.32 and rows["float32"]["gain"] == 1 and rows["float32"]["% of matmul peak"] == 10
-    assert rows["bfloat16 autocast"]["gain"] == 2 and rows["torch.compile"]["gain"] == 1
-    last = rows["gradient accumulation x 4"]
-    assert last["tok/s"] == 0.64 and last["x float32"] == 2 and last["% of matmul peak"] == 20 and last["MFU %"] is None
-    assert "7.6x" in rows["flash attention"]["note"] and "2x" in rows["torch.compile"]["note"]
+    args = tiny_args(dtype="bfloat16", picture=str(picture))
+    rows = {row["ladder"]: row for row in bench.ladder.bench_ladder(args)}
+    expected = {"tok/s": 0.32, "gain": 1, "% of matmul peak": 10}
+    assert expected.items() <= rows["float32"].items()
+    assert rows["bfloat16 autocast"]["gain"] == 2
+    assert rows["torch.compile"]["gain"] == 1
+    expected = {"tok/s": 0.64, "x float32": 2, "% of matmul peak": 20, "MFU %": None}
+    assert expected.items() <= rows["gradient accumulation x 4"].items()
+    assert "7.6x" in rows["flash attention"]["note"]
+    assert "2x" in rows["torch.compile"]["note"]
     assert all(row["tok/s"] for row in rows.values())
     assert capsys.readouterr().out.splitlines()[-1] == (
         "not measured: TF32 (needs an NVIDIA GPU, Ampere or newer), fused AdamW (out of memory),"
         " DDP x 1 (one process; use --ranks)")
-    assert picture.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["ladder.png"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["ladder.png"]
 
 
 def test_a_ladder_without_memory_for_any_rung_is_an_error(monkeypatch):
     def time_step(variant, args):
         raise MemoryError
-    monkeypatch.setattr(bench.ladder, "time_step", time_step)
-    monkeypatch.setattr(bench.ladder, "in_fresh_process", lambda function, *args: 640e9)
-    with pytest.raises(ValueError, match="every rung ran out of memory; use a smaller --batch-size"):
+    fake_ladder(monkeypatch, time_step)
+    with pytest.raises(ValueError, match="every rung ran out of memory; use a smaller --batch"):
         bench.ladder.bench_ladder(tiny_args())
 
 
@@ -182,8 +213,9 @@ def test_loader_and_checkpoint_have_rows_for_a_tiny_model(monkeypatch):
     rows = bench.data.bench_loader(tiny_args())
     assert rows[-1]["% of step"] == 100 and all(row["ms/batch"] > 0 for row in rows)
     rows = bench.checkpoint.bench_checkpoint(tiny_args())
-    params = 50304 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
-    assert rows[0]["GB"] == pytest.approx(3 * 4 * params / 1e9, rel=0.01)  # float32 weights and AdamW's two moments
+    params = model.config_for("tiny", vocab_size=50304).num_params()
+    # float32 weights and AdamW's two moments
+    assert rows[0]["GB"] == pytest.approx(3 * 4 * params / 1e9, rel=0.01)
 
 
 def test_examples_made_from_input_txt_are_valid(tmp_path):
@@ -195,17 +227,26 @@ def test_examples_made_from_input_txt_are_valid(tmp_path):
         assert tokens.shape[0] == 4 and mask.any(dim=1).all()
 
 
-def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
+@pytest.fixture
+def keep_process(monkeypatch):
+    """keep_freed_memory changes the whole process."""
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
+
+
+def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, keep_process, tmp_path):
     """All three scorings predict the same in float32, from every third of six examples on."""
     path, scored = str(tmp_path / "examples.jsonl"), []
     bench.hellaswag.write_examples(path, 6)
-    rows = bench.hellaswag.lecture_rows
-    monkeypatch.setattr(bench.hellaswag, "lecture_rows",
-                        lambda example: scored.append(example["ctx"]) or rows(example))
+    lecture_rows = bench.hellaswag.lecture_rows
+
+    def recorded(example):
+        scored.append(example["ctx"])
+        return lecture_rows(example)
+    monkeypatch.setattr(bench.hellaswag, "lecture_rows", recorded)
     monkeypatch.setattr(model, "SIZES", {"tiny": (1, 1, 4, 256)})
-    monkeypatch.setattr(bench.hellaswag.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
     rows = bench.hellaswag.bench_hellaswag(tiny_args(data=path))
-    assert [row["differ"] for row in rows] == [0, 0, 0] and {row["examples"] for row in rows} == {2}
+    assert [row["differ"] for row in rows] == [0, 0, 0]
+    assert {row["examples"] for row in rows} == {2}
     with open(path, encoding="utf-8") as f:
         contexts = [json.loads(line)["ctx"] for line in f]
     assert scored[1:3] == [contexts[0], contexts[3]]  # after one for the warm-up
@@ -214,7 +255,8 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, tmp_path):
 def test_documents_made_from_input_txt_are_its_text(tmp_path):
     import pyarrow.parquet as pq
     bench.data.write_input_txt_as_parquet(tmp_path)
-    texts = ["".join(pq.read_table(path)["text"].to_pylist()) for path in sorted(tmp_path.iterdir())]
+    tables = [pq.read_table(path) for path in sorted(tmp_path.iterdir())]
+    texts = ["".join(table["text"].to_pylist()) for table in tables]
     with open(os.path.join(ROOT, "input.txt"), encoding="utf-8") as f:
         assert texts == [f.read() * 4] * 2
 
@@ -234,10 +276,8 @@ def test_every_pipeline_of_tokenizing_has_all_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("time_one", ["time_lecture", "time_transformers", "time_ours"])
-def test_sampling_counts_the_tokens_that_are_timed(time_one, monkeypatch):
-    tiny = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=32, vocab_size=50304)
-    monkeypatch.setattr(bench.sample, "config_for", lambda size, **changes: tiny)
-    monkeypatch.setattr(bench.sample.runtime, "keep_freed_memory", lambda: None)  # it changes the whole process
+def test_sampling_counts_the_tokens_that_are_timed(time_one, monkeypatch, keep_process):
+    monkeypatch.setitem(model.SIZES, "tiny", (1, 1, 4, 32))
     sampled, sample_next_token = [], sample.sample_next_token
 
     def counting(logits, *args):
@@ -247,7 +287,8 @@ def test_sampling_counts_the_tokens_that_are_timed(time_one, monkeypatch):
     monkeypatch.setattr(sample, "sample_next_token", counting)
     seconds, tokens = getattr(bench.sample, time_one)(tiny_args(), 2, 16)
     assert seconds > 0 and tokens == 2 * 16
-    assert sum(sampled) == (2 * (8 + 16) if time_one == "time_ours" else 0)  # the warm-up's eight steps are not counted
+    # the warm-up's eight steps are not counted
+    assert sum(sampled) == (2 * (8 + 16) if time_one == "time_ours" else 0)
 
 
 def test_the_sampling_roofline_counts_each_weight_that_a_token_reads_once():
@@ -257,16 +298,15 @@ def test_the_sampling_roofline_counts_each_weight_that_a_token_reads_once():
 # -----------------------------------------------------------------------------
 # measuring
 
-def test_timed_takes_the_median_after_the_warmup():
+def test_timed_takes_the_median_after_the_warmup(monkeypatch):
     """With a fake clock: calls take 100, 1, 5 and 2 s, the first one is the warm-up."""
     now, durations = [0.0], iter([100, 1, 5, 2])
 
     def work():
         now[0] += next(durations)
         return now[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure.time, "perf_counter", lambda: now[0])
-        assert measure.timed(work, repeats=3, warmup=1) == (2, 108)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.timed(work, repeats=3, warmup=1) == (2, 108)
 
 
 def test_forward_backward_seconds_times_both_directions():
@@ -283,14 +323,21 @@ def test_forward_backward_seconds_times_both_directions():
         def backward(ctx, grad):
             calls.append("backward")
             return 2 * grad * ctx.saved_tensors[0]
-    assert measure.forward_backward_seconds(Square.apply, [(4, 4)], "float32", "cpu", repeats=3) > 0
-    assert calls == ["forward", *["forward", "backward"] * 5]  # once for the shape of the gradient, 2 + 3 calls
+    shapes = [(4, 4)]
+    assert measure.forward_backward_seconds(Square.apply, shapes, "float32", "cpu", repeats=3) > 0
+    # once for the shape of the gradient, 2 + 3 calls
+    assert calls == ["forward", *["forward", "backward"] * 5]
 
 
 def test_a_table_is_aligned_and_omits_columns_without_values(capsys):
-    rows = [{"a": "x", "tok/s": 1234.5, "MFU %": None, "note": ""}, {"a": "longer", "tok/s": None, "MFU %": None, "note": "n"}]
+    rows = [{"a": "x", "tok/s": 1234.5, "MFU %": None, "note": ""},
+            {"a": "longer", "tok/s": None, "MFU %": None, "note": "n"}]
     assert measure.print_table(rows) is rows
-    assert capsys.readouterr().out.splitlines() == ["a          tok/s  note", "x       1,234.50", "longer         -  n"]
+    assert capsys.readouterr().out.splitlines() == [
+        "a          tok/s  note",
+        "x       1,234.50",
+        "longer         -  n",
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -301,10 +348,14 @@ def result(**benchmarks):
 
 
 def test_the_comparison_finds_what_is_worse_in_any_unit(capsys):
-    old = result(train=[{"train": "eager", "tok/s": 100.0, "peak GB": 4.0, "loss": 9.0}, {"train": "gone", "tok/s": 1.0}],
-                 loader=[{"loader": "read", "ms/batch": 2.0}], sample=[{"sample": "ours", "tok/s": 10.0, "x lecture": None}])
-    new = result(train=[{"train": "eager", "tok/s": 90.0, "peak GB": 2.0, "loss": 1.0}, {"train": "new", "tok/s": 1.0}],
-                 loader=[{"loader": "read", "ms/batch": 4.0}], sample=[{"sample": "ours", "tok/s": 10.2, "x lecture": None}])
+    old = result(train=[{"train": "eager", "tok/s": 100.0, "peak GB": 4.0, "loss": 9.0},
+                        {"train": "gone", "tok/s": 1.0}],
+                 loader=[{"loader": "read", "ms/batch": 2.0}],
+                 sample=[{"sample": "ours", "tok/s": 10.0, "x lecture": None}])
+    new = result(train=[{"train": "eager", "tok/s": 90.0, "peak GB": 2.0, "loss": 1.0},
+                        {"train": "new", "tok/s": 1.0}],
+                 loader=[{"loader": "read", "ms/batch": 4.0}],
+                 sample=[{"sample": "ours", "tok/s": 10.2, "x lecture": None}])
     command.print_comparison(old, new)
     assert capsys.readouterr().out.splitlines() == [
         "compared      unit      before    now  ratio",
@@ -316,73 +367,82 @@ def test_the_comparison_finds_what_is_worse_in_any_unit(capsys):
 
 
 def test_the_comparison_prints_settings_that_differ(capsys):
-    old, new = result(train=[{"train": "eager", "tok/s": 100.0}]), result(train=[{"train": "eager", "tok/s": 50.0}])
-    new["machine"]["device"] = "b"
+    old = result(train=[{"train": "eager", "tok/s": 100.0}])
+    new = {**old, "machine": {"device": "b"}}
     command.print_comparison(old, new)
     assert "different device: 'a' before, 'b' now" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no measurement in common"):
         command.print_comparison(old, result(loader=[]))
 
 
-def test_main_writes_json_and_compares_with_it(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_bench(monkeypatch):
+    """A function that runs the command in this process; "train" returns --steps as its tok/s."""
+    def train(args):
+        return [{"train": "eager", "tok/s": float(args.steps)}]
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, flags), "--device", "cpu"])
+        command.main()
     run_in_this_process(monkeypatch, command)
-    monkeypatch.setitem(command.BENCHMARKS, "train", lambda args: [{"train": "eager", "tok/s": float(args.steps)}])
+    monkeypatch.setitem(command.BENCHMARKS, "train", train)
+    return run
+
+
+def test_main_writes_json_and_compares_with_it(run_bench, tmp_path, capsys):
     path = tmp_path / "result.json"
-    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--dtype", "float32", "--json", str(path)])
-    command.main()
+    run_bench("train", "--dtype", "float32", "--json", path)
     written = json.loads(path.read_text())
-    assert written["benchmarks"] == {"train": [{"train": "eager", "tok/s": 6.0}]} and written["machine"]["torch"]
-    assert (written["settings"]["B"], written["settings"]["T"], written["settings"]["dtype"]) == (4, 512, "float32")
-    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--quick", "--compare", str(path)])
-    command.main()
-    assert "1 of 1 are worse by more than 5%: train: eager (tok/s)" in capsys.readouterr().out  # --quick has 3 steps
+    assert written["benchmarks"] == {"train": [{"train": "eager", "tok/s": 6.0}]}
+    assert written["machine"]["torch"]
+    assert {"B": 4, "T": 512, "dtype": "float32"}.items() <= written["settings"].items()
+    run_bench("train", "--quick", "--compare", path)  # --quick has 3 steps
+    assert "1 of 1 are worse by more than 5%: train: eager (tok/s)" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["result.json"]
 
 
-def test_a_result_that_cannot_be_written_is_compared_all_the_same(tmp_path, monkeypatch, capsys):
-    run_in_this_process(monkeypatch, command)
-    monkeypatch.setitem(command.BENCHMARKS, "train", lambda args: [{"train": "eager", "tok/s": 6.0}])
-    (tmp_path / "old.json").write_text(json.dumps(result(train=[{"train": "eager", "tok/s": 6.0}])))
-    monkeypatch.setattr(sys, "argv", ["bench", "train", "--device", "cpu", "--json",
-                                      str(tmp_path / "new.json"), "--compare",
-                                      str(tmp_path / "old.json")])
+def test_a_result_that_cannot_be_written_is_compared_all_the_same(run_bench, tmp_path,
+                                                                 monkeypatch, capsys):
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(result(train=[{"train": "eager", "tok/s": 6.0}])))
 
     def full(*_):
         raise OSError("No space left on device")
     monkeypatch.setattr(command, "atomic_write", full)
     with pytest.raises(OSError, match="No space left"):
-        command.main()
+        run_bench("train", "--json", tmp_path / "new.json", "--compare", old)
     assert "0 of 1 are worse" in capsys.readouterr().out
 
 
-def test_every_benchmark_that_the_flags_name_exists():
+def test_all_runs_every_benchmark_and_quick_skips_the_ladder(run_bench, monkeypatch):
     assert list(command.BENCHMARKS) == command.NAMES
-
-
-def test_all_runs_every_benchmark_and_quick_skips_the_ladder(monkeypatch, capsys):
-    run_in_this_process(monkeypatch, command)
     ran = []
     for name in command.BENCHMARKS:
-        monkeypatch.setitem(command.BENCHMARKS, name, lambda args, name=name: ran.append(name) or [])
-    for flags in ([], ["--quick"]):
-        monkeypatch.setattr(sys, "argv", ["bench", "all", "--device", "cpu", *flags])
-        command.main()
+        monkeypatch.setitem(command.BENCHMARKS, name, lambda args, name=name: ran.append(name))
     every = ["train", "ladder", "hellaswag", "sample", "tokenize", "loader", "checkpoint"]
-    assert ran == [*every, *(name for name in every if name != "ladder")]
+    run_bench("all")
+    assert ran == every
+    ran.clear()
+    run_bench("all", "--quick")
+    every.remove("ladder")
+    assert ran == every
 
 
-@pytest.mark.parametrize("flags, message", [(["all", "--data", "x"], "all takes no --data"),
-                                            (["train", "--steps", "0"], "--steps 0: must be an integer, 1 or more"),
-                                            (["train", "--batch-size", "-1"], "--batch-size -1: must be an integer, 0 or more"),
-                                            (["nothing"], "invalid choice")])
-def test_invalid_flags_are_errors(flags, message):
-    with pytest.raises(ValueError, match=message):
-        command.parse_args(flags)
-
-
-@pytest.mark.parametrize("contents", ["[1]", "{}", "not JSON", "[" * 3000, *(json.dumps(result(train=rows)) for rows in (
-    5, [5], {"a": 1}, [{"train": "eager", "tok/s": "fast"}], [{"train": "eager", "tok/s": [1]}])),
-    json.dumps({**result(), "settings": 5})], ids=str.__len__)
+# invalid flags are in tests/test_bad_input.py
+@pytest.mark.parametrize("contents", [
+    "[1]",
+    "{}",
+    "not JSON",
+    "[" * 3000,
+    '{"machine": {}, "settings": 5, "benchmarks": {}}',
+    *(json.dumps(result(train=rows)) for rows in (
+        5,
+        [5],
+        {"a": 1},
+        [{"train": "eager", "tok/s": "fast"}],
+        [{"train": "eager", "tok/s": [1]}],
+    )),
+], ids=str.__len__)
 def test_comparing_with_another_file_is_an_error(contents, tmp_path):
     (tmp_path / "old.json").write_text(contents)
     with pytest.raises(ValueError, match="old.json is not a file that --json wrote"):
@@ -397,7 +457,8 @@ def test_children_end_when_their_parent_is_killed():
                           env=ENV, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "started\n"
         process.kill()
-        process.communicate(timeout=60)  # returns when the child, which has the same stdout, has ended
+        # returns when the child, which has the same stdout, has ended
+        process.communicate(timeout=60)
 
 
 def test_only_tokenize_imports_pyarrow():
@@ -413,16 +474,21 @@ def test_a_process_that_is_killed_raises():
 
 @pytest.mark.slow
 def test_ranks_of_ddp_are_timed_together():
-    """Two gloo ranks of 124M at the smallest batch: their gradients are averaged, so both have the same loss."""
-    step = bench.train.time_step(Variant("float32", world_size=2), tiny_args(size="gpt2", B=1, steps=1))
-    assert step["ms/step"] > 0 and 5 < step["loss"] < 10.5  # of one batch, after two steps of warm-up
+    """Two gloo ranks of 124M at the smallest batch: their gradients are averaged, so both have
+    the same loss."""
+    args = tiny_args(size="gpt2", B=1, steps=1)
+    step = bench.train.time_step(Variant("float32", world_size=2), args)
+    assert step["ms/step"] > 0
+    assert 5 < step["loss"] < 10.5  # of one batch, after two steps of warm-up
 
 
 @pytest.mark.slow
 def test_the_command_prints_a_table(tmp_path):
-    flags = ["loader", "--batch-size", "1", "--sequence-length", "16", "--steps", "1", "--json", "result.json"]
-    process = python("-m", "bench", *flags, cwd=tmp_path, timeout=300, env={"PYTHONPATH": ROOT})
+    process = python("-m", "bench", "loader", "--batch-size", "1", "--sequence-length", "16",
+                     "--steps", "1", "--json", "result.json",
+                     cwd=tmp_path, timeout=300, env={"PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["loader"]
-    assert [row["loader"] for row in rows] == ["read and cast a batch", "wait for a batch", "training step"]
+    assert [row["loader"] for row in rows] == [
+        "read and cast a batch", "wait for a batch", "training step"]
     assert process.stdout.splitlines()[-4].split() == ["loader", "ms/batch", "%", "of", "step"]

@@ -1,11 +1,13 @@
 """
-The parsers of files, on inputs that hypothesis damages: each is read, or is one error that names the file, within seconds.
+The parsers of files, on inputs that hypothesis damages: each is read, or is one error that names
+the file, within seconds.
 
     .venv/bin/python -m pytest tests/test_fuzz.py
     GPT2_FUZZ=2000 .venv/bin/python -m pytest tests/test_fuzz.py     # more inputs for each test
 
-A valid file is damaged in its structure: one or two nodes of its nested value are replaced, deleted, renamed or wrapped
-(mutated), or in its bytes: some are replaced, it is cut, something is appended (damaged).
+A valid file is damaged in its structure: one or two nodes of its nested value are replaced,
+deleted, renamed or wrapped (mutated), or in its bytes: some are replaced, it is cut, something is
+appended (damaged).
 """
 import contextlib
 import copy
@@ -15,8 +17,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ import convert
 import data
 import hellaswag
 import plots
-from common import tiny_model
+from common import python, tiny_model
 from convert import hf_state_dict
 from run import folder, weights
 from run.checkpoint import model_contents
@@ -39,13 +39,15 @@ SECONDS = 5  # for one input
 
 
 def fuzz(count):
-    """Runs a test on so many inputs, the same ones each time; GPT2_FUZZ in the environment is another number of them."""
-    return settings(max_examples=int(os.environ.get("GPT2_FUZZ", count)), derandomize=True, deadline=None, database=None,
-                    suppress_health_check=list(HealthCheck))
+    """Runs a test on so many inputs, the same ones each time; the environment's GPT2_FUZZ is
+    another number of them."""
+    return settings(max_examples=int(os.environ.get("GPT2_FUZZ", count)), derandomize=True,
+                    deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def reads_or_explains(read, name):
-    """Asserts that read() returns, or raises a ValueError or OSError that names the file, in SECONDS; True if it returns."""
+    """Asserts that read() returns, or raises a ValueError or OSError that names the file, in
+    SECONDS; True if it returns."""
     def expired(*_):
         raise AssertionError(f"not finished after {SECONDS} s")
     old = signal.signal(signal.SIGALRM, expired)
@@ -63,19 +65,32 @@ def reads_or_explains(read, name):
 # -----------------------------------------------------------------------------
 # what is done to a valid value, or to bytes
 
-PLAIN = [None, True, False, -1, 0, 1, 3, 1.0, 2.7, 2**31, 2**40, 10**30, float("nan"), float("inf"), "", "x", "12", "a/../b",
-         "\x1b[31mred", [], {}, [[]], [0], {"a": 1}, "long" * 100]
+PLAIN = [
+    None, True, False,
+    -1, 0, 1, 3, 2**31, 2**40, 10**30,
+    1.0, 2.7, float("nan"), float("inf"),
+    "", "x", "12", "a/../b", "\x1b[31mred", "long" * 100,
+    [], {}, [[]], [0], {"a": 1},
+]
+ACTIONS = ["replace"] * 4 + ["delete", "rename", "wrap", "double"]
+
 
 def nodes(value, place=()):
     """The places of all nodes of a nested value, as tuples of keys and indices."""
     yield place
-    if isinstance(value, (dict, list)):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from nodes(child, (*place, key))
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        return
+    for key, child in children:
+        yield from nodes(child, (*place, key))
 
 
-def mutated(value, others=PLAIN):
-    """A strategy: value, a nested dict or list, with one or two of its nodes replaced, deleted, renamed, wrapped or doubled."""
+def mutated(value):
+    """A strategy: value, a nested dict or list, as JSON, with one or two of its nodes replaced,
+    deleted, renamed, wrapped or doubled."""
     @st.composite
     def draw_one(draw):
         result = copy.deepcopy(value)
@@ -84,17 +99,20 @@ def mutated(value, others=PLAIN):
             by_depth = {}
             for place in nodes(result):
                 by_depth.setdefault(len(place), []).append(place)
-            place = draw(st.sampled_from(by_depth[draw(st.sampled_from(sorted(by_depth)))]))
-            other = copy.deepcopy(draw(st.sampled_from(others)))
+            depth = draw(st.sampled_from(sorted(by_depth)))
+            place = draw(st.sampled_from(by_depth[depth]))
+            other = copy.deepcopy(draw(st.sampled_from(PLAIN)))
             if not place:
-                result = other if draw(st.integers(0, 4)) == 0 else result
+                if draw(st.integers(0, 4)) == 0:
+                    result = other
                 if not isinstance(result, (dict, list)):
                     return result
                 continue
+            *path, key = place
             parent = result
-            for key in place[:-1]:
-                parent = parent[key]
-            key, action = place[-1], draw(st.sampled_from(["replace"] * 4 + ["delete", "rename", "wrap", "double"]))
+            for step in path:
+                parent = parent[step]
+            action = draw(st.sampled_from(ACTIONS))
             if action == "replace":
                 parent[key] = other
             elif action == "delete":
@@ -106,45 +124,66 @@ def mutated(value, others=PLAIN):
             elif action == "double":
                 parent[f"{key}2"] = parent[key]
             else:
-                parent[other if isinstance(other, (str, int)) else "new"] = parent.pop(key)
+                name = other if isinstance(other, (str, int)) else "new"
+                parent[name] = parent.pop(key)
         return result
-    return draw_one()
+    return draw_one().map(json_bytes)
 
 
 def damaged(contents):
-    """A strategy: contents (bytes) with some bytes replaced, cut, or with something appended or inserted."""
+    """A strategy: contents (bytes) with some bytes replaced, cut, or with something inserted."""
     end = len(contents)
     header = st.integers(0, min(end, 1200) - 1)
-    replaced = st.lists(st.tuples(st.one_of(header, st.integers(0, end - 1)), st.binary(min_size=1, max_size=8)), min_size=1,
-                        max_size=3)
+    anywhere = st.one_of(header, st.integers(0, end - 1))
+    changes = st.lists(st.tuples(anywhere, st.binary(min_size=1, max_size=8)),
+                       min_size=1, max_size=3)
 
     def replace(changes):
         result = bytearray(contents)
         for start, new in changes:
             result[start:start + len(new)] = new
         return bytes(result)
-    return st.one_of(replaced.map(replace), st.integers(0, end).map(lambda n: contents[:n]),
-                     st.builds(lambda i, new: contents[:i] + new + contents[i:], header, st.binary(min_size=1, max_size=4)),
-                     st.binary(max_size=64))
+
+    def cut(n):
+        return contents[:n]
+
+    def insert(i, new):
+        return contents[:i] + new + contents[i:]
+    return st.one_of(
+        changes.map(replace),
+        st.integers(0, end).map(cut),
+        st.builds(insert, header, st.binary(min_size=1, max_size=4)),
+        st.binary(max_size=64),
+    )
 
 
-def text_of(value):
-    """JSON, or the text as it is."""
-    return json.dumps(value, default=str)
+def json_bytes(value):
+    return json.dumps(value).encode()
+
+
+def damaged_json(value):
+    return st.one_of(mutated(value), damaged(json_bytes(value)))
 
 
 # -----------------------------------------------------------------------------
 # JSON
 
-SHARDS = [{"file": "a_val_000000.npy", "split": "val", "tokens": 4, "documents": 1, "sha256": "0" * 64},
-          {"file": "a_train_000001.npy", "split": "train", "tokens": 4, "documents": 1, "sha256": "0" * 64}]
-MANIFEST = {"version": data.MANIFEST_VERSION, "source": {"files": [["in.txt", 9]]}, "shards": SHARDS,
-            "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0},
-            "complete": True}
+SHARDS = [
+    {"file": f"a_{split}_00000{number}.npy", "split": split, "tokens": 4, "documents": 1,
+     "sha256": "0" * 64}
+    for number, split in enumerate(("val", "train"))
+]
+MANIFEST = {
+    "version": data.MANIFEST_VERSION,
+    "source": {"files": [["in.txt", 9]]},
+    "shards": SHARDS,
+    "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0},
+    "complete": True,
+}
 
 
 @fuzz(20)
-@given(st.one_of(mutated(MANIFEST).map(text_of).map(str.encode), damaged(text_of(MANIFEST).encode())))
+@given(damaged_json(MANIFEST))
 def test_manifest(tmp_path_factory, contents):
     folder = tmp_path_factory.mktemp("fuzz")
     for shard in SHARDS:
@@ -155,7 +194,7 @@ def test_manifest(tmp_path_factory, contents):
 
 EXAMPLE = {"activity_label": "Roof", "ctx_a": "A man is on a roof.", "ctx_b": "he", "label": 3,
            "ctx": "A man is on a roof. he", "endings": ["wraps.", "rips.", "is.", "is."]}
-JSONL = (text_of(EXAMPLE) + "\n").encode() * 2
+JSONL = (json_bytes(EXAMPLE) + b"\n") * 2
 
 
 @fuzz(30)
@@ -168,12 +207,16 @@ def test_hellaswag_examples(tmp_path_factory, contents):
     reads_or_explains(lambda: list(hellaswag.iterate_examples(path)), path)
 
 
-RESULT = {"machine": {"device": "a CPU"}, "settings": {"size": "gpt2", "B": 4},
-          "benchmarks": {"train": [{"train": "eager", "tok/s": 10.0, "seconds": 2}, {"train": "compiled", "tok/s": 20.0}]}}
+RESULT = {
+    "machine": {"device": "a CPU"},
+    "settings": {"size": "gpt2", "B": 4},
+    "benchmarks": {"train": [{"train": "eager", "tok/s": 10.0, "seconds": 2},
+                             {"train": "compiled", "tok/s": 20.0}]},
+}
 
 
 @fuzz(30)
-@given(st.one_of(mutated(RESULT).map(text_of).map(str.encode), damaged(text_of(RESULT).encode())))
+@given(damaged_json(RESULT))
 def test_results_of_bench(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "old.json"
     path.write_bytes(contents)
@@ -186,15 +229,21 @@ def test_results_of_bench(tmp_path_factory, contents):
     reads_or_explains(compare, path.name)
 
 
-RUN_CONFIG = {"config": {"data": "in.txt", "lr": 0.1, "total_batch_size": 1024, "exp_name": "x"}, "command": ["x"],
-              "dtype": "float32", "device": "a CPU", "world_size": 1, "torch": "2", "commit": None}
-LOG = "\n".join(f"{step} {stream} {value}" for step in range(3) for stream, value in
-                (("val", 3.5), ("train", 4.0), ("norm", float("inf")), ("tok_per_sec", 100.0))).encode() + b"\n"
+RUN_CONFIG = {
+    "config": {"data": "in.txt", "lr": 0.1, "total_batch_size": 1024, "exp_name": "x"},
+    "command": ["x"],
+    "dtype": "float32",
+    "device": "a CPU",
+    "world_size": 1,
+    "torch": "2",
+    "commit": None,
+}
+LOG = "".join(f"{step} val 3.5\n{step} train 4.0\n{step} norm inf\n{step} tok_per_sec 100.0\n"
+              for step in range(3)).encode()
 
 
 @fuzz(20)
-@given(st.one_of(st.just(LOG), damaged(LOG)),
-       damaged(text_of(RUN_CONFIG).encode()))
+@given(st.one_of(st.just(LOG), damaged(LOG)), damaged(json_bytes(RUN_CONFIG)))
 def test_log_and_config_of_a_run(tmp_path_factory, log, contents):
     run_dir = tmp_path_factory.getbasetemp() / "run"
     run_dir.mkdir(exist_ok=True)
@@ -212,13 +261,14 @@ def test_log_and_config_of_a_run(tmp_path_factory, log, contents):
 # -----------------------------------------------------------------------------
 # shards
 
-def npy():
+def written(write):
+    """The bytes that write(file) writes."""
     f = io.BytesIO()
-    np.save(f, np.zeros(10, dtype=np.uint16))
+    write(f)
     return f.getvalue()
 
 
-NPY = npy()
+NPY = written(lambda f: np.save(f, np.zeros(10, dtype=np.uint16)))
 LLMC_SHARD = struct.pack("<256i", data.BIN_MAGIC, data.BIN_VERSION, 10, *[0] * 253) + bytes(20)
 
 
@@ -250,29 +300,20 @@ def check_model(path):
         reads_or_explains(lambda: weights.load_model(path), name)
 
 
-def pt_bytes():
-    """A checkpoint of ours."""
-    f = io.BytesIO()
-    torch.save({**model_contents(SMALL, 3.5), "step": 2}, f)
-    return f.getvalue()
+PT = written(lambda f: torch.save({**model_contents(SMALL, 3.5), "step": 2}, f))
+LLMC = written(lambda f: convert.write_llmc(SMALL, f))
 
 
 @fuzz(30)
-@given(damaged(pt_bytes()))
+@given(damaged(PT))
 def test_bytes_of_pt(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "a.pt"
     path.write_bytes(contents)
     check_model(str(path))
 
 
-def llmc_bytes():
-    f = io.BytesIO()
-    convert.write_llmc(SMALL, f)
-    return f.getvalue()
-
-
 @fuzz(30)
-@given(damaged(llmc_bytes()))
+@given(damaged(LLMC))
 def test_bytes_of_llmc(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "a.bin"
     path.write_bytes(contents)
@@ -298,18 +339,17 @@ def check_folder(folder, config, **files):
 
 
 @fuzz(20)
-@given(st.one_of(mutated(HF_CONFIG).map(text_of).map(str.encode),
-                 damaged(text_of(HF_CONFIG).encode())))
+@given(damaged_json(HF_CONFIG))
 def test_config_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
     check_folder(folder, contents, **{"model.safetensors": HF_WEIGHTS})
 
 
 @fuzz(20)
-@given(damaged(text_of(HF_INDEX).encode()))
+@given(damaged(json_bytes(HF_INDEX)))
 def test_index_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
-    check_folder(folder, text_of(HF_CONFIG).encode(), **{
+    check_folder(folder, json_bytes(HF_CONFIG), **{
         "model.safetensors.index.json": contents, "model-00001-of-00001.safetensors": HF_WEIGHTS})
 
 
@@ -317,11 +357,11 @@ def test_index_of_hugging_face(tmp_path_factory, contents):
 @given(damaged(HF_WEIGHTS))
 def test_weights_of_hugging_face(tmp_path_factory, contents):
     folder = tmp_path_factory.getbasetemp() / "hf"
-    check_folder(folder, text_of(HF_CONFIG).encode(), **{"model.safetensors": contents})
+    check_folder(folder, json_bytes(HF_CONFIG), **{"model.safetensors": contents})
 
 
 @pytest.mark.slow
 def test_ten_times_as_many_inputs():
-    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-k", "not ten_times"], capture_output=True, text=True,
-                          timeout=900, env={**os.environ, "GPT2_FUZZ": "400"})
+    done = python("-m", "pytest", __file__, "-k", "not ten_times", timeout=900,
+                  env={"GPT2_FUZZ": "400"})
     assert done.returncode == 0, done.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from common import ROOT, python
 
-# from the lowest layer to the highest: a module imports only modules of the layers above its own line
+# from the lowest to the highest: a module imports only modules of the layers above its own line
 LAYERS = [
     {"run.cli", "run.files", "sources", "model"},
     {"run.config", "run.runtime", "data"},
@@ -36,11 +36,11 @@ SLOW = {"torch", "tiktoken", "pyarrow", "numpy", "requests", "tqdm", *RARE}
 
 
 def imports_of(path):
-    """The modules that a file imports, inside of functions too: {"os", "torch.nn", "model", ...}."""
+    """The modules that a file imports, inside of functions too: {"os", "torch.nn", ...}."""
     with open(path, encoding="utf-8") as f:
-        nodes = list(ast.walk(ast.parse(f.read())))
+        tree = ast.parse(f.read())
     names = set()
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "run":
