@@ -1,10 +1,11 @@
 """
-GPT-2: its sizes, the network, and its optimizers. Imports nothing else of this project.
+GPT-2: its sizes, the network, and its optimizers. Importing it loads nothing else of this project.
 
     from model import GPT, GPTConfig
-    model = GPT(GPTConfig())                  # 124M, random weights
-    model = GPT.from_pretrained("gpt2-xl")    # OpenAI's weights, from the Hub or a local folder
-    logits, loss = model(idx, targets)
+    model = GPT(GPTConfig())                    # 124M, random weights
+    model = GPT.from_pretrained("gpt2-xl")      # OpenAI's weights, from the Hub or a local folder
+    _, loss = model(idx, targets)               # training: the logits are not returned
+    logits, loss = model.eval()(idx, targets)
 
 Sources: "Language Models are Unsupervised Multitask Learners" (GPT-2, Radford et al. 2019) and its
 code https://github.com/openai/gpt-2 (src/model.py).
@@ -304,8 +305,8 @@ class GPT(nn.Module):
         if self.loss_chunks > 1:
             return None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
         logits = self.lm_head(x)                                        # (B, T, V)
-        # cross_entropy takes (N, V) and (N): batch and time become one dimension. In float32, as
-        # bf16 under autocast has 8 bits: near 10 a bf16 logit is a multiple of 1/16.
+        # cross_entropy takes (N, V) and (N): batch and time become one dimension. Softmax and the
+        # loss are computed in float32; the logits themselves have autocast's dtype.
         logits_2d = logits.view(-1, logits.size(-1)).float()            # (B*T, V)
         loss = F.cross_entropy(logits_2d, targets.reshape(-1), ignore_index=-100)
         # training does not use the logits: if the compiled step returned them, their gradient could

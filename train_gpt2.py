@@ -107,7 +107,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         progress((micro_step + 1) / grad_accum_steps)
     # the step's only small all-reduce: the losses, and how many ranks are to stop. full_like fills
     # on the GPU; copying a number there would make the CPU wait.
-    stops = torch.full_like(loss_accum, parallel.is_stop_requested())
+    stops = torch.full_like(loss_accum, parallel.has_received_stop())
     sums = parallel.all_reduce_sum(torch.stack([loss_accum, stops]), ranks)
     # the gradients are scaled like the loss; unscale them before the norm is computed
     for optimizer in optimizers:

@@ -31,7 +31,7 @@ QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 def check_args(args):
     """Raises ValueError or FileNotFoundError for flags that would fail or be ignored.
 
-    Otherwise they would do so only after the benchmark has run.
+    Without this check, they would fail only after the benchmark has run.
     """
     if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
         raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file,"
@@ -191,7 +191,8 @@ def main():
         if args.quick:
             skipped.append("ladder")
         names = [name for name in BENCHMARKS if name not in skipped]
-    print(f"{runtime.device_name(args.device)}, torch {torch.__version__}, {args.size}, {args.dtype},"
+    device = runtime.device_name(args.device)
+    print(f"{device}, torch {torch.__version__}, {args.size}, {args.dtype},"
           f" training steps of B={args.B}, T={args.T}", flush=True)
     # each in a fresh process: what one changes (the allocator, thread pools) must not affect the
     # next

@@ -179,7 +179,7 @@ def rank0_first(ranks):
         barrier(ranks)
 
 
-def is_stop_requested():
+def has_received_stop():
     """Whether this rank has received a signal: 1.0 or 0.0."""
     return float(StopSignals.received is not None)
 
@@ -197,7 +197,7 @@ def stop_requested(ranks):
     """Name of a signal that any rank has received, or None: the same answer on every rank."""
     if not ranks.ddp:
         return StopSignals.received
-    stops = torch.tensor(is_stop_requested(), device=ranks.device)
+    stops = torch.tensor(has_received_stop(), device=ranks.device)
     return name_of_stop(ranks) if all_reduce_sum(stops, ranks) else None
 
 
