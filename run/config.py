@@ -80,8 +80,8 @@ class TrainConfig:
     dropout: float = flag(0.0, "dropout probability", high=1)
     bias: bool = True  # no flag: GPT-2 has biases, weights of nanoGPT may not
     # the data
-    batch_size: int = flag(0, "micro-batch size B, sequences; default the largest that fits and"
-                           " divides the total batch")
+    batch_size: int = flag(0, "micro-batch size B, sequences, lowered to a divisor of a rank's;"
+                           " default the largest that fits")
     total_batch_size: int = flag(524288, "tokens per optimizer step, over all ranks and"
                                  " micro-steps; 2**19 is about 0.5M", low=1, high=10**9)
     epochs: float = flag(1.0, "passes over the training data; a preset's max_steps is then ignored",

@@ -159,6 +159,20 @@ def check_same_step(saved, ranks):
 # -----------------------------------------------------------------------------
 # the settings
 
+def split_over_ranks(total_batch_size, block_size):
+    """The nearest number of tokens that torchrun's processes can split into equal sequences.
+
+    Unequal numbers per rank would need a weighted mean of the gradients, and a step then takes as
+    long as on the rank with the most.
+    """
+    unit = block_size * int(os.environ.get("WORLD_SIZE", 1))
+    nearest = max(1, round(total_batch_size / unit)) * unit
+    if nearest != total_batch_size:
+        print0(f"tokens per step: {nearest:,} instead of {total_batch_size:,}, to split them over"
+               f" {unit // block_size} processes")
+    return nearest
+
+
 def config_from_flags(argv=None):
     """(TrainConfig, the Checkpoint to resume from or None) of the command line.
 
@@ -179,6 +193,7 @@ def config_from_flags(argv=None):
     else:
         config = TrainConfig(**{**preset_settings(preset), **shape_of_weights(given), **given,
                                 **place, "preset": preset, "data": source})
+        config.total_batch_size = split_over_ranks(config.total_batch_size, config.block_size)
         print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others"
                f" ({', '.join(PRESETS)})")
     folder.check_tracker(config.tracker)
@@ -196,6 +211,8 @@ def resumed_config(saved, given, place):
     # settings that are newer than the run have their defaults
     before = TrainConfig(**{name: value for name, value in stored.items()
                             if name in names and name not in STARTED})
+    if "total_batch_size" in given:  # the same flag as before, of the same number of processes
+        given["total_batch_size"] = split_over_ranks(given["total_batch_size"], before.block_size)
     config = TrainConfig(**{**asdict(before), **given, **place})
     changed = [name for name in given if getattr(before, name) != getattr(config, name)]
     fixed = [name for name in changed if name in FIXED]
@@ -293,13 +310,13 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, compiled):
-    """(B, loss_chunks): B is the config's, or the largest that fits into 85% of memory, in bytes.
+    """(B, loss_chunks): the config's B, or the largest one that fits into 85% of memory, in bytes.
 
-    It gives grad_accum_steps = total_batch_size / (B T world_size), which must be an integer:
-    ValueError lists the allowed values. The largest B has at most 4096 tokens on a CPU, where more
-    are no faster, 65536 on a GPU, and is 1 if none fits. The loss is computed in chunks, which is
-    slower, if the config's B, or one of up to 4096 tokens, does not fit otherwise: fewer are too
-    few for fast matmuls (choice).
+    grad_accum_steps = total_batch_size / (B T world_size) is an integer: the config's B is lowered
+    to a divisor of a rank's sequences. ValueError lists the allowed numbers of processes. The
+    largest B has at most 4096 tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1
+    if none fits. The loss is computed in chunks, which is slower, if the config's B, or one of up
+    to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls (choice).
     """
     T = config.block_size
     sequences = config.total_batch_size // T
@@ -309,10 +326,6 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
                          f" processes; numbers that would fit: {fits}")
     per_rank = sequences // world_size
     divisors = [B for B in range(1, min(per_rank, 65536) + 1) if per_rank % B == 0]
-    if config.batch_size and per_rank % config.batch_size != 0:
-        raise ValueError(f"--total-batch-size {config.total_batch_size} is not a multiple of B*T*W"
-                         f" = {config.batch_size}*{T}*{world_size}; --batch-size that would fit:"
-                         f" {divisors}")
 
     def largest(sizes, loss_chunks):
         """The largest of the sizes that fits, or 0."""
@@ -324,7 +337,8 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
         return max(fitting)
 
     if config.batch_size:
-        sizes = sizes_in_chunks = [config.batch_size]
+        wanted = max(B for B in divisors if B <= config.batch_size)
+        sizes = sizes_in_chunks = [wanted]
     else:
         most = (4096 if on_cpu else 65536) // T
         enough = math.ceil(4096 / T)
@@ -334,7 +348,7 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     chunked = largest(sizes_in_chunks, LOSS_CHUNKS)
     if whole > 0 and whole >= chunked:
         return whole, 1
-    return chunked or config.batch_size or 1, LOSS_CHUNKS
+    return chunked or min(sizes, default=1), LOSS_CHUNKS
 
 
 def make_plan(config, num_tokens, dtype, ranks, first_step=0):

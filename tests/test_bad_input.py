@@ -295,8 +295,6 @@ DRY_RUN = [  # with --data shards --dry-run, which creates no folder
     ("--val-tokens 8", "--val-tokens 8 is less than one sequence of 16"),
     ("--n-head 3", "n_embd=16 is not a multiple of n_head=3; n_head that fit: [1, 2, 4, 8, 16]"),
     ("--total-batch-size 100", "--total-batch-size 100 is not a multiple of --block-size 16"),
-    ("--batch-size 3",
-     "is not a multiple of B*T*W = 3*16*1; --batch-size that would fit: [1, 2, 4, 8]"),
     ("--optimizer muon --parallel fsdp", "--parallel fsdp cannot shard muon"),
     ("--vocab-size 100", "allowed are ids below 100"),
     ("--vocab-size 100 --sample-every 1", "GPT-2's 50257 tokens, the vocabulary has 100"),

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import psutil
@@ -330,13 +331,35 @@ def test_ranks_with_other_data_are_an_error(text, monkeypatch):
 N = 124_475_904  # parameters of the 124M model
 
 
-def test_a_batch_that_cannot_be_split_lists_what_can():
+@pytest.mark.parametrize("W", range(1, 9))
+@pytest.mark.parametrize("preset", ["shakespeare", "finetune", "gpt2-124M"])
+def test_the_tokens_of_a_step_are_split_over_any_number_of_ranks(
+        preset, W, monkeypatch, tmp_path, capsys):
+    """./train.sh failed at its first line on two GPUs, whose B=8 did not divide 8 sequences."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(W))
+    config, _ = settings.config_from_flags(["--preset", preset])
+    B, _ = settings.choose_batch_size(config, 10**7, W, math.inf, True, "float32", False)
+    unchanged = preset_settings(preset).get("total_batch_size", TrainConfig.total_batch_size)
+    sequences = config.total_batch_size // config.block_size
+    assert sequences % (B * W) == 0 and B >= 1
+    assert abs(config.total_batch_size - unchanged) <= config.block_size * W / 2
+    if unchanged % (config.block_size * W) == 0:
+        assert config.total_batch_size == unchanged
+    else:
+        assert f"tokens per step: {config.total_batch_size:,} instead" in capsys.readouterr().out
+
+
+def test_a_given_batch_size_is_an_upper_bound():
     config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
-    with pytest.raises(ValueError, match=r"--batch-size that would fit: \[1, 2, 3, 4, 6, 12\]"):
-        settings.choose_batch_size(config, 10**6, 1, math.inf, True, "float32", False)
+    choose = partial(settings.choose_batch_size, config, 10**6)
+    assert choose(1, math.inf, True, "float32", False)[0] == 4
+    assert choose(3, math.inf, True, "float32", False)[0] == 4
+    assert choose(6, math.inf, True, "float32", False)[0] == 2
+    # a run that resumes keeps its tokens per step
     message = r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"
     with pytest.raises(ValueError, match=message):
-        settings.choose_batch_size(config, 10**6, 8, math.inf, True, "float32", False)
+        choose(8, math.inf, True, "float32", False)
 
 
 def test_the_automatic_batch_size_fits_the_available_memory():
@@ -839,6 +862,24 @@ def test_a_killed_run_resumes_bitwise_identical(unbroken, text, tmp_path):
     ours, theirs = (torch.load(os.path.join(place, "model_00008.pt"))["model"]
                     for place in (run_dir, unbroken[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("W, total", [(2, 1024), (3, 1152), (8, 1024)])
+def test_the_shakespeare_preset_trains_on_any_number_of_ranks(W, total, tmp_path):
+    """As ./train.sh does on a machine with W GPUs: the mean over all sequences is exact."""
+    flags = ["--preset", "shakespeare", "--data", INPUT_TXT, "--optimizer", "adamw",
+             "--dtype", "float32", "--compile", "off", "--device", "cpu", "--max-steps", "3",
+             "--val-every", "0", "--sample-every", "0", "--save-every", "0"]
+    logs = []
+    for ranks, more in ((W, []), (1, ["--total-batch-size", str(total)])):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = python(*(launcher if ranks > 1 else []), os.path.join(ROOT, "train_gpt2.py"), *flags,
+                      *more, "--exp-name", f"on_{ranks}", cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        log = log_of(tmp_path / "log" / f"on_{ranks}", "train")
+        logs.append([float(line.split()[2]) for line in log])
+    assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], abs=1e-4)
 
 
 @pytest.mark.slow
