@@ -380,9 +380,9 @@ def test_the_loss_is_computed_in_chunks_only_where_a_larger_batch_then_fits():
         config = TrainConfig(batch_size=batch_size)
         return settings.choose_batch_size(config, N, 1, gigabytes * 1e9, False, "bfloat16",
                                           compiled)
-    assert choose(4.5) == choose(4.5, compiled=False) == (2, 8)
-    assert choose(8) == (4, 1) and choose(8, compiled=False) == (4, 8) and choose(80) == (64, 1)
-    assert choose(20, batch_size=32) == (32, 8) and choose(24, batch_size=32) == (32, 1)
+    assert choose(4.5) == (2, 1) and choose(4.5, compiled=False) == (2, 8)
+    assert choose(8) == (8, 1) and choose(8, compiled=False) == (4, 8) and choose(80) == (64, 1)
+    assert choose(8, batch_size=32) == (32, 8) and choose(24, batch_size=32) == (32, 1)
     # these do not fit in any way
     assert choose(1) == (1, 8) and choose(2, batch_size=64) == (64, 8)
 
