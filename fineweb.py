@@ -81,7 +81,7 @@ def parse_args(argv=None):
         " first --shard-size tokens, as in the lecture, so that the shards of FineWeb-Edu are"
         " build-nanogpt's byte for byte")
     add("--workers", type=number(int, 0, 1024), default=0, metavar="N",
-        help="tokenizer threads (default: one per core)")
+        help="tokenizer threads (default: one per core, two for a dataset on the Hub)")
     add("--format", choices=("npy", "bin"), default="npy",
         help="shard format: NumPy's or llm.c's (default npy)")
     add("--verify", metavar="DIR",
@@ -101,8 +101,8 @@ def parse_args(argv=None):
     if args.workers == 0:
         has_affinity = hasattr(os, "sched_getaffinity")
         args.workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    if not args.input:
-        args.workers *= 2  # half of the threads wait for the network
+        if not args.input:
+            args.workers *= 2  # half of the threads wait for the network
     return args
 
 

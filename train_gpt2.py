@@ -366,15 +366,15 @@ def main():
     every = {"val": config.val_every, "hella": config.hella_every if examples else 0,
              "samples": config.sample_every}
 
-    # resume: the position in the data, and the evaluations of the first step that the log has; a
-    # stop may have interrupted the others
+    # resume: the position in the data. The log may have evaluations of the first step already; a
+    # stop may have interrupted the others.
     log_bytes, logged = 0, set()
     if saved:
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
         log_bytes, logged = folder.kept_log(run_dir, first_step)
         logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
-    missing = evaluations_due(first_step, max_steps, every) - logged - {"samples"}
-    if first_step > max_steps or (first_step == max_steps and not missing):
+    still_due = evaluations_due(first_step, max_steps, every) - logged - {"samples"}  # not logged
+    if first_step > max_steps or (first_step == max_steps and not still_due):
         print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
                f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
         return
@@ -434,9 +434,10 @@ def main():
             # once in a while, before a stop, and at the end: a checkpoint
             writer.check()  # raises the error of the previous one, if any
             save_due = config.save_every > 0 and step % config.save_every == 0
-            # the run resumed from first_step's; it has no val_loss if a stop interrupted that
-            is_saved = step == 0 or (step == first_step and val_loss is None)
-            if (save_due or stopping or step == max_steps) and not is_saved:
+            # the checkpoint of first_step exists; written again, it gets the validation loss if a
+            # stop had interrupted that
+            exists = step == first_step and val_loss is None
+            if (save_due or stopping or step == max_steps) and step > 0 and not exists:
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
