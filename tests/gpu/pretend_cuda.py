@@ -136,6 +136,7 @@ cuda = {
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: None,
     "manual_seed_all": lambda seed: None,
+    "is_current_stream_capturing": lambda: False,
     "amp.common.amp_definitely_not_available": lambda: False,
 }
 
