@@ -165,11 +165,13 @@ def split_over_ranks(total_batch_size, block_size):
     Unequal numbers per rank would need a weighted mean of the gradients, and a step then takes as
     long as on the rank with the most.
     """
-    unit = block_size * int(os.environ.get("WORLD_SIZE", 1))
+    # some containers set WORLD_SIZE alone; torchrun sets RANK, too
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    unit = block_size * world_size
     nearest = max(1, round(total_batch_size / unit)) * unit
     if nearest != total_batch_size:
         print0(f"tokens per step: {nearest:,} instead of {total_batch_size:,}, to split them over"
-               f" {unit // block_size} processes")
+               f" {world_size} processes")
     return nearest
 
 

@@ -338,6 +338,7 @@ def test_the_tokens_of_a_step_are_split_over_any_number_of_ranks(
     """./train.sh failed at its first line on two GPUs, whose B=8 did not divide 8 sequences."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(W))
+    monkeypatch.setenv("RANK", "0")
     config, _ = settings.config_from_flags(["--preset", preset])
     B, _ = settings.choose_batch_size(config, 10**7, W, math.inf, True, "float32", False)
     unchanged = preset_settings(preset).get("total_batch_size", TrainConfig.total_batch_size)
