@@ -37,7 +37,7 @@ from plots import plot_run
 from run import checkpoint, folder, parallel, reference
 from run.runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
                          peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
-from run.settings import (LOSS_CHUNKS, check_same_step, config_from_flags, how_to_resume,
+from run.settings import (LOSS_CHUNKS, check_same_on_all_ranks, config_from_flags, how_to_resume,
                           make_plan)
 from run.weights import load_model
 from sample import generate_text
@@ -59,7 +59,8 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd
         return min_lr
     # 3) in between, wsd: constant, then linear decay
     if schedule == "wsd":
-        coeff = min(1.0, (max_steps - step) / (wsd_decay * max_steps))
+        decay_steps = min(wsd_decay * max_steps, max_steps - warmup_steps)
+        coeff = min(1.0, (max_steps - step) / decay_steps)
         return min_lr + coeff * (max_lr - min_lr)
     # 4) or cosine decay
     decay_ratio = (step - warmup_steps) / (max_steps - warmup_steps)
@@ -68,7 +69,12 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd
 
 
 class NonFinite(ValueError):
-    """The loss or the gradient norm is NaN or infinite; the weights have not been updated."""
+    """The loss, the gradient norm or a weight is NaN or infinite; no such weight is saved."""
+
+
+# some versions of cuDNN's attention, torch's choice on these GPUs, have returned NaN
+RUINED = ("Resume from the last checkpoint with a lower --lr or with --dtype float32 --force; on an"
+          " H100 or newer, first with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 in the environment")
 
 
 def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accum_steps, grad_clip,
@@ -127,8 +133,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         where = f", from rank {bad_ranks}" if bad_ranks else ""
         raise NonFinite(f"step {step}: non-finite loss {loss} or gradient norm {norm}{where}, in"
                         f" windows {first_window} to {loader.position - 1} of the data's order; the"
-                        " weights were not updated. Resume from the last checkpoint with a lower"
-                        " --lr or --dtype float32")
+                        f" weights were not updated. {RUINED}")
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
@@ -256,14 +261,14 @@ def open_data(config, ranks):
     return streams
 
 
-def dry_run(config, dtype, ranks):
+def dry_run(config, ranks):
     """Prints the plan of the run; FineWeb-Edu's shards need not exist."""
     if config.data == FINEWEB_DIR and not os.path.exists(FINEWEB_DIR):
         print0(f"{FINEWEB_DIR}/ does not exist: the plan of FineWeb-Edu's sample of 10B tokens")
         num_tokens = FINEWEB_TOKENS
     else:
         num_tokens = len(open_data(config, ranks)[0])
-    make_plan(config, num_tokens, dtype, ranks)
+    make_plan(config, num_tokens, ranks)
 
 
 def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
@@ -299,8 +304,12 @@ def build_model(config, saved, ranks, loss_chunks=1):
 def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     """(model, state): contents of a checkpoint's two files, on rank 0's CPU; see checkpoint.py.
 
-    A run resumed from them is bitwise identical. Every rank must call it.
+    A run resumed from them is bitwise identical. Every rank must call it. Raises NonFinite if a
+    weight is: the loss would show it one step later, and the last good checkpoint might be removed.
     """
+    norm = torch.nn.utils.get_total_norm(raw_model.parameters())
+    if not math.isfinite(parallel.unsharded_tensor(norm).item()):
+        raise NonFinite(f"the weights are non-finite; they are not saved. {RUINED}")
     weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
     # dropout's random numbers differ between ranks; all other state is the same on every rank
     rng = parallel.all_gather(get_rng_state(ranks.device), ranks)
@@ -341,12 +350,12 @@ def main():
     keep_freed_memory()  # on a CPU
     ranks = parallel.setup(config.device, config.timeout)
     device = ranks.device
-    dtype = choose_dtype(config.dtype, device)
+    dtype = config.dtype = choose_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     use_deterministic_algorithms(config.deterministic)
-    check_same_step(saved, ranks)
+    check_same_on_all_ranks(config, saved, ranks)
     if config.dry_run:
-        return dry_run(config, dtype, ranks)
+        return dry_run(config, ranks)
 
     # data: two streams of tokens, and HellaSwag's examples
     train_stream, val_stream = open_data(config, ranks)
@@ -355,8 +364,8 @@ def main():
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
 
     # plan: how the tokens of a step are split into micro-batches
-    B, loss_chunks, grad_accum_steps, max_steps, compiled = make_plan(
-        config, len(train_stream), dtype, ranks, first_step)
+    B, grad_accum_steps, max_steps = make_plan(config, len(train_stream), ranks,
+                                               resumed=saved is not None)
     bits_per_byte = data.bits_per_byte(val_stream, T, config.val_tokens)  # of a loss of 1
     loader = data.DataLoaderLite(train_stream, B, T, ranks.rank, ranks.world_size,
                                  config.shuffle == "on", config.seed, device)
@@ -376,13 +385,14 @@ def main():
     still_due = evaluations_due(first_step, max_steps, every) - logged - {"samples"}  # not logged
     if first_step > max_steps or (first_step == max_steps and not still_due):
         print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
-               f" {run_dir}, train longer with --max-steps, or start over with --exp-name")
+               f" {run_dir}, train longer with --max-steps, which raises the learning rate again,"
+               " or start over with --exp-name")
         return
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
     seed_all(config.seed)  # every rank draws the same initial weights
-    raw_model = build_model(config, saved, ranks, loss_chunks)
-    model = parallel.wrap(raw_model, config, compiled, B, dtype, ranks)
+    raw_model = build_model(config, saved, ranks, config.loss_chunks)
+    model = parallel.wrap(raw_model, config, B, ranks)
 
     # optimizer, with the checkpoint's state
     optimizers = parallel.make_optimizers(raw_model, config)
@@ -394,7 +404,7 @@ def main():
         saved = None  # frees its memory
 
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
-    folder.write_config(run_dir, asdict(config), dtype, ranks)
+    folder.write_config(run_dir, asdict(config), ranks)
     log = folder.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
     writer = checkpoint.Writer()
     comparison = reference.Comparison(asdict(config))  # with published runs

@@ -111,7 +111,7 @@ def training(args):
         figure += f", MFU {mfu:.1%}"
     yield "step of 124M", len(seconds) == 15, figure
     if args.device.startswith("cuda"):
-        parts = estimate_memory(config, shape.num_params(), 64, args.dtype, 1, compiled=True)
+        parts = estimate_memory(config, shape.num_params(), 64, 1)
         estimate = sum(parts.values()) / 1e9
         memory = torch.cuda.max_memory_allocated() / 1e9
         yield "memory", memory < 1.15 * estimate, f"{memory:.1f} GB, estimate {estimate:.1f}"

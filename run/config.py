@@ -92,7 +92,7 @@ class TrainConfig:
     # the optimizer; defaults from the GPT-3 paper, appendix B
     optimizer: str = flag("adamw", "muon: Muon for the matrices in the blocks, AdamW for the rest",
                           choices=("adamw", "muon"))
-    lr: float = flag(6e-4, "peak learning rate", above=0)
+    lr: float = flag(6e-4, "peak learning rate", above=0, high=1e30)
     min_lr_ratio: float = flag(0.1, "final learning rate, as a fraction of the peak", high=1)
     embd_lr_ratio: float = flag(1.0, "factor on the learning rate of the embeddings")
     schedule: str = flag("cosine", "after the warmup: cosine decay, or wsd: constant, then linear"
@@ -112,6 +112,7 @@ class TrainConfig:
                         " more and a compiler works; max: also time Triton's matmuls and all"
                         " tilings, which takes minutes, for 1 to 3%%",
                         choices=("auto", "on", "max", "off"))
+    loss_chunks: int = 0  # no flag: the plan computes the loss in this many parts; 0: not planned
     parallel: str = flag("ddp", "sharding mode under torchrun; ddp: nothing is sharded; fsdp:"
                          " weights, gradients and the optimizer's state", choices=("ddp", "fsdp"))
     activation_checkpointing: bool = flag(False, "store only the blocks' inputs and recompute"

@@ -79,12 +79,12 @@ def lock_run(run_dir):
     atexit.register(unlock)
 
 
-def write_config(run_dir, config, dtype, ranks):
+def write_config(run_dir, config, ranks):
     """Writes config.json on rank 0: the settings (a dict), the command, versions and hardware."""
     if not ranks.master_process:
         return
     description = {"config": config, "command": sys.argv, "world_size": ranks.world_size,
-                   "dtype": dtype, "torchrun_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+                   "torchrun_id": os.environ.get("TORCHELASTIC_RUN_ID"),
                    **describe_machine(ranks.device)}
     with atomic_write(os.path.join(run_dir, "config.json"), "w") as f:
         json.dump(description, f, indent=2)

@@ -204,42 +204,59 @@ def stop_requested(ranks):
 # -----------------------------------------------------------------------------
 # the model to train
 
-def should_compile(config, steps, ranks):
-    """Whether to compile the training step, the same on every rank; steps: left in the run.
+def choose_compile(config, max_steps, resumed, ranks):
+    """"on", "max" or "off": how to compile the training step, the same on every rank.
 
-    --compile auto compiles if the run is long enough to pay for it and a small function compiles:
-    Triton on a GPU and inductor on a CPU need a C compiler, and Triton Python's headers. Otherwise
-    a message is printed.
+    --compile auto compiles if the run is long enough to pay for it. Nothing is compiled if a small
+    function does not compile: Triton on a GPU and inductor on a CPU need a C compiler, and Triton
+    Python's headers. That is an error in a new run with --compile on or max.
     """
-    if config.compile != "auto":
-        return config.compile != "off"
-    if is_fsdp(config, ranks) or ranks.device_type == "mps" or steps < 100:
-        return False
-    if config.dry_run:
-        return ranks.device_type == "cuda"
-    reason = ""
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=ranks.device))
-    except Exception as e:  # of torch.compile's many layers
-        reason = f"{type(e).__name__} {str(e).strip()[:160]!r}"
-    reasons = all_gather(reason, ranks)
+    mode = config.compile
+    if mode == "auto":
+        if is_fsdp(config, ranks):
+            print0("--parallel fsdp is not compiled unless --compile on asks for it")
+            return "off"
+        if ranks.device_type == "mps" or max_steps < 100:
+            return "off"
+        mode = "on"
+        if config.dry_run and ranks.device_type != "cuda":
+            return "off"
+    if mode == "off" or config.dry_run:
+        return mode
+    reasons = all_gather(compile_error(ranks.device), ranks)
     for rank in range(ranks.world_size):
         if reasons[rank]:
-            print0(f"torch.compile fails on this machine (rank {rank}), training eagerly:"
-                   f" {reasons[rank]}")
-            return False
-    return True
+            message = f"torch.compile fails on this machine (rank {rank}): {reasons[rank]}"
+            if config.compile != "auto" and not resumed:
+                raise ValueError(f"{message}; --compile off trains without it")
+            print0(f"training eagerly, {message}")
+            return "off"
+    return mode
+
+
+def compile_error(device):
+    """Why a small function does not compile; "" if it does."""
+    def is_compiled(x):
+        return x * 0 + 1 if torch.compiler.is_compiling() else x * 0
+    try:
+        result = torch.compile(is_compiled)(torch.ones(8, device=device))
+    except Exception as e:  # of torch.compile's many layers
+        return f"{type(e).__name__} {str(e).strip()[:160]!r}"
+    if result[0] == 0:
+        return "an environment variable such as TORCHDYNAMO_DISABLE turns it off"
+    return ""
 
 
 # --compile max: Triton's matmuls are timed beside cuBLAS's, and all kernels' tilings are searched
 MAX_OPTIONS = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
-def wrap(raw_model, config, compiled, B, dtype, ranks):
+def wrap(raw_model, config, B, ranks):
     """The module to train: raw_model compiled and wrapped in DDP, or sharded in place under fsdp.
 
-    compiled: from should_compile. Call it before the optimizers are created.
+    config: completed by make_plan. Call it before the optimizers are created.
     """
+    compiled = config.compile != "off"
     if config.parallel == "fsdp" and not ranks.ddp:
         print0("--parallel fsdp is ignored on a single process; start several with torchrun")
     options = MAX_OPTIONS if config.compile == "max" else None
@@ -250,8 +267,6 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
             # inside FSDP's hooks, which gather the weights
             block.forward = torch.compile(block.forward, options=options)
     if is_fsdp(config, ranks):
-        if config.compile == "auto":
-            print0("--parallel fsdp is not compiled unless --compile on asks for it")
         shard(raw_model, ranks)
         return raw_model
     model = raw_model
@@ -265,7 +280,7 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
         device_ids = [ranks.local_rank] if ranks.device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     if compiled:
-        warm_up(model, raw_model, B, config.block_size, dtype, ranks)
+        warm_up(model, raw_model, config, B, ranks)
         # the garbage collector then skips the 400,000 objects of the compiler: a pause of 0.4 s
         # (measured) now and then
         gc.collect()
@@ -273,7 +288,7 @@ def wrap(raw_model, config, compiled, B, dtype, ranks):
     return model
 
 
-def warm_up(model, raw_model, B, T, dtype, ranks):
+def warm_up(model, raw_model, config, B, ranks):
     """Compiles model by one forward and backward, before the first step; then a barrier.
 
     DDP splits the compiled graph between its gradient buckets, so that it reduces one while the
@@ -285,11 +300,11 @@ def warm_up(model, raw_model, B, T, dtype, ranks):
     rng_state = get_rng_state(ranks.device)
     # random tokens: Triton times its kernels on them, and equal ones would all add to one row of
     # the embedding's gradient. One tensor for both x and y would recompile later.
-    vocab_size = raw_model.config.vocab_size
-    x = torch.randint(vocab_size, (B, T), device=ranks.device)
-    y = torch.randint(vocab_size, (B, T), device=ranks.device)
+    shape = (B, config.block_size)
+    x = torch.randint(config.vocab_size, shape, device=ranks.device)
+    y = torch.randint(config.vocab_size, shape, device=ranks.device)
     with model.no_sync() if ranks.ddp else contextlib.nullcontext():
-        with autocast(ranks.device, dtype):
+        with autocast(ranks.device, config.dtype):
             loss = model(x, y)[1]
         loss.backward()
     raw_model.zero_grad(set_to_none=True)
@@ -386,8 +401,14 @@ def unsharded_model(raw_model):
 
 
 def copy_to_cpu(tensor):
-    """A copy in CPU memory; of a GPU's tensor in pinned memory, which is several times as fast."""
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    """A copy in CPU memory; of a GPU's tensor in pinned memory, which is several times as fast.
+
+    Pinning fails where it is limited, as in WSL 2 and in some containers.
+    """
+    try:
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:
+        copy = torch.empty_like(tensor, device="cpu")
     return copy.copy_(tensor)
 
 

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from run.cli import first_line
+from run.cli import first_line, print0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,14 +93,19 @@ def runs_on(arch, capability):
 def choose_dtype(dtype, device):
     """A name in DTYPES.
 
-    "auto" is bfloat16 where the hardware supports it, float16 on older GPUs, else float32.
+    "auto" is bfloat16 where the hardware supports it, float16 on older GPUs, else float32. These
+    GPUs use float16 for "bfloat16" too, which they emulate slowly; a message is printed.
     """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
+    if dtype in ("auto", "bfloat16") and device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        if dtype == "bfloat16":
+            print0(f"{device_name(device)} has no bfloat16: using float16")
+        return "float16"
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
         return dtype
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16"
     return "float32"

@@ -5,12 +5,19 @@ The value of a setting comes from the first source that has it: the command line
 that the run resumes from, the weights of --init-from, the preset, the default in config.py. When a
 run resumes, FIXED settings cannot change, FORCED ones only with --force; all others take effect.
 
-The plan is what fits into memory: the micro-batch size B, and with it the number of micro-steps.
+The plan determines what these leave open: the number of steps, what fits into memory (the
+micro-batch size B, and with it the number of micro-steps), and whether to compile. It is stored
+with the settings, so a resumed run keeps it.
 """
+import glob
+import hashlib
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict
+
+import torch
 
 import data
 from run import checkpoint, folder, parallel, weights
@@ -26,6 +33,10 @@ FIXED = ["preset", "init_from", "init", "n_layer", "n_head", "n_embd", "block_si
 FORCED = ["total_batch_size", "seed", "shuffle", "dropout", "dtype"]
 # how a process was started, which a resumed run does not inherit
 STARTED = ["dry_run", "eval_only", "force", "resume"]
+# what is chosen automatically, and the values that ask for it; a resumed run keeps its choice
+AUTOMATIC = {"dtype": "auto", "batch_size": 0, "compile": "auto"}
+# what may differ between ranks: names of this machine's files and devices
+LOCAL = ["data", "log_dir", "init_from", "hellaswag", "device"]
 
 # -----------------------------------------------------------------------------
 # the preset, the data and the run's folder; given is the dict of the flags that were given
@@ -146,14 +157,23 @@ def load_run(given):
     return checkpoint.load_latest(run_dir)
 
 
-def check_same_step(saved, ranks):
-    """ValueError if the ranks resume from different steps: DDP would not notice."""
-    steps = parallel.all_gather(saved.step if saved else 0, ranks)
-    for rank, step in enumerate(steps):
-        if step != steps[0]:
-            raise ValueError(f"rank 0 starts from step {steps[0]}, rank {rank} from step {step}:"
-                             " the run folder must be the same on every machine; if it is shared,"
-                             " start again")
+def check_same_on_all_ranks(config, saved, ranks):
+    """ValueError if the ranks start from different steps, settings or code.
+
+    DDP would not notice: each rank would make other updates.
+    """
+    facts = {**asdict(config), "step": saved.step if saved else 0, "torch": torch.__version__}
+    facts = {name: value for name, value in facts.items() if name not in LOCAL}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for path in glob.glob(f"{root}/*.py") + glob.glob(f"{root}/run/*.py"):
+        with open(path, "rb") as f:
+            facts[os.path.relpath(path, root)] = hashlib.sha256(f.read()).hexdigest()[:8]
+    facts_of_ranks = parallel.all_gather(facts, ranks)
+    for rank, found in enumerate(facts_of_ranks):
+        for name, value in facts_of_ranks[0].items():
+            if found.get(name) != value:
+                raise ValueError(f"{name} is {value!r} on rank 0 and {found.get(name)!r} on rank"
+                                 f" {rank}: every rank needs the same flags, code and run folder")
 
 
 # -----------------------------------------------------------------------------
@@ -213,6 +233,9 @@ def resumed_config(saved, given, place):
     # settings that are newer than the run have their defaults
     before = TrainConfig(**{name: value for name, value in stored.items()
                             if name in names and name not in STARTED})
+    given = {name: value for name, value in given.items() if AUTOMATIC.get(name) != value}
+    if given.get("batch_size", before.batch_size) != before.batch_size:
+        before.loss_chunks = 0  # planned for another B
     if "total_batch_size" in given:  # the same flag as before, of the same number of processes
         given["total_batch_size"] = split_over_ranks(given["total_batch_size"], before.block_size)
     config = TrainConfig(**{**asdict(before), **given, **place})
@@ -248,7 +271,7 @@ def how_to_resume(config):
 LOSS_CHUNKS = 8  # of the loss, in runs that need it (choice): more save little, and are slower
 
 
-def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks=1):
+def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     """{part: bytes} that each training process needs at micro-batch size B.
 
     The sum is within 15% of measured CPU runs.
@@ -272,7 +295,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
     written. On a CPU more stays resident (runtime.keep_freed_memory).
     """
     is_fsdp = config.parallel == "fsdp" and world_size > 1
-    is_float32 = dtype == "float32"
+    is_float32 = config.dtype == "float32"
     value = 4 if is_float32 else 2  # bytes of a value in the autocast dtype
     T = config.block_size
     V, C, L = config.vocab_size, config.n_embd, config.n_layer
@@ -290,7 +313,7 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
         cast_params = num_params
     casts = 0 if is_float32 else 2 * cast_params
 
-    is_fused = compiled and not is_fsdp and loss_chunks == 1
+    is_fused = config.compile != "off" and not is_fsdp and loss_chunks == 1
     per_logit = value if is_fused else value + 12
     loss = tokens * V / loss_chunks * per_logit
 
@@ -311,7 +334,12 @@ def estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chu
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 
 
-def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, compiled):
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`; 0 for most = 0."""
+    return max((i for i in range(1, min(n, most) + 1) if n % i == 0), default=0)
+
+
+def choose_batch_size(config, num_params, world_size, memory, on_cpu):
     """(B, loss_chunks): the config's B, or the largest one that fits into 85% of memory, in bytes.
 
     grad_accum_steps = total_batch_size / (B T world_size) is an integer: the config's B is lowered
@@ -319,6 +347,8 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     largest B has at most 4096 tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1
     if none fits. The loss is computed in chunks, which is slower, if the config's B, or one of up
     to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls (choice).
+
+    A resumed run keeps its B and loss_chunks unless they do not fit into all of the memory.
     """
     T = config.block_size
     sequences = config.total_batch_size // T
@@ -329,17 +359,17 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     per_rank = sequences // world_size
     divisors = [B for B in range(1, min(per_rank, 65536) + 1) if per_rank % B == 0]
 
+    def needed(B, loss_chunks):
+        return sum(estimate_memory(config, num_params, B, world_size, loss_chunks).values())
+
     def largest(sizes, loss_chunks):
         """The largest of the sizes that fits, or 0."""
-        fitting = [0]
-        for B in sizes:
-            parts = estimate_memory(config, num_params, B, dtype, world_size, compiled, loss_chunks)
-            if sum(parts.values()) < 0.85 * memory:
-                fitting.append(B)
-        return max(fitting)
+        return max([B for B in sizes if needed(B, loss_chunks) < 0.85 * memory], default=0)
 
-    if config.batch_size:
-        wanted = max(B for B in divisors if B <= config.batch_size)
+    wanted = largest_divisor(per_rank, config.batch_size)
+    if config.loss_chunks and needed(wanted, config.loss_chunks) < memory:
+        return wanted, config.loss_chunks
+    if wanted and not config.loss_chunks:
         sizes = sizes_in_chunks = [wanted]
     else:
         most = (4096 if on_cpu else 65536) // T
@@ -353,11 +383,31 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu, dtype, com
     return chunked or min(sizes, default=1), LOSS_CHUNKS
 
 
-def make_plan(config, num_tokens, dtype, ranks, first_step=0):
-    """(B, loss_chunks, grad_accum_steps, max_steps, whether to compile) of the run.
+def print_disk_space(config, num_params):
+    """Prints what the run's checkpoints need on the disk, and what is free."""
+    # a weight and AdamW's two moments, or Muon's one
+    size = 12 * num_params
+    if config.optimizer == "muon":
+        size -= 4 * config.n_layer * 12 * config.n_embd**2
+    # an older one is removed after the next one is written
+    count = config.keep_last + 1 + config.keep_best
+    path = os.path.abspath(config.run_dir)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    free = shutil.disk_usage(path).free
+    line = f"disk: up to {count} checkpoints of {size / 1e9:.2f} GB, {free / 1e9:,.1f} GB free"
+    if count * size > free:
+        line += ", THEY MAY NOT FIT"
+    print0(line)
 
-    Prints its plan. num_tokens: size of the training data. first_step: where the run resumes.
+
+def make_plan(config, num_tokens, ranks, resumed=False):
+    """(B, grad_accum_steps, max_steps) of the run; prints its plan.
+
+    Sets what config leaves open: compile, batch_size and loss_chunks; and limits warmup_steps.
+    num_tokens: size of the training data.
     """
+    before = asdict(config)
     model = config.gpt_config()
     T = config.block_size
     W = ranks.world_size
@@ -373,6 +423,10 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
                          " or --max-steps, or a smaller --total-batch-size")
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
+    if config.warmup_steps > max_steps / 2:
+        config.warmup_steps = max_steps // 10
+        print0(f"warmup: {config.warmup_steps} steps, 10% of the run, instead of"
+               f" {before['warmup_steps']}, more than half of it")
 
     memory = free_memory(ranks.device) or math.inf
     on_cpu = ranks.device == "cpu"
@@ -381,11 +435,15 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     # the ranks may have different amounts of free memory
     memory = min(parallel.all_gather(memory, ranks))
     # the compiled step needs less memory, so B depends on it
-    compiled = parallel.should_compile(config, max_steps - first_step, ranks)
-    B, loss_chunks = choose_batch_size(config, num_params, W, memory, on_cpu, dtype, compiled)
+    config.compile = parallel.choose_compile(config, max_steps, resumed, ranks)
+    B, loss_chunks = choose_batch_size(config, num_params, W, memory, on_cpu)
+    config.loss_chunks = loss_chunks
     # tokens per step are fixed; B and the number of ranks only arrange them
     grad_accum_steps = total_batch_size // (B * T * W)
-    parts = estimate_memory(config, num_params, B, dtype, W, compiled, loss_chunks)
+    # a B that was only lowered to a divisor is not stored: other ranks may have other divisors
+    if B != largest_divisor(grad_accum_steps * B, config.batch_size):
+        config.batch_size = B
+    parts = estimate_memory(config, num_params, B, W, loss_chunks)
     needed = sum(parts.values())
     too_large = 0.85 * needed >= memory  # the estimate may be 15% too high
 
@@ -394,7 +452,9 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
            f" tokens = {epochs:.2f} epochs")
     chunks = f", the loss in {loss_chunks} chunks to save memory" if loss_chunks > 1 else ""
     print0(f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
-           f" {ranks.device_type}, {dtype}{chunks}")
+           f" {ranks.device_type}, {config.dtype}{chunks}")
+    print0(f"learning rate: {config.lr:g} after a warmup of {config.warmup_steps:,} steps,"
+           f" {config.schedule} to {config.lr * config.min_lr_ratio:g} at step {max_steps:,}")
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"
     if memory < math.inf:
@@ -407,16 +467,21 @@ def make_plan(config, num_tokens, dtype, ranks, first_step=0):
     flops = model.flops_per_token(T)  # forward and backward
     total_flops = flops * max_steps * total_batch_size
     print0(f"work: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
-    peak = peak_flops(ranks.device, dtype)
+    peak = peak_flops(ranks.device, config.dtype)
     if peak is not None:
         # a well-tuned run of this size reaches 40 to 60% of the peak
         hours = total_flops / (0.5 * peak * W) / 3600
         print0(f"time: about {hours:.1f} hours at half the peak of {W} x"
                f" {device_name(ranks.device)}")
 
+    print_disk_space(config, num_params)
+    for name in (*AUTOMATIC, "loss_chunks"):
+        if resumed and before[name] not in (getattr(config, name), AUTOMATIC.get(name), 0):
+            print0(f"  changed: {name} was {before[name]!r}, is {getattr(config, name)!r}")
+
     if too_large and not (config.force or config.dry_run):
         raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
                          f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
                          " (or model), --activation-checkpointing or --parallel fsdp, or give"
                          " --force to try it anyway")
-    return B, loss_chunks, grad_accum_steps, max_steps, compiled
+    return B, grad_accum_steps, max_steps

@@ -415,11 +415,11 @@ def test_a_log_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lo
 
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
     assert folder.read_config(str(tmp_path)) == {}
-    folder.write_config(str(tmp_path), {"lr": 0.1}, "bfloat16", Ranks(0, 0, 2, "cpu", True))
+    folder.write_config(str(tmp_path), {"lr": 0.1}, Ranks(0, 0, 2, "cpu", True))
     assert folder.read_config(str(tmp_path)) == {"lr": 0.1}
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["command"] == sys.argv and description["device"]
-    assert (description["world_size"], description["dtype"]) == (2, "bfloat16")
+    assert (description["world_size"], description["config"]) == (2, {"lr": 0.1})
     assert description["torch"] == torch.__version__
     assert os.listdir(tmp_path) == ["config.json"]
 

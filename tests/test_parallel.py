@@ -59,8 +59,8 @@ def start(ranks, saved=None, step=0, **changes):
     raw_model = GPT(config.gpt_config())
     if saved:
         raw_model.load_state_dict(saved[0])
-    compiled = parallel.should_compile(config, 20, ranks)
-    model = parallel.wrap(raw_model, config, compiled, 2, config.dtype, ranks)
+    config.compile = parallel.choose_compile(config, 20, False, ranks)
+    model = parallel.wrap(raw_model, config, 2, ranks)
     optimizers = parallel.make_optimizers(raw_model, config)
     if saved:
         parallel.load_full_optimizer_state(optimizers, saved[1])
@@ -547,7 +547,8 @@ def test_the_warm_up_reduces_no_gradients_and_leaves_none_and_restores_the_rando
     model.register_comm_hook(None, hook)
     raw_model.register_forward_pre_hook(lambda _, args: inputs.append(args))
     rng_state = torch.get_rng_state()
-    parallel.warm_up(model, raw_model, 2, 16, "float32", fake_ranks)
+    config = TrainConfig(**SETTINGS)
+    parallel.warm_up(model, raw_model, config, 2, fake_ranks)
     assert buckets == []
     assert all(p.grad is None for p in raw_model.parameters())
     assert torch.equal(torch.get_rng_state(), rng_state)
@@ -574,7 +575,7 @@ def test_the_loss_in_chunks_is_not_compiled(monkeypatch):
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda model, **_: torch_compile(model, backend=record))
     torch._dynamo.reset()
-    parallel.wrap(raw_model, config, True, 2, "float32", ONE)
+    parallel.wrap(raw_model, config, 2, ONE)
     shapes, = graphs
     assert (2, 16, 16) in shapes and not [shape for shape in shapes if shape[-1:] == (61,)]
 
@@ -585,6 +586,21 @@ def test_fsdp_is_ignored_on_a_single_process(capsys):
     assert run.model is run.raw_model is parallel.unsharded_model(run.raw_model)
 
 
+def test_a_checkpoint_is_copied_without_pinned_memory_where_that_fails(monkeypatch):
+    """In WSL 2 and in containers with a memlock limit such a run could never save."""
+    empty_like = torch.empty_like
+
+    def limited(tensor, **kwargs):
+        if "pin_memory" in kwargs:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty_like(tensor, **kwargs)
+    monkeypatch.setattr(torch, "empty_like", limited)
+    run = start(ONE)
+    weights, _ = full_state(run)
+    for name, p in run.raw_model.named_parameters():
+        assert torch.equal(weights[name], p) and weights[name] is not p
+
+
 # -----------------------------------------------------------------------------
 # memory
 
@@ -593,8 +609,9 @@ NUM_PARAMS = {"gpt2-124M": 124_475_904, "gpt2-1558M": 1_557_686_400}  # of a voc
 
 def needs(preset, B, W, dtype="bfloat16", **changes):
     """estimate_memory of a preset on W GPUs, GB."""
-    config = TrainConfig(**{**preset_settings(preset), "optimizer": "adamw", **changes})
-    parts = estimate_memory(config, NUM_PARAMS[preset], B, dtype, W, compiled=True)
+    config = TrainConfig(**{**preset_settings(preset), "optimizer": "adamw", "dtype": dtype,
+                            **changes})
+    parts = estimate_memory(config, NUM_PARAMS[preset], B, W)
     return sum(parts.values()) / 1e9
 
 
@@ -625,7 +642,7 @@ def test_under_fsdp_an_evaluation_needs_the_unsharded_weights_and_their_casts():
 
 def test_the_optimizer_state_is_16_bytes_per_parameter_divided_by_the_ranks_that_shard_it():
     for W in (2, 8):
-        parts = estimate_memory(TrainConfig(parallel="fsdp"), 10**8, 4, "bfloat16", W, True)
+        parts = estimate_memory(TrainConfig(parallel="fsdp"), 10**8, 4, W)
         assert parts["state"] == 16 * 10**8 / W
 
 
@@ -692,8 +709,8 @@ def test_the_estimate_has_per_block_and_per_logit_what_a_compiled_step_saves(dty
 
     def estimated(n_layer=1, V=512, B=2):
         config = TrainConfig(n_layer=n_layer, n_head=2, n_embd=128, block_size=128, vocab_size=V,
-                             total_batch_size=512, sample_every=0, hella_every=0)
-        return estimate_memory(config, 0, B, dtype, 1, compiled=True)["micro-batch"]
+                             total_batch_size=512, sample_every=0, hella_every=0, dtype=dtype)
+        return estimate_memory(config, 0, B, 1)["micro-batch"]
 
     def per_token(function, **sizes):
         return (function(B=4, **sizes) - function(B=2, **sizes)) / (2 * 128)
@@ -724,8 +741,7 @@ def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path
     process = torchrun("measure.py", *argv, ranks=W, cwd=tmp_path, timeout=580)
     assert process.returncode == 0, process.stderr[-3000:]
     config = TrainConfig(**{**preset_settings("gpt2-124M"), **parse_args(argv)})
-    parts = estimate_memory(config, config.gpt_config().num_params(), 1, "float32", W,
-                            config.compile == "on")
+    parts = estimate_memory(config, config.gpt_config().num_params(), 1, W)
     measured = re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE)
     assert len(measured) == W
     for num_bytes in measured:

@@ -91,6 +91,9 @@ def test_get_lr_of_wsd_is_warmup_then_constant_then_linear_decay_to_the_minimum(
     assert lr[10:56] == [1.0] * 46                      # 55 steps of decay are left
     assert np.diff(lr[55:111]) == pytest.approx(-0.9 / 55)
     assert lr[110] == lr[111] == pytest.approx(0.1)
+    # a decay of 80% starts after the warmup, from the peak
+    lr = [get_lr(step, 1.0, 0.0, 40, 100, "wsd", 0.8) for step in range(100)]
+    assert max(lr) == 1.0 == lr[40] and np.diff(lr[40:]) == pytest.approx(-1 / 60)
 
 
 def test_evaluations_are_due_every_n_steps_and_after_the_last_one():
@@ -232,6 +235,22 @@ def test_how_a_run_was_started_is_not_inherited_when_it_resumes(saved, capsys):
     assert "changed" not in capsys.readouterr().out
 
 
+def test_what_was_chosen_automatically_is_stored_and_resumed(saved, capsys):
+    """A float32 run resumed in bfloat16 on another machine, and --dtype float32 was refused."""
+    stored = saved.state["train_config"]
+    assert stored["dtype"] in ("float32", "bfloat16") and stored["compile"] == "off"
+    assert (stored["batch_size"], stored["loss_chunks"]) == (2, 1)
+    stored |= {"compile": "max", "batch_size": 4}
+    automatic = ["--dtype", "auto", "--compile", "auto", "--batch-size", "0"]
+    for flags in [], automatic, ["--dtype", stored["dtype"]]:
+        config, _ = settings.config_from_flags(flags)
+        assert (config.dtype, config.compile) == (stored["dtype"], "max")
+        assert (config.batch_size, config.loss_chunks) == (4, 1)
+    assert "changed" not in capsys.readouterr().out
+    config, _ = settings.config_from_flags(["--batch-size", "8", "--compile", "off"])
+    assert (config.batch_size, config.loss_chunks, config.compile) == (8, 0, "off")
+
+
 def test_checkpoints_of_older_versions_resume(saved, capsys):
     """Of commit 7415508, whose settings have price and --parallel zero."""
     saved.state["train_config"] |= {"price": 2.0, "parallel": "zero"}
@@ -291,7 +310,7 @@ def test_restarted_ranks_do_not_touch_the_run_that_resume_never_found(
 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not loads()
-    folder.write_config(run_dir, {"resume": "never"}, "float32", ONE)  # main, before it trains
+    folder.write_config(run_dir, {"resume": "never"}, ONE)  # main, before it trains
     assert loads()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")   # the same command, later
     assert not loads()
@@ -307,12 +326,27 @@ def test_the_message_of_a_stop_names_a_command_that_resumes():
     assert settings.how_to_resume(TrainConfig(resume="never")) == "--resume log/gpt2-124M"
 
 
-def test_ranks_that_found_other_checkpoints_are_an_error(saved, monkeypatch):
-    """DDP sends rank 0's weights to all; moments, learning rate and position would differ."""
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--dry-run"])
-    settings.check_same_step(saved, ONE)
-    monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: [value, 0])
-    with pytest.raises(ValueError, match="rank 0 starts from step 8, rank 1 from step 0"):
+@pytest.mark.parametrize("name, value, message", [
+    ("step", 0, "step is 8 on rank 0 and 0 on rank 1"),
+    ("lr", 0.1, "lr is 0.012 on rank 0 and 0.1 on rank 1"),
+    # --dtype auto on an L4 beside a T4: only one rank scaled its gradients
+    ("dtype", "float16", "dtype is 'float32' on rank 0 and 'float16' on rank 1"),
+    ("torch", "2.10.0", "torch is .* on rank 0 and '2.10.0' on rank 1"),
+    ("run/parallel.py", "another", "run/parallel.py is '[0-9a-f]{8}' on rank 0 and 'another'"),
+    ("data", "/elsewhere", None)])
+def test_ranks_with_other_checkpoints_settings_or_code_are_an_error(
+        name, value, message, saved, monkeypatch):
+    """DDP sends rank 0's weights to all; then each rank made other updates, and all finished."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--dry-run", "--compile", "off"])
+
+    def two_ranks(found, ranks):
+        return [found, {**found, name: value}] if "torch" in found else [found]
+
+    monkeypatch.setattr(parallel, "all_gather", lambda value, ranks: two_ranks(value, ranks)
+                        if isinstance(value, dict) else [value])
+    if message is None:
+        return train_gpt2.main()
+    with pytest.raises(ValueError, match=message):
         train_gpt2.main()
 
 
@@ -340,7 +374,7 @@ def test_the_tokens_of_a_step_are_split_over_any_number_of_ranks(
     monkeypatch.setenv("WORLD_SIZE", str(W))
     monkeypatch.setenv("RANK", "0")
     config, _ = settings.config_from_flags(["--preset", preset])
-    B, _ = settings.choose_batch_size(config, 10**7, W, math.inf, True, "float32", False)
+    B, _ = settings.choose_batch_size(config, 10**7, W, math.inf, True)
     unchanged = preset_settings(preset).get("total_batch_size", TrainConfig.total_batch_size)
     sequences = config.total_batch_size // config.block_size
     assert sequences % (B * W) == 0 and B >= 1
@@ -354,21 +388,21 @@ def test_the_tokens_of_a_step_are_split_over_any_number_of_ranks(
 def test_a_given_batch_size_is_an_upper_bound():
     config = TrainConfig(block_size=32, total_batch_size=32 * 12, batch_size=5)
     choose = partial(settings.choose_batch_size, config, 10**6)
-    assert choose(1, math.inf, True, "float32", False)[0] == 4
-    assert choose(3, math.inf, True, "float32", False)[0] == 4
-    assert choose(6, math.inf, True, "float32", False)[0] == 2
+    assert choose(1, math.inf, True)[0] == 4
+    assert choose(3, math.inf, True)[0] == 4
+    assert choose(6, math.inf, True)[0] == 2
     # a run that resumes keeps its tokens per step
     message = r"12 sequences .* 8 processes; numbers that would fit: \[1, 2, 3, 4, 6, 12\]"
     with pytest.raises(ValueError, match=message):
-        choose(8, math.inf, True, "float32", False)
+        choose(8, math.inf, True)
 
 
 def test_the_automatic_batch_size_fits_the_available_memory():
-    def choose(gigabytes, compiled):
-        return settings.choose_batch_size(TrainConfig(), N, 8, gigabytes * 1e9, False, "bfloat16",
-                                          compiled)[0]
-    compiled, eager = ([choose(gigabytes, compiled) for gigabytes in (4, 8, 24, 80)]
-                       for compiled in (True, False))
+    def choose(gigabytes, compile):
+        config = TrainConfig(compile=compile)
+        return settings.choose_batch_size(config, N, 8, gigabytes * 1e9, False)[0]
+    compiled, eager = ([choose(gigabytes, compile) for gigabytes in (4, 8, 24, 80)]
+                       for compile in ("on", "off"))
     assert eager != compiled  # which needs less memory
     assert all(a <= b for a, b in zip(eager, compiled))
     assert compiled == sorted(compiled) and compiled[1] >= 4 and compiled[-1] == 64 > compiled[0]
@@ -377,26 +411,87 @@ def test_the_automatic_batch_size_fits_the_available_memory():
 
 def test_the_loss_is_computed_in_chunks_only_where_a_larger_batch_then_fits():
     """On a card of 4 to 8 GB, or where the given B would not fit."""
-    def choose(gigabytes, batch_size=0, compiled=True):
-        config = TrainConfig(batch_size=batch_size)
-        return settings.choose_batch_size(config, N, 1, gigabytes * 1e9, False, "bfloat16",
-                                          compiled)
-    assert choose(4.5) == (2, 1) and choose(4.5, compiled=False) == (2, 8)
-    assert choose(8) == (8, 1) and choose(8, compiled=False) == (4, 8) and choose(80) == (64, 1)
+    def choose(gigabytes, batch_size=0, compile="on"):
+        config = TrainConfig(batch_size=batch_size, compile=compile)
+        return settings.choose_batch_size(config, N, 1, gigabytes * 1e9, False)
+    assert choose(4.5) == (2, 1) and choose(4.5, compile="off") == (2, 8)
+    assert choose(8) == (8, 1) and choose(8, compile="off") == (4, 8) and choose(80) == (64, 1)
     assert choose(8, batch_size=32) == (32, 8) and choose(24, batch_size=32) == (32, 1)
     # these do not fit in any way
     assert choose(1) == (1, 8) and choose(2, batch_size=64) == (64, 8)
 
 
+def test_a_resumed_run_keeps_its_batch_size_if_that_fits_into_all_memory():
+    """With a little less free memory B changed, and with it the rounding of the gradients."""
+    def choose(gigabytes, batch_size, loss_chunks, world_size=1):
+        config = TrainConfig(compile="on", batch_size=batch_size, loss_chunks=loss_chunks)
+        return settings.choose_batch_size(config, N, world_size, gigabytes * 1e9, False)
+    assert choose(16, 0, 0) == (16, 1) and choose(10, 0, 0) == (8, 1)
+    assert choose(10, 16, 1) == (16, 1) and choose(80, 2, 8) == (2, 8)
+    assert choose(80, 64, 1, world_size=16) == (32, 1)  # a rank has 32 sequences
+    assert choose(8, 16, 1) == (8, 1)  # as in a new run
+
+
 @pytest.fixture
 def plan(monkeypatch, capsys):
     """A function that returns what make_plan prints with this much memory, in bytes."""
-    def make(memory, ranks=ONE, **changes):
+    def make(memory, ranks=ONE, resumed=False, **changes):
         monkeypatch.setattr(settings, "free_memory", lambda device: memory)
-        config = TrainConfig(**{**preset_settings("shakespeare"), "compile": "off", **changes})
-        settings.make_plan(config, 10**6, "float32", ranks)
+        config = TrainConfig(**{**preset_settings("shakespeare"), "compile": "off",
+                                "dtype": "float32", **changes})
+        settings.make_plan(config, 10**6, ranks, resumed)
         return capsys.readouterr().out
     return make
+
+
+def test_the_plan_says_what_a_resumed_run_cannot_keep(plan, monkeypatch):
+    monkeypatch.setattr(parallel, "compile_error", lambda device: "no compiler")
+    stored = dict(batch_size=8, loss_chunks=1, compile="on", resumed=True)
+    lines = plan(2e8, force=True, **stored)
+    assert "training eagerly, torch.compile fails on this machine (rank 0): no compiler" in lines
+    assert "changed: compile was 'on', is 'off'" in lines
+    assert "changed: loss_chunks was 1, is 8" in lines
+    monkeypatch.setattr(parallel, "compile_error", lambda device: "")
+    assert "changed" not in plan(None, **stored, max_steps=20)  # too few steps for compile auto
+    # B=8 is lowered for three ranks, and raised again for one
+    config = TrainConfig(**{**preset_settings("shakespeare"), "total_batch_size": 12 * 128,
+                            "compile": "off"})
+    B, grad_accum_steps, _ = settings.make_plan(config, 10**6, Ranks(0, 0, 3, "cpu", False))
+    assert (B, grad_accum_steps, config.batch_size) == (4, 1, 8)
+
+
+def test_nothing_is_compiled_where_the_compiler_does_not_work(monkeypatch, capsys):
+    """With TORCHDYNAMO_DISABLE=1 "compiled in 0.3 s", and the memory of a compiled step."""
+    def choose(mode, max_steps=100, resumed=False):
+        config = TrainConfig(compile=mode)
+        return parallel.choose_compile(config, max_steps, resumed, ONE)
+    with torch._dynamo.config.patch(disable=True):
+        torch._dynamo.reset()
+        assert choose("auto") == "off" and choose("on", resumed=True) == "off"
+        message = r"fails on this machine \(rank 0\): .*TORCHDYNAMO_DISABLE.*; --compile off trains"
+        with pytest.raises(ValueError, match=message):
+            choose("on")
+    assert capsys.readouterr().out.count("training eagerly, torch.compile fails") == 2
+    monkeypatch.setattr(parallel, "compile_error", lambda device: "")
+    assert choose("auto") == "on" and choose("auto", 99) == "off" and choose("on", 9) == "on"
+
+
+def test_a_warmup_of_more_than_half_of_the_run_is_shortened(plan):
+    """With --max-steps 300 gpt2-124M warmed up to the end, and its learning rate never decayed."""
+    assert "warmup: 30 steps, 10% of the run, instead of 715" in plan(
+        None, max_steps=300, warmup_steps=715)
+    shown = plan(None, max_steps=1430, warmup_steps=715)
+    assert "instead" not in shown
+    assert "learning rate: 0.012 after a warmup of 715 steps, cosine to 0 at step 1,430" in shown
+
+
+def test_the_plan_says_what_checkpoints_need_on_the_disk(plan, monkeypatch):
+    """A full disk showed when the first checkpoint was written."""
+    usage = shutil.disk_usage(ROOT)
+    for free, warning in ((10**9, ""), (10**8, ", THEY MAY NOT FIT")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        line = f"disk: up to 3 checkpoints of 0.12 GB, {free / 1e9:.1f} GB free{warning}\n"
+        assert line in plan(None)
 
 
 def test_a_run_that_does_not_fit_is_refused_unless_forced(plan, monkeypatch):
@@ -685,6 +780,17 @@ def run_here(monkeypatch, cwd, *flags):
     return end.value.code or 0
 
 
+def test_non_finite_weights_are_neither_saved_nor_finished(
+        unbroken, text, tmp_path, monkeypatch, capsys):
+    """The loss shows them one step later; the run was "finished", with NaN weights."""
+    run_dir = tmp_path / "log" / "x"
+    shutil.copytree(unbroken[0], run_dir)
+    assert run_here(monkeypatch, tmp_path, *TINY, "--data", text, "--exp-name", "x", "--max-steps",
+                    "9", "--lr", "1e30", "--keep-last", "1") == 2
+    assert "weights are non-finite; they are not saved. Resume" in capsys.readouterr().err
+    assert folder.saved_steps(run_dir) == folder.saved_steps(unbroken[0])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_run(rank, text, tmp_path, monkeypatch):
     """Three steps on a rank of two, without the other one."""
@@ -720,7 +826,7 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
     record(train_gpt2, "capture", ({}, {}))
     status = run_here(monkeypatch, tmp_path, *TINY, "--data", text, "--deterministic",
                       "--max-steps", "3", "--val-every", "2", "--save-every", "2", "--seed", "7",
-                      "--schedule", "wsd", "--lr", "0.1", "--warmup-steps", "2",
+                      "--schedule", "wsd", "--lr", "0.1", "--warmup-steps", "1",
                       "--min-lr-ratio", "0.5")
     assert status == 0
 
@@ -741,7 +847,7 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
     assert [line[0] for line in lines] == [0, 1, 2]
     for step, _, _, lr, _, dt, tok_per_sec, mfu, left in lines:
         seconds += dt
-        assert lr == get_lr(step, 0.1, 0.05, 2, 3, "wsd", 0.2)
+        assert lr == get_lr(step, 0.1, 0.05, 1, 3, "wsd", 0.2)
         assert tok_per_sec == 128 / dt and mfu == pytest.approx(flops * tok_per_sec / (2 * 1e9))
         assert left == pytest.approx(seconds / (step + 1) * (2 - step))
 
