@@ -230,8 +230,8 @@ def prepare(path, limit=None):
     return HellaSwag(examples, labels, rendered, lengths)
 
 
-def load_examples(source, ranks):
-    """The HellaSwag to score during training, or None.
+def load_examples(source, block_size, ranks):
+    """The HellaSwag to score during training, or None; ValueError if an ending does not fit.
 
     source: a .jsonl or .jsonl.gz file, "off", or "auto": the validation examples if they were
     downloaded, otherwise a message is printed.
@@ -244,7 +244,10 @@ def load_examples(source, ranks):
                    " python hellaswag.py, or give --hellaswag FILE")
             return None
         source = PATH
-    return prepare(source)
+    dataset = prepare(source)
+    for rendered in dataset.rendered.values():
+        pack(rendered, block_size)  # the error comes now, not after the model was compiled
+    return dataset
 
 
 # -----------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def main():
     run_dir = config.run_dir
     first_step = saved.step if saved else 0
 
-    # device: cuda, mps or cpu, and this process's rank among those that torchrun started
+    # device: cuda, xpu, mps or cpu, and this process's rank among those that torchrun started
     keep_freed_memory()  # on a CPU
     ranks = parallel.setup(config.device, config.timeout)
     device = ranks.device
@@ -359,7 +359,9 @@ def main():
 
     # data: two streams of tokens, and HellaSwag's examples
     train_stream, val_stream = open_data(config, ranks)
-    examples = hellaswag.load_examples(config.hellaswag, ranks) if config.hella_every else None
+    examples = None
+    if config.hella_every:
+        examples = hellaswag.load_examples(config.hellaswag, T, ranks)
     if config.eval_only:
         return print_evaluations(config, saved, val_stream, examples, dtype, ranks)
 

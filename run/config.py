@@ -106,7 +106,7 @@ class TrainConfig:
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 turns clipping off")
     seed: int = flag(1337, "of the initial weights, the order of the data, and dropout")
     # the machine
-    device: str = flag("auto", "cuda, mps or cpu")
+    device: str = flag("auto", "cuda, xpu (Intel), mps (Apple) or cpu")
     dtype: str = flag("auto", "autocast dtype", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile the training step; auto: if the run has 100 steps or"
                         " more and a compiler works; max: also time Triton's matmuls and all"

@@ -78,13 +78,16 @@ def setup(device="auto", timeout_minutes=10):
     local_rank = int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     timeout = timedelta(minutes=timeout_minutes)
-    if device == "mps":
-        raise ValueError("torchrun's processes cannot communicate on Apple's GPU: start one process"
-                         " without torchrun, or give --device cpu")
+    one_gpu = "start one process without torchrun, which uses one GPU, or give --device cpu"
+    if device in ("mps", "xpu"):
+        raise ValueError(f"several processes cannot train on {device}: {one_gpu}")
     if device.startswith("cuda"):
         if local_rank >= num_gpus:
             raise ValueError(f"torchrun started {local_rank + 1} processes or more on this machine,"
                              f" which has {num_gpus} GPUs: --nproc_per_node={num_gpus}")
+        if not dist.is_nccl_available():  # on Windows
+            raise ValueError("this build of PyTorch has no NCCL, through which GPUs communicate:"
+                             f" {one_gpu}")
         device = f"cuda:{local_rank}"
         # before init_process_group, which also takes the device: otherwise NCCL guesses it and may
         # hang

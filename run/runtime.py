@@ -33,7 +33,7 @@ PEAK_TFLOPS = {
 # device and dtype
 
 def choose_device(device="auto"):
-    """device, or for "auto" the first available of "cuda", "mps", "cpu".
+    """device, or for "auto" the first available of "cuda", "xpu" (Intel), "mps", "cpu".
 
     ValueError for a device that is not available, and for a GPU that this build of PyTorch cannot
     use: training on the CPU instead would go unnoticed.
@@ -45,6 +45,8 @@ def choose_device(device="auto"):
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
+    if torch.xpu.is_available():
+        available.insert(0, "xpu")
     if torch.cuda.is_available():
         available = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *available]
     if device == "auto":
@@ -106,9 +108,10 @@ def choose_dtype(dtype, device):
         return "float16"
     if dtype != "auto":
         return dtype
-    if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16"
-    return "float32"
+    has_bfloat16 = (device == "xpu"
+                    or device == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+                    or device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def autocast(device, dtype):
@@ -151,10 +154,8 @@ def without_cudnn_attention():
 
 def synchronize(device):
     """Waits until the device has finished all queued work; call it before reading a clock."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 # -----------------------------------------------------------------------------
@@ -166,10 +167,11 @@ def seed_all(seed):
 
 
 def get_rng_state(device):
-    """State of the generators this process uses: {"cpu": uint8 tensor, and "cuda" on a GPU}."""
+    """State of the generators this process uses: {"cpu": uint8 tensor, and "cuda" or "xpu"}."""
     state = {"cpu": torch.get_rng_state()}
-    if device.startswith("cuda"):
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    kind = device.partition(":")[0]
+    if kind in ("cuda", "xpu"):
+        state[kind] = torch.get_device_module(kind).get_rng_state(device)
     return state
 
 
@@ -177,8 +179,9 @@ def set_rng_state(state, device):
     """Restores what get_rng_state returned; ValueError for something else."""
     try:
         torch.set_rng_state(state["cpu"])
-        if "cuda" in state and device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["cuda"], device)
+        kind = device.partition(":")[0]
+        if kind != "cpu" and kind in state:
+            torch.get_device_module(kind).set_rng_state(state[kind], device)
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"not the state of torch {torch.__version__}'s random number generators:"
                          f" {first_line(e)}") from e
@@ -236,6 +239,9 @@ def free_memory(device):
     if device.startswith("cuda"):  # free, or kept by PyTorch's allocator for reuse
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
+    if device == "xpu":
+        reusable = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
+        return torch.xpu.mem_get_info()[0] + reusable
     if device == "mps":  # the part of the machine's memory that Metal recommends
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if os.path.exists("/proc/meminfo"):
@@ -250,6 +256,8 @@ def device_name(device):
     """The device's product name: "NVIDIA H100 80GB HBM3", or the CPU's model."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    if device == "xpu":
+        return torch.xpu.get_device_name()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             models = re.findall(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)

@@ -495,13 +495,15 @@ def test_a_failed_download_names_the_url_leaves_nothing_and_starts_over(server, 
 
 def test_training_gets_both_scores_and_missing_examples_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert hellaswag.load_examples("off", ONE) is None and capsys.readouterr().out == ""
-    assert hellaswag.load_examples("auto", ONE) is None
+    assert hellaswag.load_examples("off", 1024, ONE) is None and capsys.readouterr().out == ""
+    assert hellaswag.load_examples("auto", 1024, ONE) is None
     assert capsys.readouterr().out.count("\n") == 1
     os.mkdir("hellaswag")
     # a seed with which the scores differ
     write_jsonl(tmp_path / hellaswag.PATH, make_examples(16, seed=1))
-    model, dataset = small_model(), hellaswag.load_examples("auto", ONE)
+    model, dataset = small_model(), hellaswag.load_examples("auto", 1024, ONE)
+    with pytest.raises(ValueError, match="has an ending of .*block_size is only 2"):
+        hellaswag.load_examples("auto", 2, ONE)  # before the model is compiled
     results, _, _ = hellaswag.evaluate(model, dataset, "float32", ONE)
     completion, lm_eval = results["completion"], results["lm-eval"]
     assert completion["acc"] != completion["acc_norm"] and lm_eval["acc"] != lm_eval["acc_norm"]

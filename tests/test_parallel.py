@@ -251,12 +251,14 @@ def test_a_process_on_a_machine_with_several_gpus_prints_how_to_use_them_all(
 
 @pytest.mark.parametrize("device, missing, words", [
     ("cpu", "LOCAL_RANK", "RANK is set, but not LOCAL_RANK, .*or one with RANK unset"),
-    ("mps", None, "cannot communicate on Apple's GPU: .* or give --device cpu"),
+    ("mps", None, "several processes cannot train on mps: .* or give --device cpu"),
+    ("cuda:0", None, "this build of PyTorch has no NCCL.* uses one GPU, or give --device cpu"),
     ("cuda", None, "3 processes or more on this machine, which has 2 GPUs: --nproc_per_node=2"),
 ])
 def test_ranks_that_cannot_start_are_an_error(device, missing, words, monkeypatch):
     monkeypatch.setattr(parallel, "choose_device", lambda device: device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3 if device == "cuda:0" else 2)
+    monkeypatch.setattr(parallel.dist, "is_nccl_available", lambda: False)  # as on Windows
     environment = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost",
                    "MASTER_PORT": "1"}
     for name, value in environment.items():

@@ -18,8 +18,8 @@ from run import runtime
 from run.runtime import autocast, choose_device, choose_dtype, get_rng_state, set_rng_state
 
 
-def fake_devices(monkeypatch, cuda=0, mps=False):
-    """Makes torch report this many CUDA devices, and whether there is an MPS device.
+def fake_devices(monkeypatch, cuda=0, mps=False, xpu=False):
+    """Makes torch report this many CUDA devices, and whether there is an MPS or XPU device.
 
     Returns the list that torch.cuda.set_device fills.
     """
@@ -31,16 +31,18 @@ def fake_devices(monkeypatch, cuda=0, mps=False):
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
     return current
 
 
 # -----------------------------------------------------------------------------
 # device and dtype
 
-@pytest.mark.parametrize("cuda, mps, expected", [(1, False, "cuda"), (2, True, "cuda"),
-                                                 (0, True, "mps"), (0, False, "cpu")])
-def test_auto_chooses_cuda_then_mps_then_cpu(cuda, mps, expected, monkeypatch):
-    fake_devices(monkeypatch, cuda, mps)
+@pytest.mark.parametrize("devices, expected", [
+    (dict(cuda=1), "cuda"), (dict(cuda=2, mps=True, xpu=True), "cuda"), (dict(xpu=True), "xpu"),
+    (dict(mps=True), "mps"), (dict(), "cpu")])
+def test_auto_chooses_a_gpu_before_the_cpu(devices, expected, monkeypatch):
+    fake_devices(monkeypatch, **devices)
     assert choose_device("auto") == expected and choose_device("cpu") == "cpu"
 
 
@@ -84,17 +86,29 @@ def test_a_gpu_without_kernels_in_this_build_is_an_error(capability, fits, monke
 
 
 def test_dtypes_other_than_auto_are_kept_and_an_unknown_one_is_an_error():
-    assert choose_dtype("float16", "cpu") == "float16" and choose_dtype("auto", "mps") == "float32"
+    assert choose_dtype("float16", "cpu") == "float16"
     assert choose_dtype("auto", "cpu") in ("float32", "bfloat16")
     with pytest.raises(ValueError, match="unknown dtype 'half'; allowed are auto, float32"):
         choose_dtype("half", "cpu")
 
 
 @pytest.mark.parametrize("bf16, expected", [(True, "bfloat16"), (False, "float16")])
-def test_auto_dtype_is_bfloat16_on_a_gpu_without_emulation(bf16, expected, monkeypatch):
+def test_auto_dtype_is_bfloat16_on_a_gpu_without_emulation(bf16, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation: bf16 or including_emulation)
-    assert choose_dtype("auto", "cuda:0") == expected
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert choose_dtype("auto", "cuda:0") == expected and capsys.readouterr().out == ""
+    # a run that an A100 has begun
+    assert choose_dtype("bfloat16", "cuda:0") == expected
+    line = "" if bf16 else "Tesla T4 has no bfloat16: using float16\n"
+    assert capsys.readouterr().out == line and choose_dtype("float32", "cuda") == "float32"
+
+
+@pytest.mark.parametrize("macos, expected", [(14, "bfloat16"), (13, "float32")])
+def test_auto_dtype_on_apples_gpu_is_bfloat16_from_macos_14_on(macos, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer",
+                        lambda major, minor: macos >= major)
+    assert choose_dtype("auto", "mps") == expected
 
 
 def test_autocast_accepts_a_device_with_an_index(monkeypatch):
@@ -146,6 +160,24 @@ def test_restoring_the_rng_state_repeats_the_random_numbers():
     assert not torch.equal(torch.rand(5), first)
     set_rng_state(state, "cpu")
     assert torch.equal(torch.rand(5), first)
+
+
+def test_an_xpu_has_its_own_generator_memory_and_queue(monkeypatch):
+    """torch.xpu as the CPU: no test has run on Intel's GPUs."""
+    calls = []
+    for name, function in {
+            "get_rng_state": lambda device: torch.ones(1),
+            "set_rng_state": lambda state, device: calls.append((state.item(), device)),
+            "synchronize": lambda: calls.append("synchronize"),
+            "memory_reserved": lambda: 5, "memory_allocated": lambda: 3,
+            "mem_get_info": lambda: (100, 200), "get_device_name": lambda: "Intel Arc"}.items():
+        monkeypatch.setattr(torch.xpu, name, function)
+    set_rng_state(get_rng_state("xpu"), "xpu")
+    runtime.synchronize("xpu")
+    assert calls == [(1.0, "xpu"), "synchronize"]
+    assert runtime.free_memory("xpu") == 102 and runtime.device_name("xpu") == "Intel Arc"
+    assert choose_dtype("auto", "xpu") == "bfloat16"
+    assert runtime.peak_flops("xpu", "bfloat16") is None
 
 
 # -----------------------------------------------------------------------------

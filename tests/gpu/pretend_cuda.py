@@ -156,6 +156,7 @@ def main():
     patches += [
         mock.patch.object(train_gpt2.GPT, "chunked_loss", chunked_loss),
         mock.patch.object(dist, "init_process_group", init_process_group),
+        mock.patch.object(dist, "is_nccl_available", lambda: True),
         mock.patch.object(parallel, "DDP", CountedDDP),
         mock.patch.object(train_gpt2, "train_step", train_step),
         mock.patch("torch.compile", compile_),
