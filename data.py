@@ -38,6 +38,7 @@ import numpy as np
 import tiktoken
 import torch
 
+from run.cli import command
 from run.files import atomic_write, check_regular
 
 # -----------------------------------------------------------------------------
@@ -542,8 +543,9 @@ def prepare_data(path):
     incomplete set of shards.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards (python"
-                                " fineweb.py creates one), a text file, or a folder of .txt files")
+        raise FileNotFoundError(f"no data at {path}; --data takes a folder of shards"
+                                f" ({command('fineweb.py')} creates one), a text file, or a folder"
+                                " of .txt files")
     if os.path.isdir(path):
         train, val = find_shards(path, "train"), find_shards(path, "val")
         if train or val:
@@ -552,8 +554,9 @@ def prepare_data(path):
         names = sorted(name for name in os.listdir(path) if name.endswith(".txt"))
         if not names:
             raise FileNotFoundError(f"{path} holds neither shards (*_train_000001.npy,"
-                                    " *_val_000000.npy) nor .txt files; python fineweb.py --input"
-                                    " creates shards of parquet and jsonl files")
+                                    " *_val_000000.npy) nor .txt files;"
+                                    f" {command('fineweb.py', '--input')} creates shards of parquet"
+                                    " and jsonl files")
         folder = tokenize_texts([os.path.join(path, name) for name in names])
     else:
         folder = tokenize_texts([path])
@@ -635,9 +638,10 @@ def tokenize_texts(paths):
             raise ValueError(f"{path} is a single shard; --data takes the folder of the train and"
                              " val shards")
         if path.lower().endswith(OTHER_FORMATS):
-            raise ValueError(f"{path} is not plain text; create shards with python fineweb.py"
-                             " --input, which reads .parquet, .jsonl, .json and .txt files, also"
-                             " .gz and .zst, and use --data with their folder")
+            raise ValueError(f"{path} is not plain text; create shards with"
+                             f" {command('fineweb.py', '--input')}, which reads .parquet, .jsonl,"
+                             " .json and .txt files, also .gz and .zst, and use --data with their"
+                             " folder")
     stats = [os.stat(path) for path in paths]
     names = [os.path.basename(path) for path in paths]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]

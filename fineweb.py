@@ -47,7 +47,7 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from run.cli import ArgumentParser, exit_now, number, run_main, start
+from run.cli import ArgumentParser, command, exit_now, number, run_main, start
 
 DATASET = "HuggingFaceFW/fineweb-edu"
 NAME = "sample-10BT"
@@ -520,7 +520,7 @@ def main():
         manifest = make_shards(source, settings, args.out, args.workers)
     num_tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {num_tokens:,} tokens;"
-          f" python train_gpt2.py --data {args.out}")
+          f" {command('train_gpt2.py', '--data', args.out)}")
 
 
 if __name__ == "__main__":

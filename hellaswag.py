@@ -48,7 +48,7 @@ import time
 import zlib
 from dataclasses import dataclass
 
-from run.cli import ArgumentParser, number, print0, run_main, start
+from run.cli import ArgumentParser, command, number, print0, run_main, start
 from run.files import atomic_write, check_output
 
 # the validation examples; the published scores use these
@@ -73,7 +73,8 @@ def parse_args():
     add("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
     args = parser.parse_args()
     if args.source is None and (args.data or args.out or args.json):
-        raise ValueError("name a model to score: python hellaswag.py MODEL --data FILE")
+        raise ValueError("name a model to score:"
+                         f" {command('hellaswag.py', 'MODEL', '--data', 'FILE')}")
     if args.out is not None:
         check_output(args.out)
     return args
@@ -143,8 +144,8 @@ def check_example(example):
 def iterate_examples(path):
     """Yields the examples of a .jsonl or .jsonl.gz file; ValueError names an invalid line."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no HellaSwag examples at {path}; python hellaswag.py downloads"
-                                f" them to {PATH}")
+        raise FileNotFoundError(f"no HellaSwag examples at {path};"
+                                f" {command('hellaswag.py')} downloads them to {PATH}")
     line_number = 0
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
         try:
@@ -241,7 +242,7 @@ def load_examples(source, block_size, ranks):
     if source == "auto":
         if not all(all_gather(os.path.exists(PATH), ranks)):
             print0(f"HellaSwag is off: {PATH} does not exist. Download it with"
-                   " python hellaswag.py, or give --hellaswag FILE")
+                   f" {command('hellaswag.py')}, or give --hellaswag FILE")
             return None
         source = PATH
     dataset = prepare(source)

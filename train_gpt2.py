@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from run.cli import StopSignals, duration, print0, report_progress, run_main, start
+from run.cli import StopSignals, command, print0, report_progress, run_main, start
 from run.config import FINEWEB_DIR, FINEWEB_TOKENS, parse_args
 
 if __name__ == "__main__":
@@ -217,16 +217,17 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
         print0(f"sample {i}: {text!r}")
 
 
-def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left):
-    """The line that is printed after a step; dt and left in seconds.
+def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu):
+    """The line that is printed after a step, of up to 80 characters without MFU; dt in seconds.
 
     mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices; None if unknown.
     """
-    line = (f"step {step:5d}/{max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.4f}"
-            f" | dt {dt * 1000:.2f}ms | tok/sec {tok_per_sec:,.0f}")
+    digits = len(str(max_steps))
+    line = (f"step {step:{digits}d}/{max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+            f" | dt {dt * 1000:.0f}ms | tok/sec {tok_per_sec:,.0f}")
     if mfu is not None:
         line += f" | MFU {mfu:.1%}"
-    return line + f" | {duration(left)} left"
+    return line
 
 
 def evaluations_due(step, max_steps, every):
@@ -386,9 +387,9 @@ def main():
         logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
     still_due = evaluations_due(first_step, max_steps, every) - logged - {"samples"}  # not logged
     if first_step > max_steps or (first_step == max_steps and not still_due):
-        print0(f"{run_dir} is finished at step {first_step}: sample from it with python sample.py"
-               f" {run_dir}, train longer with --max-steps, which raises the learning rate again,"
-               " or start over with --exp-name")
+        print0(f"{run_dir} is finished at step {first_step}: sample from it with"
+               f" {command('sample.py', run_dir)}, train longer with --max-steps, which raises the"
+               " learning rate again, or start over with --exp-name")
         return
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
@@ -412,7 +413,7 @@ def main():
     comparison = reference.Comparison(asdict(config))  # with published runs
     flops_per_token = raw_model.config.flops_per_token(T)
     peak = peak_flops(device, dtype)  # FLOP/s of one device; None if unknown
-    train_seconds = 0.0
+    progress = report_progress("training")
     stopping = None  # the name of the signal that requests a stop
 
     with StopSignals():
@@ -472,10 +473,8 @@ def main():
             mfu = None
             if peak is not None:
                 mfu = flops_per_token * tok_per_sec / (peak * ranks.world_size)
-            train_seconds += dt
-            mean_dt = train_seconds / (step + 1 - first_step)
-            left = mean_dt * (max_steps - step - 1)
-            print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, left))
+            print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu))
+            progress((step + 1 - first_step) / (max_steps - first_step))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"
             if int(loader.epoch) > epoch:
@@ -487,7 +486,7 @@ def main():
                    " from there")
         elif ranks.master_process:
             print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
-                   f" samples: python sample.py {run_dir}")
+                   f" samples: {command('sample.py', run_dir)}")
 
     # on success only: after an error NCCL would wait here for ranks that have exited
     parallel.teardown()

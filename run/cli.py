@@ -21,12 +21,16 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the scripts
 
 # -----------------------------------------------------------------------------
 # a script: printing, flags, exit statuses
@@ -64,6 +68,28 @@ def discard_stdout():
     """Discards what is printed from now on: on a closed stdout each flush, also at exit, fails."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def short_path(path):
+    """The absolute path, or the relative one of what lies below the current folder."""
+    return os.path.abspath(path).removeprefix(os.path.join(os.getcwd(), ""))
+
+
+def interpreter():
+    """The command that starts this Python: python, if the shell finds this one, or its path."""
+    found = shutil.which("python")
+    is_this = (found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
+               and os.path.samefile(found, sys.executable))
+    return "python" if is_this else short_path(sys.executable)
+
+
+def command(script, *arguments):
+    """The command line of one of our scripts, which can be pasted in the current folder.
+
+    command("sample.py", "log/a") is "python sample.py log/a" in an activated environment, and
+    ".venv/bin/python sample.py log/a" after ./train.sh.
+    """
+    return shlex.join([interpreter(), short_path(os.path.join(ROOT, script)), *arguments])
 
 
 def duration(seconds):
@@ -210,7 +236,7 @@ def first_line(error):
 
 
 def start(parse_args):
-    """What a script does before its slow imports: Ctrl-C, OpenMP, --help, and an invalid flag."""
+    """What a script does before its slow imports: --help, an invalid flag, Ctrl-C, OpenMP."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports, which take seconds, ends the process without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -220,7 +246,24 @@ def start(parse_args):
         # works: steps took 3 to 4 times as long. 3000 rounds take about 10 us, which costs nothing.
         # torch reads the variable when it is imported.
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    sys.excepthook = report_missing_package
     run_and_report(parse_args)
+
+
+def report_missing_package(kind, error, trace):
+    """sys.excepthook: a package that is not installed is one line and status 2."""
+    if not isinstance(error, ModuleNotFoundError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    venv = os.path.join(ROOT, ".venv")
+    python = os.path.join(venv, "bin", "python")
+    if sys.prefix != venv and os.path.exists(python):
+        remedy = f"use {short_path(python)}"
+    else:
+        remedy = (f"./train.sh installs all packages into .venv; or {interpreter()} -m pip install"
+                  f" -r {short_path(os.path.join(ROOT, 'requirements.txt'))}")
+    print_error(f"error: {sys.executable} has no package {error.name}: {remedy}")
+    sys.exit(2)
 
 
 def run_main(main):

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 
-from run.cli import first_line, print0
+from run.cli import first_line, interpreter, print0
 from run.files import atomic_write, lock, make_folders
 from run.runtime import describe_machine
 
@@ -252,7 +252,7 @@ def check_tracker(name):
     # W&B leaves a folder wandb/ where it runs; as a package it has a spec, but no file
     if spec is None or spec.origin is None:
         raise ValueError(f"--tracker {name} needs the package {name}, which is not installed:"
-                         f" pip install {name}, or --tracker none")
+                         f" {interpreter()} -m pip install {name}, or --tracker none")
 
 
 def open_tracker(name, run_dir, settings, first_step):

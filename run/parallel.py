@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from model import GPT
-from run.cli import StopSignals, print0
+from run.cli import StopSignals, interpreter, print0
 from run.runtime import autocast, choose_device, get_rng_state, set_rng_state
 
 # -----------------------------------------------------------------------------
@@ -67,8 +67,9 @@ def setup(device="auto", timeout_minutes=10):
     num_gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:
         if device == "cuda" and num_gpus > 1:
-            print0(f"using one of {num_gpus} GPUs; torchrun --standalone"
-                   f" --nproc_per_node={num_gpus} uses all of them, as does ./train.sh")
+            print0(f"using one of {num_gpus} GPUs; ./train.sh uses all of them, as does"
+                   f" {interpreter()} -m torch.distributed.run --standalone"
+                   f" --nproc_per_node={num_gpus}")
         return Ranks(0, 0, 1, device, False)
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -226,6 +227,7 @@ def choose_compile(config, max_steps, resumed, ranks):
             return "off"
     if mode == "off" or config.dry_run:
         return mode
+    print0("trying torch.compile (the first time up to half a minute)")
     reasons = all_gather(compile_error(ranks.device), ranks)
     for rank in range(ranks.world_size):
         if reasons[rank]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from run.cli import print0
+from run.cli import command, print0
 from run.config import CORPORA
 from run.folder import read_config, read_log
 from data import load_manifest
@@ -309,8 +309,9 @@ def causes_of_departure(run, step, stream):
         rest = ("the loss agrees, so it is the backward pass: gradient accumulation, or the mean"
                 " over ranks")
     elif step == 0:
-        rest = (f"the shards (python fineweb.py --verify {run['data']}), the tokenizer, the order"
-                " of the data (--shuffle off) or the initial weights (--init lecture, --seed 1337)")
+        rest = (f"the shards ({command('fineweb.py', '--verify', run['data'])}), the tokenizer,"
+                " the order of the data (--shuffle off) or the initial weights (--init lecture,"
+                " --seed 1337)")
     else:
         rest = ("step 0 agrees, so data and initial weights are right: the learning rate, its"
                 " warmup, the optimizer, gradient clipping, or the data of the later steps")
@@ -427,7 +428,7 @@ class Comparison:
             return ["  these settings differ:", *(f"    {cause}" for cause in causes[:3])]
         # a permutation does not raise the loss
         causes = [cause for cause in causes if not cause.startswith("shuffle ")]
-        causes += [f"the shards: python fineweb.py --verify {self.run['data']}",
+        causes += [f"the shards: {command('fineweb.py', '--verify', self.run['data'])}",
                    "the tokenizer, if another program has made the shards",
                    "the autocast dtype: does --dtype float32 give the same loss in the first"
                    " steps?"]

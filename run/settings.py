@@ -21,9 +21,8 @@ import torch
 
 import data
 from run import checkpoint, folder, parallel, weights
-from run.cli import is_rank0, print0
-from run.config import (FINEWEB_DIR, INPUT_TXT, PRESETS, TrainConfig, parse_args,
-                        preset_settings)
+from run.cli import command, is_rank0, print0
+from run.config import FINEWEB_DIR, INPUT_TXT, TrainConfig, parse_args, preset_settings
 from run.runtime import device_name, free_memory, peak_flops
 
 # what cannot change when a run resumes
@@ -58,7 +57,7 @@ def choose_preset(given):
         return for_text, given["data"], "--data is not a folder of shards"
     if holds_shards(FINEWEB_DIR):
         return "gpt2-124M", FINEWEB_DIR, f"{FINEWEB_DIR}/ holds shards"
-    reason = f"{FINEWEB_DIR}/ holds no shards (python fineweb.py creates them)"
+    reason = f"{FINEWEB_DIR}/ holds no shards ({command('fineweb.py')} creates them)"
     return for_text, INPUT_TXT, reason
 
 
@@ -216,8 +215,7 @@ def config_from_flags(argv=None):
         config = TrainConfig(**{**preset_settings(preset), **shape_of_weights(given), **given,
                                 **place, "preset": preset, "data": source})
         config.total_batch_size = split_over_ranks(config.total_batch_size, config.block_size)
-        print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others"
-               f" ({', '.join(PRESETS)})")
+        print0(f"preset {preset}, data {source}: {reason}; --preset and --data choose others")
     folder.check_tracker(config.tracker)
     return config, saved
 

@@ -473,7 +473,7 @@ DATA = [
     ("a.txt", "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
     ("/dev/stdin", "/dev/stdin is not a regular file"),
     ("texts", "texts holds neither shards", write("texts/a.md", "text")),
-    *((name, f"{name} is not plain text; create shards with python fineweb.py --input",
+    *((name, f"{name} is not plain text; create shards with",
        write(name, JSON)) for name in ("a.JSON", "a.parquet", "a.txt.gz", "a.csv")),
     (VAL, f"{VAL} is a single shard; --data takes the folder"),
     # folders of shards
@@ -562,7 +562,7 @@ HELLASWAG = [
     (f"{HELLA} --device tpu", "device 'tpu' is not available"),
     (f"{HELLA} --jsn", "unknown flag --jsn: did you mean --json?"),
     ("run hella.jsonl", "unrecognized arguments: hella.jsonl"),
-    ("--data hella.jsonl", "name a model to score: python hellaswag.py MODEL --data FILE"),
+    ("--data hella.jsonl", "name a model to score: "),
     ("--out scores.jsonl", "name a model to score"),
     # --out
     (f"{HELLA} --out run", "'run' is not the name of a file to write"),

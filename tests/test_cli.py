@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,16 @@ from common import ROOT, python
 from run import cli
 from run.cli import StopSignals, number, run_main
 
+# the scripts, with arguments that they accept
+SCRIPTS = {"train_gpt2.py": [], "fineweb.py": ["--verify", "shards"], "hellaswag.py": ["gpt2"],
+           "sample.py": ["gpt2"], "convert.py": ["info", "gpt2"], "plots.py": ["gpt2"],
+           "bench": ["loader"]}
+
+
+def script_arguments(script, folder=ROOT):
+    """Python's arguments that run a script of a folder, or the package bench."""
+    file = ["-m", "bench"] if script == "bench" else [os.path.join(folder, script)]
+    return [*file, *SCRIPTS[script]]
 
 
 # -----------------------------------------------------------------------------
@@ -137,6 +148,48 @@ def test_rank_0_prints_an_error_first_and_the_rank_that_lost_the_connection_last
 
 
 # -----------------------------------------------------------------------------
+# the interpreter
+
+@pytest.mark.parametrize("below", [True, False])
+def test_a_printed_command_works_when_pasted_in_the_current_folder(below, tmp_path):
+    """./train.sh ended with "samples: python sample.py", where the shell had no python."""
+    cwd = sys.prefix if below else tmp_path
+    code = "from run.cli import command; print(command('convert.py', '--help'))"
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ROOT}
+    line = python("-c", code, cwd=cwd, env=env).stdout.strip()
+    process = subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True)
+    assert process.returncode == 0 and "usage: convert.py" in process.stdout, line
+    short = os.path.relpath(sys.executable, cwd)
+    assert line.startswith(f"{short if below else sys.executable} ")
+
+
+def test_a_printed_command_says_python_if_that_is_this_interpreter(monkeypatch):
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    monkeypatch.chdir(ROOT)
+    assert cli.command("sample.py", "log/a b") == "python sample.py 'log/a b'"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its environments have another layout")
+def test_a_missing_package_is_one_line_that_names_the_interpreter_to_use(tmp_path):
+    """It was a traceback without a word of .venv."""
+    for folder in ("run", "bench"):
+        shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder)
+    for script in SCRIPTS:
+        if script != "bench":
+            shutil.copy(os.path.join(ROOT, script), tmp_path)
+        # -S: without site-packages
+        process = python("-S", *script_arguments(script, tmp_path), cwd=tmp_path)
+        expected = f"error: {sys.executable} has no package "
+        assert process.returncode == 2 and process.stderr.startswith(expected), process.stderr
+        assert process.stderr.count("\n") == 1
+        assert "./train.sh installs all packages into .venv" in process.stderr
+    os.makedirs(tmp_path / ".venv" / "bin")
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    process = python("-S", "sample.py", "gpt2", cwd=tmp_path)
+    assert process.stderr.endswith("has no package torch: use .venv/bin/python\n")
+
+
+# -----------------------------------------------------------------------------
 # Ctrl-C during the imports
 
 INTERRUPTED_IMPORT = """
@@ -145,25 +198,14 @@ os.kill(os.getpid(), signal.SIGINT)
 print("not interrupted")
 sys.exit(0)
 """
-# the scripts, with arguments that they accept
-SCRIPTS = {"train_gpt2.py": [], "fineweb.py": ["--verify", "shards"], "hellaswag.py": ["gpt2"],
-           "sample.py": ["gpt2"], "convert.py": ["info", "gpt2"], "plots.py": ["gpt2"],
-           "bench": ["loader"]}
-
-
-def script_command(script):
-    """The command line of a script, or of the package bench."""
-    file = ["-m", "bench"] if script == "bench" else [os.path.join(ROOT, script)]
-    return [sys.executable, *file, *SCRIPTS[script]]
-
-
 def interrupted_imports(scripts, handler, tmp_path):
     """[(script, status, output)] of scripts that get SIGINT when they import torch."""
     (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)  # found before the real one
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     started = []
     for script in scripts:  # they inherit handler
-        started.append(subprocess.Popen(script_command(script), env=env, text=True,
+        command = [sys.executable, *script_arguments(script)]
+        started.append(subprocess.Popen(command, env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         preexec_fn=lambda: signal.signal(signal.SIGINT, handler)))
     results = []
@@ -195,7 +237,8 @@ def test_ctrl_c_at_any_moment_of_the_start_prints_at_most_one_line(script, tmp_p
             # limitation: the fresh processes of a benchmark print a traceback; without the file to
             # compare with, none is started
             arguments = ["--compare", "nowhere.json"]
-        process = subprocess.Popen([*script_command(script), *arguments], cwd=tmp_path, text=True,
+        command = [sys.executable, *script_arguments(script), *arguments]
+        process = subprocess.Popen(command, cwd=tmp_path, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env={**os.environ, "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"},
                                    start_new_session=True)

@@ -114,7 +114,7 @@ def test_the_training_is_shown_while_it_runs(executed):
     """The training cell once printed only a summary, after minutes without output."""
     text = printed(executed)
     assert re.search(r"(?m)^step +\d+ \| val ", text)
-    assert "step     0/4 | loss " in text
+    assert "step 0/4 | loss " in text
     assert executed.updates >= 2  # of the loss curve: at the first step, and at the end
 
 

@@ -245,7 +245,7 @@ def test_a_process_on_a_machine_with_several_gpus_prints_how_to_use_them_all(
     monkeypatch.setattr(parallel, "choose_device", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     parallel.setup(device)
-    words = "torchrun --standalone --nproc_per_node=4 uses all"
+    words = "./train.sh uses all of them, as does "
     assert (words in capsys.readouterr().out) == hint
 
 

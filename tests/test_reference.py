@@ -13,6 +13,7 @@ import os
 
 import pytest
 
+from run import cli
 from run.config import CORPORA
 from run.reference import (Comparison, NotComparable, corpus_of, fitting, interpolate, judge,
                            published, published_names, verdict)
@@ -239,7 +240,7 @@ def test_a_run_outside_the_band_gets_the_settings_that_differ_in_order(tmp_path)
 def test_a_run_outside_the_band_with_the_right_settings_gets_what_is_left_to_suspect(tmp_path):
     lines = verdict_on(tmp_path / "a", CONFIG, shifted("edu-lecture-8gpu", 0.1))
     assert lines[-3:] == [
-        "    the shards: python fineweb.py --verify edu_fineweb10B",
+        f"    the shards: {cli.command('fineweb.py', '--verify', 'edu_fineweb10B')}",
         "    the tokenizer, if another program has made the shards",
         "    the autocast dtype: does --dtype float32 give the same loss in the first steps?"]
 
@@ -279,7 +280,7 @@ def test_the_first_losses_of_other_runs_are_not_compared():
 
 @pytest.mark.parametrize("first, expected, cause", [
     (0, "step 0: loss 10.9950, published 10.9550",
-     "the shards (python fineweb.py --verify edu_fineweb10B), the tokenizer"),
+     "--verify edu_fineweb10B), the tokenizer"),
     (3, "step 3: loss 10.7021, published 10.6621",
      "step 0 agrees, so data and initial weights are right: the learning rate")])
 def test_where_a_run_departs_from_the_lectures_is_printed_once(first, expected, cause):
