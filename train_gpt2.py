@@ -36,7 +36,8 @@ from model import GPT
 from plots import plot_run
 from run import checkpoint, folder, parallel, reference
 from run.runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
-                         peak_flops, seed_all, set_rng_state, use_deterministic_algorithms)
+                         matmul_flops, peak_flops, seed_all, set_rng_state,
+                         use_deterministic_algorithms)
 from run.settings import (LOSS_CHUNKS, check_same_on_all_ranks, config_from_flags, how_to_resume,
                           make_plan)
 from run.weights import load_model
@@ -217,16 +218,17 @@ def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32)
         print0(f"sample {i}: {text!r}")
 
 
-def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu):
+def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, mfu_name):
     """The line that is printed after a step, of up to 80 characters without MFU; dt in seconds.
 
-    mfu, model FLOPs utilization: the fraction of the peak FLOP/s of all devices; None if unknown.
+    mfu, model FLOPs utilization: the fraction of all devices' FLOP/s, or None. mfu_name: "MFU" for
+    those of the data sheet, "of matmul" for those measured in a large matmul.
     """
     digits = len(str(max_steps))
     line = (f"step {step:{digits}d}/{max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
             f" | dt {dt * 1000:.0f}ms | tok/sec {tok_per_sec:,.0f}")
     if mfu is not None:
-        line += f" | MFU {mfu:.1%}"
+        line += f" | {mfu_name} {mfu:.1%}"
     return line
 
 
@@ -412,7 +414,10 @@ def main():
     writer = checkpoint.Writer()
     comparison = reference.Comparison(asdict(config))  # with published runs
     flops_per_token = raw_model.config.flops_per_token(T)
-    peak = peak_flops(device, dtype)  # FLOP/s of one device; None if unknown
+    # FLOP/s of one device: MFU is relative to its data sheet, otherwise to a matmul's; not on a CPU
+    peak, mfu_name = peak_flops(device, dtype), "MFU"
+    if peak is None and ranks.device_type != "cpu":
+        peak, mfu_name = matmul_flops(device, dtype), "of matmul"
     progress = report_progress("training")
     stopping = None  # the name of the signal that requests a stop
 
@@ -473,7 +478,7 @@ def main():
             mfu = None
             if peak is not None:
                 mfu = flops_per_token * tok_per_sec / (peak * ranks.world_size)
-            print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu))
+            print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, mfu_name))
             progress((step + 1 - first_step) / (max_steps - first_step))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
             comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -20,7 +21,7 @@ from run.cli import first_line, print0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Peak dense 16-bit TFLOP/s (no sparsity, float32 accumulation) from the vendors' data sheets, by a
-# part of the device's name; the longest match wins. MFU is printed only for the devices listed.
+# part of the device's name; the longest match wins.
 PEAK_TFLOPS = {
     "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989,
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165,
@@ -207,7 +208,7 @@ def use_deterministic_algorithms(mode):
 # peak FLOPs, memory, and a description of the machine
 
 def peak_flops(device, dtype):
-    """Peak dense FLOP/s of the device in a 16-bit dtype, or None if it is not known."""
+    """Peak dense FLOP/s of the device in a 16-bit dtype from its data sheet, or None."""
     if not device.startswith("cuda") or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -218,6 +219,22 @@ def peak_flops(device, dtype):
     if not matches:
         return None
     return PEAK_TFLOPS[max(matches, key=len)] * 1e12
+
+
+def matmul_flops(device, dtype, size=4096):
+    """FLOP/s of a matmul of two size x size matrices in dtype, measured in a second or less.
+
+    What a GPU reaches whose peak is not known.
+    """
+    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    for repeats in (2, 10):  # the first ones load the kernel
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.matmul(a, a)
+        synchronize(device)
+        seconds = (time.perf_counter() - start) / repeats
+    return 2 * size**3 / seconds
 
 
 def keep_freed_memory():

@@ -200,6 +200,16 @@ def test_peak_flops_is_that_of_the_exact_chip_or_none(name, tflops, monkeypatch)
     assert runtime.peak_flops("cpu", "bfloat16") is None
 
 
+def test_the_speed_of_a_matmul_is_its_flops_over_its_seconds(monkeypatch):
+    """For the GPUs without a known peak; here a clock that ticks once, and a CPU."""
+    clock = iter([0.0, 1.0, 5.0, 7.0])
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
+    sizes = []
+    monkeypatch.setattr(torch, "matmul", lambda a, b: sizes.append((a.shape, a.dtype)))
+    assert runtime.matmul_flops("cpu", "bfloat16", size=16) == 10 * 2 * 16**3 / 2.0
+    assert sizes == [((16, 16), torch.bfloat16)] * 12
+
+
 @pytest.mark.parametrize("platform, expected", [("linux", [(-4, 0), (-1, -1)]), ("darwin", [])])
 def test_glibc_keeps_freed_memory(platform, expected, monkeypatch):
     """M_MMAP_MAX 0 and M_TRIM_THRESHOLD -1 of malloc.h; other systems have no mallopt."""

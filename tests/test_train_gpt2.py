@@ -847,9 +847,10 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
     flops = model.flops_per_token(16)
     assert [line[0] for line in lines] == [0, 1, 2]
     assert fractions == [1 / 3, 2 / 3, 1]
-    for step, _, _, lr, _, dt, tok_per_sec, mfu in lines:
+    for step, _, _, lr, _, dt, tok_per_sec, mfu, mfu_name in lines:
         assert lr == get_lr(step, 0.1, 0.05, 1, 3, "wsd", 0.2)
         assert tok_per_sec == 128 / dt and mfu == pytest.approx(flops * tok_per_sec / (2 * 1e9))
+        assert mfu_name == "MFU"
 
 
 def test_the_log_has_a_line_where_an_epoch_ends(tmp_path, monkeypatch):
@@ -914,7 +915,7 @@ def test_a_run_writes_its_log_config_checkpoints_and_picture(unbroken):
     assert re.search(r"step 0/8 \| loss \d+\.\d{4} \| lr [\d.e+-]+ \| norm [\d.]+"
                      r" \| dt \d+ms \| tok/sec [\d,]+\n", out)
     # a terminal of 80 columns does not wrap the steps' lines
-    assert len(train_gpt2.step_line(0, 600, 10.84, 0.012, 4.03, 0.05, 20000, None)) <= 80
+    assert len(train_gpt2.step_line(0, 600, 10.84, 0.012, 4.03, 0.05, 20000, None, "MFU")) <= 80
     with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as f:
         description = json.load(f)
     assert description["config"]["n_embd"] == 16 and description["torch"] == torch.__version__
