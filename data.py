@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import shutil
 import threading
 import time
 from collections import deque
@@ -660,6 +659,15 @@ def encode_documents(texts):
     return np.concatenate([part for text in texts for part in (eot, encode(text))])
 
 
+def is_complete(path):
+    """Whether the shard at path exists and has as many tokens as its header says."""
+    try:
+        open_shard(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def tokenize_texts(paths):
     """Folder with one train and one val shard of the given text files; created once, then reused.
 
@@ -682,27 +690,21 @@ def tokenize_texts(paths):
     parent = os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".tokens")
     name = os.path.splitext(names[0])[0]
     folder = os.path.join(parent, f"{name}-{key}")
-    if os.path.isdir(folder):
+    shards = [os.path.join(folder, f"{name}_train_000001.npy"),
+              os.path.join(folder, f"{name}_val_000000.npy")]
+    if all(is_complete(shard) for shard in shards):
         return folder
     texts = [read_text(path) for path in paths]
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
-    train, val = (encode_documents(documents) for documents in split_texts(texts))
-    # with the time: in containers a killed process may have had the same id
-    temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"
+    splits = [encode_documents(documents) for documents in split_texts(texts)]
     try:
-        os.makedirs(temporary)
+        os.makedirs(folder, exist_ok=True)
+        # another process that tokenizes the text at the same time writes the same bytes
+        for shard, tokens in zip(shards, splits):
+            write_shard(shard, tokens)
     except OSError as e:
         raise OSError(f"cannot create {parent} for the tokens of {paths[0]} ({e.strerror}): copy"
                       " the text to a folder that can be written, and use --data with the"
                       " copy") from e
-    try:
-        write_shard(os.path.join(temporary, f"{name}_train_000001.npy"), train)
-        write_shard(os.path.join(temporary, f"{name}_val_000000.npy"), val)
-        os.rename(temporary, folder)
-    except OSError:
-        if not os.path.isdir(folder):  # else another process has tokenized the text meanwhile
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
