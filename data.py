@@ -21,6 +21,7 @@ https://github.com/karpathy/llm.c (dev/data/data_common.py), https://github.com/
 (data/openwebtext/prepare.py).
 """
 import base64
+import contextlib
 import errno
 import functools
 import hashlib
@@ -659,15 +660,6 @@ def encode_documents(texts):
     return np.concatenate([part for text in texts for part in (eot, encode(text))])
 
 
-def is_complete(path):
-    """Whether the shard at path exists and has as many tokens as its header says."""
-    try:
-        open_shard(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def tokenize_texts(paths):
     """Folder with one train and one val shard of the given text files; created once, then reused.
 
@@ -692,7 +684,9 @@ def tokenize_texts(paths):
     folder = os.path.join(parent, f"{name}-{key}")
     shards = [os.path.join(folder, f"{name}_train_000001.npy"),
               os.path.join(folder, f"{name}_val_000000.npy")]
-    if all(is_complete(shard) for shard in shards):
+    with contextlib.suppress(OSError, ValueError):  # they are missing or incomplete
+        for shard in shards:
+            open_shard(shard)
         return folder
     texts = [read_text(path) for path in paths]
     if not any(texts):

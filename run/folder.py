@@ -7,6 +7,7 @@ A run's folder, log/<exp-name>/: its names, lock, settings, log and trackers.
 """
 import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -139,9 +140,14 @@ def read_log(path):
                 step, stream, value = entry
                 streams.setdefault(stream, []).append((step, value))
     if skipped:
-        print0(f"{path}: skipped {len(skipped)} lines that are not `step stream value`, the first"
-               f" is line {skipped[0]}")
+        report_skipped(path, len(skipped), skipped[0])
     return streams
+
+
+@functools.cache  # a log is read several times: one message
+def report_skipped(path, count, first):
+    print0(f"{path}: skipped {count} lines that are not `step stream value`, the first is line"
+           f" {first}")
 
 
 def logged_evaluations(run_dir, step):
