@@ -188,8 +188,8 @@ def cut_log(path, first_step):
             f.writelines(cut)
         with atomic_write(path) as f:
             f.writelines(kept)
-        print0(f"moved {len(cut)} lines from {path} to {path}.aside: they are of the steps from"
-               f" {first_step} on, of an earlier start")
+        print0(f"moved {len(cut)} lines from {path} to {path}.aside: this run repeats the steps"
+               f" from {first_step} on")
 
 
 def evaluation_line(step, values):
