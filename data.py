@@ -21,13 +21,14 @@ https://github.com/karpathy/llm.c (dev/data/data_common.py), https://github.com/
 (data/openwebtext/prepare.py).
 """
 import base64
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import threading
 import time
 from collections import deque
@@ -38,7 +39,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from run.cli import command
+from run.cli import command, print_error
 from run.files import atomic_write, check_regular
 
 # -----------------------------------------------------------------------------
@@ -150,6 +151,8 @@ def open_shard(path):
             try:
                 np.lib.format.read_magic(f)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            except OSError:  # the file cannot be read
+                raise
             except Exception as e:  # ValueError, or an error of Python's parser
                 raise ValueError(f"{path} is not a valid .npy file ({str(e)[:80]!r}); create it"
                                  " again with fineweb.py") from e
@@ -171,6 +174,19 @@ def open_shard(path):
                          f" {size:,} bytes: it is truncated or not a shard; create or download it"
                          " again")
     return shard
+
+
+def read_tokens(f, shard, begin, n):
+    """Tokens [begin, begin+n) of a shard, 1-D uint16, from its open file; ValueError if it ends."""
+    tokens = np.empty(n, dtype="<u2")
+    rest = tokens.view(np.uint8)
+    f.seek(shard.offset + 2 * begin)
+    while len(rest) > 0:  # Linux reads at most 2 GiB - 4 KiB at once
+        count = f.readinto(rest)
+        if count == 0:
+            raise ValueError("it ends before them")
+        rest = rest[count:]
+    return tokens
 
 
 def find_shards(folder, split):
@@ -244,34 +260,38 @@ def check_listed(folder, manifest):
 class TokenStream:
     """The tokens of several shards as one sequence.
 
-    The MAX_OPEN files opened last stay open, since a batch of shuffled windows reads from many
+    The max_open files opened last stay open, since a batch of shuffled windows reads from many
     shards. They are read, not memory-mapped: resident memory does not grow with what was read.
     """
-    MAX_OPEN = 128  # a thousand shards must not need a thousand file descriptors
+    HEAD = 1024               # a shard is recognized by its first tokens
+    RETRY_WAITS = (1, 5, 30)  # seconds: a network file system may fail for a moment (ESTALE, EIO)
 
     def __init__(self, paths, vocab_size=NUM_TOKENS):
         self.shards = [open_shard(path) for path in paths]
         # first token of each shard, and the end
         self.starts = np.cumsum([0] + [shard.tokens for shard in self.shards])
         self.vocab_size = vocab_size
-        self.files = {}  # path -> open file, in the order in which they were opened
+        self.max_open = 128  # a thousand shards must not need a thousand file descriptors
+        self.files = {}      # path -> open file, in the order in which they were opened
+        self.heads = {}      # path -> its first HEAD tokens, as bytes
         self.lock = threading.Lock()  # the threads that read share the files' positions
 
     def __len__(self):
         return int(self.starts[-1])
 
     def fingerprint(self):
-        """Hash of the shards' sizes and of the first 1,024 tokens of each, to recognize data."""
+        """Hash of the shards' sizes and of the first HEAD tokens of each, to recognize data."""
         digest = hashlib.sha256(json.dumps(self.starts.tolist()).encode())
         for shard, start in zip(self.shards, self.starts.tolist()):
             if shard.tokens:
-                digest.update(self.read(start, min(1024, shard.tokens)).tobytes())
+                digest.update(self.read(start, min(self.HEAD, shard.tokens)).tobytes())
         return digest.hexdigest()[:16]
 
     def read(self, start, length):
         """Tokens [start, start+length) as uint16.
 
-        ValueError if an id is >= vocab_size, or if a shard has changed since it was opened.
+        ValueError if an id is >= vocab_size, or if a shard has changed since it was opened. OSError
+        if it still cannot be read after RETRY_WAITS.
         """
         pieces = []
         i = int(np.searchsorted(self.starts, start, side="right")) - 1  # the shard start is in
@@ -287,20 +307,22 @@ class TokenStream:
         return np.concatenate(pieces)
 
     def _read_shard(self, shard, begin, n):
-        tokens = np.empty(n, dtype="<u2")
-        rest = tokens.view(np.uint8)
-        try:
-            with self.lock:
-                f = self._open(shard)
-                f.seek(shard.offset + 2 * begin)
-                while len(rest) > 0:  # Linux reads at most 2 GiB - 4 KiB at once
-                    count = f.readinto(rest)
-                    if count == 0:
-                        raise ValueError("it ends before them")
-                    rest = rest[count:]
-        except (OSError, ValueError) as e:
-            raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path}"
-                             f" ({e}); it has changed since training started") from e
+        """Tokens [begin, begin+n) of a shard."""
+        for wait in (*self.RETRY_WAITS, None):
+            try:
+                with self.lock:
+                    tokens = read_tokens(self._open(shard), shard, begin, n)
+                break
+            except ValueError as e:
+                raise ValueError(f"cannot read tokens {begin:,} to {begin + n:,} of {shard.path}"
+                                 f" ({e}); it has changed since training started") from e
+            except OSError as e:
+                message = f"cannot read {shard.path}: {e.strerror}"
+                if wait is None:
+                    raise OSError(f"{message}, after {len(self.RETRY_WAITS)} retries") from e
+                print_error(f"{message}; trying again in {wait} s")
+                self._close_files(e.errno == errno.EMFILE)
+                time.sleep(wait)
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"{shard.path} has the id {tokens.max()} among its tokens {begin:,} to"
                              f" {begin + n:,}; allowed are ids below {self.vocab_size}: the shard"
@@ -312,11 +334,24 @@ class TokenStream:
         if shard.path not in self.files:
             if open_shard(shard.path) != shard:
                 raise ValueError("its size is different")
-            if len(self.files) == self.MAX_OPEN:
+            if len(self.files) >= self.max_open:
                 oldest = next(iter(self.files))
                 self.files.pop(oldest).close()
-            self.files[shard.path] = open(shard.path, "rb", buffering=0)
+            f = open(shard.path, "rb", buffering=0)
+            head = read_tokens(f, shard, 0, min(self.HEAD, shard.tokens)).tobytes()
+            if self.heads.setdefault(shard.path, head) != head:
+                raise ValueError("its first tokens are different")
+            self.files[shard.path] = f
         return self.files[shard.path]
+
+    def _close_files(self, too_many):
+        """Closes all files, to open them again; if they were too_many, only half as many."""
+        with self.lock:
+            if too_many:
+                self.max_open = max(1, len(self.files) // 2)
+            for f in self.files.values():
+                f.close()
+            self.files.clear()
 
 
 # -----------------------------------------------------------------------------
@@ -650,27 +685,23 @@ def tokenize_texts(paths):
     parent = os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".tokens")
     name = os.path.splitext(names[0])[0]
     folder = os.path.join(parent, f"{name}-{key}")
-    if os.path.isdir(folder):
+    shards = [os.path.join(folder, f"{name}_train_000001.npy"),
+              os.path.join(folder, f"{name}_val_000000.npy")]
+    with contextlib.suppress(OSError, ValueError):  # they are missing or incomplete
+        for shard in shards:
+            open_shard(shard)
         return folder
     texts = [read_text(path) for path in paths]
     if not any(texts):
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
-    train, val = (encode_documents(documents) for documents in split_texts(texts))
-    # with the time: in containers a killed process may have had the same id
-    temporary = f"{folder}.{os.getpid()}.{time.time_ns()}.tmp"
+    splits = [encode_documents(documents) for documents in split_texts(texts)]
     try:
-        os.makedirs(temporary)
+        os.makedirs(folder, exist_ok=True)
+        # another process that tokenizes the text at the same time writes the same bytes
+        for shard, tokens in zip(shards, splits):
+            write_shard(shard, tokens)
     except OSError as e:
         raise OSError(f"cannot create {parent} for the tokens of {paths[0]} ({e.strerror}): copy"
                       " the text to a folder that can be written, and use --data with the"
                       " copy") from e
-    try:
-        write_shard(os.path.join(temporary, f"{name}_train_000001.npy"), train)
-        write_shard(os.path.join(temporary, f"{name}_val_000000.npy"), val)
-        os.rename(temporary, folder)
-    except OSError:
-        if not os.path.isdir(folder):  # else another process has tokenized the text meanwhile
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder

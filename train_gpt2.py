@@ -382,10 +382,10 @@ def main():
 
     # resume: the position in the data. The log may have evaluations of the first step already; a
     # stop may have interrupted the others.
-    log_bytes, logged = 0, set()
+    logged = set()
     if saved:
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
-        log_bytes, logged = folder.kept_log(run_dir, first_step)
+        logged = folder.logged_evaluations(run_dir, first_step)
         logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
     still_due = evaluations_due(first_step, max_steps, every) - logged - {"samples"}  # not logged
     if first_step > max_steps or (first_step == max_steps and not still_due):
@@ -410,7 +410,7 @@ def main():
 
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
     folder.write_config(run_dir, asdict(config), ranks)
-    log = folder.Log(run_dir, asdict(config), log_bytes, first_step, ranks)
+    log = folder.Log(run_dir, asdict(config), first_step, ranks)
     writer = checkpoint.Writer()
     comparison = reference.Comparison(asdict(config))  # with published runs
     flops_per_token = raw_model.config.flops_per_token(T)

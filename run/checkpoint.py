@@ -10,9 +10,9 @@ A run's checkpoints, which are written atomically and loaded safely.
 A checkpoint is complete when both of its files are. They hold tensors and plain values; loading
 them runs no code.
 """
+import contextlib
 import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import NamedTuple
@@ -60,15 +60,11 @@ def save_and_prune(run_dir, step, model, state):
     """save, then removes the checkpoints that --keep-last and --keep-best do not keep."""
     save(run_dir, step, model, state)
     config = state["train_config"]
-    best = None
-    if config["keep_best"]:
-        try:
-            best = best_step(run_dir)
-        except (OSError, ValueError) as e:  # the user has edited log.txt
-            print0(f"saved {paths(run_dir, step)[0]}; no checkpoint is removed, because --keep-best"
-                   f" needs the log: {e}")
-            return
-    prune(run_dir, step, config["keep_last"], best)
+    try:
+        best = best_step(run_dir) if config["keep_best"] else None
+        prune(run_dir, step, config["keep_last"], best)
+    except OSError as e:  # log.txt or the folder cannot be read; the new checkpoint is complete
+        print0(f"no older checkpoint is removed: {e}")
     print0(f"saved {paths(run_dir, step)[0]}")
 
 
@@ -84,15 +80,21 @@ def prune(run_dir, step, keep_last, best=None):
     """Keeps the newest keep_last checkpoints up to step, and that of step best; removes the others.
 
     Also removes an older step's single file, which a killed process left. Files after step, from
-    which the run did not resume because they are damaged, are neither counted nor removed.
+    which the run did not resume because they are damaged, are neither counted nor removed. What
+    cannot be removed is reported.
     """
     steps = [s for s in saved_steps(run_dir) if s <= step]
     kept = {*steps[-keep_last:], best}
-    # sorted: a model before its state, because a model without its state would look damaged
-    for name in sorted(os.listdir(run_dir)):
-        match = re.fullmatch(r"(model|state)_(\d+)\.pt", name)
-        if match and int(match[2]) not in kept and int(match[2]) < step:
-            os.remove(os.path.join(run_dir, name))
+    for old in sorted(steps_of(run_dir, "model") | steps_of(run_dir, "state")):
+        if old >= step or old in kept:
+            continue
+        try:
+            # the model before its state, because a model without its state would look damaged
+            for path in paths(run_dir, old):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        except OSError as e:
+            print0(f"cannot remove an older checkpoint, {path}: {e.strerror}")
 
 
 class Writer:

@@ -7,15 +7,15 @@ A run's folder, log/<exp-name>/: its names, lock, settings, log and trackers.
 """
 import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 
 from run.cli import first_line, interpreter, print0
-from run.files import atomic_write, lock, make_folders
+from run.files import atomic_write, is_at, lock, make_folders
 from run.runtime import describe_machine
 
 # -----------------------------------------------------------------------------
@@ -44,19 +44,19 @@ def saved_steps(run_dir):
 def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends.
 
-    It is a kernel lock on log.txt, released however the process ends. Temporary files that a killed
-    process left are removed. At exit, a log.txt created here that is still empty is removed, with
-    the folders created for it. Raises ValueError if another process has the lock, or if config.json
-    is not of a run, which would overwrite it.
+    It is a kernel lock on the file .lock, released however the process ends. Temporary files that a
+    killed process left are removed. At exit, .lock is removed, and the folders created for it if
+    they are empty. Raises ValueError if another process has the lock, or if config.json is not of a
+    run, which would overwrite it.
     """
     folder = os.path.abspath(run_dir)  # the process may change its directory
-    log_path = os.path.join(folder, "log.txt")
+    # not log.txt: an editor replaces that by another file, which would not be locked
+    lock_path = os.path.join(folder, ".lock")
     read_config(run_dir)
     created = []
     make_folders(folder, created)
-    is_new = not os.path.exists(log_path)
     try:
-        f = lock(log_path)
+        f = lock(lock_path)
     except BlockingIOError as e:
         raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it,"
                          " or choose another --exp-name") from e
@@ -64,17 +64,16 @@ def lock_run(run_dir):
         print0(f"{run_dir} cannot be locked on this file system: do not start a second run in it")
     else:
         for name in os.listdir(folder):
-            if re.fullmatch(r"((model|state)_\d+\.pt|config\.json)\.(\d+\.)?tmp", name):
+            if re.fullmatch(r"((model|state)_\d+\.pt|config\.json|log\.txt)\..*\.tmp", name):
                 os.remove(os.path.join(folder, name))
 
     def unlock():
         with contextlib.suppress(OSError):  # rmdir fails for a folder that is not empty
-            if is_new and os.path.getsize(log_path) == 0:
-                os.remove(log_path)
-                for path in created:
-                    os.rmdir(path)
-        if f is not None:
-            f.close()
+            if f is not None:
+                os.remove(lock_path)
+                f.close()
+            for path in created:
+                os.rmdir(path)
 
     atexit.register(unlock)
 
@@ -113,77 +112,90 @@ def read_config(run_dir):
 TRAINING_STREAMS = {"train", "lr", "norm", "tok_per_sec", "epoch"}
 
 
+def parse_line(line):
+    """(step, stream, value) of a line of log.txt, bytes; None for another line, such as a note."""
+    try:
+        step, stream, value = line.decode().split()
+        return int(step), stream, float(value)
+    except ValueError:
+        return None
+
+
 def read_log(path):
     """{stream: [(step, value), ...] in the file's order} of a log.txt.
 
-    A truncated last line, which a kill or a power failure leaves, is ignored. ValueError names an
-    invalid line.
+    A truncated last line, which a kill or a power failure leaves, is ignored. Other lines that are
+    not `step stream value` are skipped with one message.
     """
     streams = {}
+    skipped = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                step, stream, value = line.decode().split()
-                streams.setdefault(stream, []).append((int(step), float(value)))
-            except ValueError as e:
-                text = line.decode(errors="replace").strip()[:60]
-                raise ValueError(f"{path}, line {number}: expected `step stream value`, got"
-                                 f" {text!r}") from e
+            entry = parse_line(line)
+            if entry is None:
+                skipped.append(number)
+            else:
+                step, stream, value = entry
+                streams.setdefault(stream, []).append((step, value))
+    if skipped:
+        report_skipped(path, len(skipped), skipped[0])
     return streams
 
 
-def kept_log(run_dir, step):
-    """(num_bytes, streams) of the part of log.txt that a run resumed at step keeps.
+@functools.cache  # a log is read several times: one message
+def report_skipped(path, count, first):
+    print0(f"{path}: skipped {count} lines that are not `step stream value`, the first is line"
+           f" {first}")
 
-    streams is the set of evaluations of that step in it. They are logged before the step's update,
-    so they are kept, like all earlier steps. An evaluation that a stop interrupted is not in the
-    log: the resumed run repeats it.
-    """
+
+def logged_evaluations(run_dir, step):
+    """The evaluations of a step in log.txt, a set of streams; a stop interrupted the others."""
     path = os.path.join(run_dir, "log.txt")
-    lines = []
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            lines = f.readlines()
-    num_bytes = 0
+    if not os.path.exists(path):
+        return set()
+    return {stream for stream, points in read_log(path).items()
+            if stream not in TRAINING_STREAMS and step in dict(points)}
+
+
+def cut_log(path, first_step):
+    """Moves the lines of log.txt that a run repeats from first_step on to log.txt.aside.
+
+    Evaluations of first_step are kept, like all earlier steps: they were logged before its update.
+    A run that starts at step 0 keeps nothing. Other lines, such as notes, are kept.
+    """
+    kept, cut = [], []
     last_step = -1
-    evaluated = set()
-    for line in lines:
-        if not line.endswith(b"\n"):  # truncated by a kill or a power failure
-            break
-        words = line.split()
-        if len(words) == 3 and words[0].isdigit():  # else a note of the user's, which is kept
-            line_step = int(words[0])
-            stream = words[1].decode(errors="replace")
+    with open(path, "a+b") as f:  # created if it does not exist
+        f.seek(0)
+        for line in f:
+            step, stream, _ = parse_line(line) or (-1, None, None)
             is_update = stream in TRAINING_STREAMS
-            if line_step > step or (line_step == step and is_update):
-                break
+            is_later = step > first_step or (step == first_step and is_update)
+            # a kill or a power failure truncates the last line
+            if first_step == 0 or is_later or not line.endswith(b"\n"):
+                cut.append(line.rstrip(b"\n") + b"\n")
+                continue
+            kept.append(line)
             if is_update:
-                last_step = line_step
-            if line_step == step:
-                evaluated.add(stream)
-        num_bytes += len(line)
-    if last_step < step - 1:
-        print0(f"{path} is incomplete: it lacks steps {last_step + 1} to {step - 1} before the"
-               " checkpoint")
-    return num_bytes, evaluated
+                last_step = max(last_step, step)
+    if last_step < first_step - 1:
+        print0(f"{path} is incomplete: it lacks steps {last_step + 1} to {first_step - 1} before"
+               " the checkpoint")
+    if cut:
+        with open(f"{path}.aside", "ab") as f:
+            f.writelines(cut)
+        with atomic_write(path) as f:
+            f.writelines(kept)
+        print0(f"moved {len(cut)} lines from {path} to {path}.aside: this run repeats the steps"
+               f" from {first_step} on")
 
 
 def evaluation_line(step, values):
     """The printed line of {stream: value}: "step   250 | val 3.2100 | val_bpb 0.9700"."""
     fields = [f"{stream} {value:.4f}" for stream, value in values.items()]
     return " | ".join([f"step {step:5d}", *fields])
-
-
-def first_free_name(path):
-    """The first of path.aside, path.2.aside, path.3.aside, ... that does not exist."""
-    name = f"{path}.aside"
-    number = 2
-    while os.path.exists(name):
-        name = f"{path}.{number}.aside"
-        number += 1
-    return name
 
 
 class Log:
@@ -193,29 +205,31 @@ class Log:
         log(250, quiet=True, train=3.3, lr=6e-4)    # appends both without printing
         log(250, val=None)                          # does nothing: the evaluation was interrupted
 
-    settings: the run's config, a dict. keep_bytes: from kept_log, 0 for a new run; log.txt is
-    truncated to it. The log of an earlier run without checkpoints is copied to log.txt.aside first.
+    settings: the run's config, a dict. first_step: the step that the run starts from, see cut_log.
     """
 
-    def __init__(self, run_dir, settings, keep_bytes, first_step, ranks):
+    def __init__(self, run_dir, settings, first_step, ranks):
         self.file = None
         self.tracker = None
         if not ranks.master_process:
             return
         path = os.path.join(run_dir, "log.txt")
-        if keep_bytes == 0 and os.path.exists(path) and os.path.getsize(path) > 0:
-            # a copy: the file itself is locked
-            shutil.copyfile(path, first_free_name(path))
-            print0(f"copied {path} to *.aside: it is of an earlier run, which has no checkpoint")
-        # line-buffered: what was logged survives a kill
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
-        self.file.truncate(keep_bytes)
+        cut_log(path, first_step)
+        self.path = os.path.abspath(path)  # the process may change its directory
+        self._current_file()
         name = settings["tracker"]
         try:
             self.tracker = open_tracker(name, run_dir, settings, first_step)
         except Exception as e:  # no login, no network, no disk space
             raise ValueError(f"--tracker {name} cannot be started ({first_line(e)}); --tracker none"
                              " trains without it") from e
+
+    def _current_file(self):
+        """The file at self.path, open; opened again if the user has replaced it."""
+        if self.file is None or not is_at(self.file, self.path):
+            # line-buffered: what was logged survives a kill
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+        return self.file
 
     def __call__(self, step, quiet=False, **values):
         values = {stream: value for stream, value in values.items() if value is not None}
@@ -224,8 +238,9 @@ class Log:
         if not quiet:
             print0(evaluation_line(step, values))
         if self.file:
+            f = self._current_file()
             for stream, value in values.items():
-                self.file.write(f"{step} {stream} {value}\n")
+                f.write(f"{step} {stream} {value}\n")
         if self.tracker:
             try:
                 self.tracker(step, values)
@@ -237,7 +252,7 @@ class Log:
     def flush(self):
         """Flushes log.txt to the disk."""
         if self.file:
-            os.fsync(self.file.fileno())
+            os.fsync(self._current_file().fileno())
 
 
 # -----------------------------------------------------------------------------

@@ -9,11 +9,14 @@ their calls.
 """
 import atexit
 import concurrent.futures
+import errno
 import importlib.machinery
 import importlib.util
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import types
 
@@ -23,7 +26,7 @@ import torch
 import train_gpt2
 from common import ONE, TINY, python, text_of_words, tiny_model
 from run import checkpoint, cli, folder, parallel, weights
-from run.folder import Log, check_tracker, kept_log, read_log
+from run.folder import Log, check_tracker, read_log
 from run.parallel import Ranks
 
 STATE = {"optimizers": [], "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
@@ -144,14 +147,37 @@ def test_keep_best_keeps_the_checkpoint_of_the_lowest_validation_loss(
     assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model_00004.pt'}\n")
 
 
-def test_an_edited_log_does_not_stop_a_run_that_keeps_the_best_checkpoint(tmp_path, capsys):
+def test_without_its_log_a_run_that_keeps_the_best_checkpoint_removes_none(tmp_path, capsys):
     state = {**STATE, "train_config": {"keep_best": True, "keep_last": 1}}
     model = checkpoint.model_contents(tiny_model(), None)
-    for step, contents in ((1, "1 val 3.0\n"), (2, "a note of mine\n1 val 3.0\n")):
-        (tmp_path / "log.txt").write_text(contents)
+    for step in (1, 2):
         checkpoint.save_and_prune(str(tmp_path), step, model, state)
     assert folder.saved_steps(tmp_path) == [1, 2]
-    assert "--keep-best needs the log" in capsys.readouterr().out
+    assert "no older checkpoint is removed: [Errno 2] No such file" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_is_a_line_and_the_others_are(
+        tmp_path, monkeypatch, capsys):
+    """It ended the run although the new checkpoint was complete, and so did each restart."""
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step)
+    remove = os.remove
+
+    def busy(path):
+        if path.endswith("model_00001.pt"):
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        remove(path)
+        if path.endswith("00002.pt"):  # and another process has removed it, too
+            remove(path)
+    monkeypatch.setattr(os, "remove", busy)
+    state = {**STATE, "train_config": {"keep_best": False, "keep_last": 1}}
+    model = checkpoint.model_contents(tiny_model(), None)
+    checkpoint.save_and_prune(str(tmp_path), 5, model, state)
+    # not the state alone: the model would look damaged
+    assert folder.saved_steps(tmp_path) == [1, 5]
+    path = tmp_path / "model_00001.pt"
+    line = f"cannot remove an older checkpoint, {path}: Device or resource busy"
+    assert capsys.readouterr().out == f"{line}\nsaved {tmp_path / 'model_00005.pt'}\n"
 
 
 # -----------------------------------------------------------------------------
@@ -350,13 +376,34 @@ def names_in(folder):
 
 def test_locking_a_run_folder_removes_what_a_killed_process_was_writing(tmp_path, lock):
     """Their names hold the id of that process, so no later save would overwrite them."""
-    temporary = ["state_00008.pt.12.tmp", "model_00008.pt.12.tmp", "config.json.7.tmp"]
+    temporary = ["state_00008.pt.12.tmp", "model_00008.pt.node7.12.tmp", "config.json.7.tmp",
+                 "log.txt.node7.12.tmp"]
     other = ["model_00004.pt", "notes.tmp", "loss.png.12.tmp"]
     for name in temporary + other:
         (tmp_path / name).write_text("x")
     lock(tmp_path)
     lock()
     assert names_in(tmp_path) == sorted(other)
+
+
+def test_a_run_stays_locked_while_its_log_is_edited_and_later_lines_are_in_the_new_file(
+        tmp_path, lock):
+    """sed -i replaces the file, which was the lock, too: a second training was let in."""
+    lock(tmp_path)
+    log = open_log(tmp_path)
+    log(0, quiet=True, train=3.5)
+    subprocess.run(["sed", "-i", "s/3.5/3.25/", tmp_path / "log.txt"], check=True)
+    with pytest.raises(ValueError, match="is in use by another training process"):
+        folder.lock_run(str(tmp_path))
+    log(1, quiet=True, train=3.0)
+    log.flush()
+    assert (tmp_path / "log.txt").read_text() == "0 train 3.25\n1 train 3.0\n"
+    os.remove(tmp_path / "log.txt")
+    log.flush()
+    log(2, quiet=True, train=2.5)
+    assert (tmp_path / "log.txt").read_text() == "2 train 2.5\n"
+    lock()
+    assert os.listdir(tmp_path) == ["log.txt"]  # without a lock file
 
 
 def test_a_run_folder_that_cannot_be_locked_keeps_its_temporary_files(
@@ -398,21 +445,6 @@ def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(
     assert names_in(tmp_path) == ["log", "log/a"]
 
 
-def test_a_log_without_checkpoints_is_copied_before_it_is_truncated(tmp_path, lock, capsys):
-    (tmp_path / "log.txt").write_text("my notes")
-    for stream in ("first", "second"):
-        lock(tmp_path)
-        log = open_log(tmp_path)
-        log(0, quiet=True, **{stream: 1.0})
-        log.file.close()
-        lock()
-    assert (tmp_path / "log.txt.aside").read_text() == "my notes"
-    assert (tmp_path / "log.txt.2.aside").read_text() == "0 first 1.0\n"
-    assert (tmp_path / "log.txt").read_text() == "0 second 1.0\n"
-    out = capsys.readouterr().out
-    assert out.count("log.txt to *.aside: it is of an earlier run") == 2
-
-
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
     assert folder.read_config(str(tmp_path)) == {}
     folder.write_config(str(tmp_path), {"lr": 0.1}, Ranks(0, 0, 2, "cpu", True))
@@ -435,12 +467,20 @@ def test_a_log_is_read_into_its_streams_without_a_truncated_last_line(tmp_path, 
         "val": [(0, 10.95)], "train": [(0, 10.9), (1, 10.5)], "lr": [(0, 8.39e-07)]}
 
 
-@pytest.mark.parametrize("line", ["1 train", "one train 2.0", "1 train high", "", "\udcff"])
-def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
-    contents = f"0 train 3.0\n{line}\n2 train 1.0\n"
-    (tmp_path / "log.txt").write_bytes(contents.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="log.txt, line 2: expected `step stream value`"):
-        read_log(str(tmp_path / "log.txt"))
+def test_unknown_lines_of_a_log_are_skipped_with_one_message(tmp_path, capsys):
+    """A blank line or a comment stopped the curves."""
+    contents = "0 train 3.0\n1 train\n# lower lr\n\n2 train high\n\udcff\n2 train 1.0\n"
+    path = tmp_path / "log.txt"
+    path.write_bytes(contents.encode(errors="surrogateescape"))
+    for _ in range(2):  # as with --keep-best, at each save
+        assert read_log(str(path)) == {"train": [(0, 3.0), (2, 1.0)]}
+    assert capsys.readouterr().out == (f"{path}: skipped 5 lines that are not `step stream value`,"
+                                       " the first is line 2\n")
+
+
+def open_log(run_dir, tracker="none", first_step=0, ranks=ONE):
+    settings = {"tracker": tracker, "exp_name": "a", "n_embd": 8}
+    return Log(str(run_dir), settings, first_step, ranks)
 
 
 # a run of 3 steps that evaluates at every second: step 2 has evaluations before its checkpoint and
@@ -448,51 +488,56 @@ def test_an_invalid_line_of_a_log_is_an_error_with_its_number(tmp_path, line):
 BEFORE_2 = "0 val 3.5\n0 train 3.5\n0 lr 0.1\n1 train 3.0\n1 lr 0.1\n1 epoch 1\n"
 EVALUATIONS_OF_2 = "2 val 2.5\n2 hella 0.25\n"
 AFTER_2 = "2 train 2.5\n2 lr 0.1\n3 train 2.0\n4 val 1.5\n"
+NOTE = "a note of mine\n\n\udcff\n"
 
 
-def kept(tmp_path, contents, step):
-    """(the lines that a run resumed at step keeps of a log, the evaluations of step in them)"""
-    contents = contents.encode(errors="surrogateescape")
-    (tmp_path / "log.txt").write_bytes(contents)
-    size, evaluated = kept_log(str(tmp_path), step)
-    return contents[:size].decode(errors="surrogateescape"), evaluated
+@pytest.mark.parametrize("contents, kept, cut", [
+    (BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2, BEFORE_2 + EVALUATIONS_OF_2, AFTER_2),
+    (BEFORE_2 + EVALUATIONS_OF_2, BEFORE_2 + EVALUATIONS_OF_2, ""),
+    (BEFORE_2 + AFTER_2, BEFORE_2, AFTER_2),  # a stop interrupted the evaluations
+    # "9999 train 1.0" dropped all that follows
+    ("9999 train 1.0\n" + BEFORE_2 + "2 val 2.5\n", BEFORE_2 + "2 val 2.5\n", "9999 train 1.0\n"),
+    (NOTE + BEFORE_2 + NOTE + "3 val 2.5\n" + NOTE, NOTE + BEFORE_2 + NOTE + NOTE, "3 val 2.5\n"),
+    # a truncated last line counted as logged: it was dropped, and not repeated
+    *((BEFORE_2 + torn, BEFORE_2, torn + "\n") for torn in ("2 hella 0.2", "2 train 2.5", "2")),
+])
+def test_a_resumed_run_keeps_earlier_steps_notes_and_the_evaluations_of_its_step(
+        tmp_path, capsys, contents, kept, cut):
+    path, aside = tmp_path / "log.txt", tmp_path / "log.txt.aside"
+    path.write_bytes(contents.encode(errors="surrogateescape"))
+    evaluations = folder.logged_evaluations(str(tmp_path), 2)
+    capsys.readouterr()
+    log = open_log(tmp_path, first_step=2)
+    assert path.read_bytes() == kept.encode(errors="surrogateescape")
+    assert {f"2 {stream}" for stream in evaluations} == set(re.findall("2 (?:val|hella)", kept))
+    printed = capsys.readouterr().out
+    if cut:  # nothing is lost
+        assert aside.read_text() == cut
+        assert printed.startswith(f"moved {len(cut.splitlines())} lines from {path} to {aside}")
+    else:
+        assert not aside.exists() and printed == ""
+    log(2, quiet=True, train=2.25)
+    assert path.read_bytes() == (kept + "2 train 2.25\n").encode(errors="surrogateescape")
 
 
-def test_a_resumed_run_keeps_earlier_steps_and_the_evaluations_of_its_step(tmp_path, capsys):
-    complete = BEFORE_2 + EVALUATIONS_OF_2
-    assert kept(tmp_path, complete + AFTER_2, 2) == (complete, {"val", "hella"})
-    assert kept(tmp_path, complete, 2) == (complete, {"val", "hella"})
-    assert kept(tmp_path, BEFORE_2 + AFTER_2, 2) == (BEFORE_2, set())  # a stop interrupted them
-    assert kept(tmp_path, BEFORE_2 + "3 val 2.5\n", 2) == (BEFORE_2, set())
-    assert kept(tmp_path, complete + AFTER_2, 0) == ("0 val 3.5\n", {"val"})
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("torn", ["2 hella 0.2", "2 train 2.5", "2"])
-def test_a_truncated_last_line_is_dropped_and_is_not_an_evaluation(tmp_path, torn):
-    """It once counted as logged: its line was dropped, and it was not repeated."""
-    contents = BEFORE_2 + "2 val 2.5\n"
-    assert kept(tmp_path, contents + torn, 2) == (contents, {"val"})
-
-
-@pytest.mark.parametrize("line", ["a note of mine\n", "\n", "x val 3.0\n", "\udcff\n"])
-def test_an_invalid_line_is_kept_and_ignored(tmp_path, line):
-    contents = BEFORE_2 + line + EVALUATIONS_OF_2
-    assert kept(tmp_path, contents + AFTER_2, 2) == (contents, {"val", "hella"})
+def test_a_new_run_moves_the_log_of_an_earlier_one_without_checkpoints_aside(tmp_path, capsys):
+    path = tmp_path / "log.txt"
+    path.write_text("my notes")
+    for stream in ("first", "second"):
+        open_log(tmp_path)(0, quiet=True, **{stream: 1.0})
+    assert (tmp_path / "log.txt.aside").read_text() == "my notes\n0 first 1.0\n"
+    assert path.read_text() == "0 second 1.0\n"
+    assert capsys.readouterr().out.count(f"moved 1 lines from {path} to {path}.aside") == 2
 
 
 @pytest.mark.parametrize("contents, last", [("0 train 3.5\n1 train 3.0", 0), ("", -1), (None, -1)])
 def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
     if contents is not None:
         (tmp_path / "log.txt").write_text(contents)
-    assert kept_log(str(tmp_path), 2)[1] == set()
+    assert folder.logged_evaluations(str(tmp_path), 2) == set()
+    open_log(tmp_path, first_step=2)
     lacks = f"it lacks steps {last + 1} to 1 before the checkpoint"
-    assert capsys.readouterr().out == f"{tmp_path}/log.txt is incomplete: {lacks}\n"
-
-
-def open_log(run_dir, keep_bytes=0, tracker="none", first_step=0, ranks=ONE):
-    settings = {"tracker": tracker, "exp_name": "a", "n_embd": 8}
-    return Log(str(run_dir), settings, keep_bytes, first_step, ranks)
+    assert f"{tmp_path}/log.txt is incomplete: {lacks}\n" in capsys.readouterr().out
 
 
 def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys):
@@ -512,15 +557,6 @@ def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys)
         "step     0 | val 3.2500\nstep   250 | hella 0.2500 | hella_lm_eval 0.2950\n")
     assert calls == [(0, {"val": 3.25}), (0, {"train": 3.5, "lr": 6e-4}),
                      (250, {"hella": 0.25, "hella_lm_eval": 0.295})]
-
-
-def test_log_of_a_resumed_run_truncates_what_it_does_not_keep(tmp_path):
-    (tmp_path / "log.txt").write_text(BEFORE_2 + EVALUATIONS_OF_2 + AFTER_2)
-    num_bytes, _ = kept_log(str(tmp_path), 2)
-    log = open_log(tmp_path, num_bytes)
-    log(2, quiet=True, train=2.25)
-    contents = (tmp_path / "log.txt").read_text()
-    assert contents == BEFORE_2 + EVALUATIONS_OF_2 + "2 train 2.25\n"
 
 
 def test_log_of_other_ranks_writes_and_prints_nothing(tmp_path, capsys, monkeypatch):

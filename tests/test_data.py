@@ -440,10 +440,10 @@ def test_next_batch_raises_while_a_shard_is_damaged_and_then_continues(tmp_path)
     loader.close()
 
 
-def test_files_stay_open_between_reads_within_a_bound(tmp_path, monkeypatch):
+def test_files_stay_open_between_reads_within_a_bound(tmp_path):
     """A batch of shuffled windows opened a file for each of them: 3 ms for 64."""
     stream, tokens = make_stream(str(tmp_path), [50] * 6)
-    monkeypatch.setattr(stream, "MAX_OPEN", 4)
+    stream.max_open = 4
     for _ in range(3):
         for start in (0, 60, 120, 170):
             assert stream.read(start, 20).tolist() == tokens[start:start + 20].tolist()
@@ -455,10 +455,84 @@ def test_files_stay_open_between_reads_within_a_bound(tmp_path, monkeypatch):
         assert stream.read(start, 20).tolist() == tokens[start:start + 20].tolist()
         assert len(stream.files) == 4 and not any(f.closed for f in stream.files.values())
     assert any(f.closed for f in files)
-    # a file is opened again only if it is the same shard
-    write_shard(str(tmp_path / "x_train_000000.npy"), TOKENS)
-    with pytest.raises(ValueError, match="x_train_000000.npy .*has changed"):
+    # a file is opened again only if it is the same shard, of the same size and tokens
+    for other in (TOKENS, tokens[:50][::-1]):
+        write_shard(str(tmp_path / "x_train_000000.npy"), other)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="x_train_000000.npy .*has changed"):
+                stream.read(0, 5)
+
+
+class FailingReader(io.FileIO):
+    """A file whose next reads raise the errors (numbers) of its list, which all files share."""
+    errors = []
+
+    def readinto(self, buffer):
+        if self.errors:
+            number = self.errors.pop(0)
+            raise OSError(number, os.strerror(number))
+        return super().readinto(buffer)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A TokenStream's files are FailingReaders; returns the list of the errors to raise."""
+    errors = []
+    monkeypatch.setattr(FailingReader, "errors", errors)
+    monkeypatch.setattr(TokenStream, "RETRY_WAITS", (0, 0, 0), raising=False)
+    monkeypatch.setattr(data, "open", lambda path, *_, **__: FailingReader(path), raising=False)
+    return errors
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_read_that_fails_for_a_moment_is_tried_again(number, tmp_path, capsys, failing):
+    """It ended the run with "it has changed since training started"."""
+    stream, tokens = make_stream(str(tmp_path), [300])
+    loader = DataLoaderLite(stream, 2, 10, shuffle=False)
+    path, f = next(iter(stream.files.items()))
+    failing += [number] * 3
+    x, _ = loader.next_batch()
+    loader.close()
+    assert x.flatten().tolist() == tokens[:20].tolist()
+    assert stream.files[path] is not f and f.closed  # an open file may stay stale
+    line = f"cannot read {path}: {os.strerror(number)}; trying again in 0 s\n"
+    assert capsys.readouterr().err == 3 * line
+
+
+def test_a_read_that_fails_for_long_is_an_error_that_names_the_cause(tmp_path, failing):
+    stream, _ = make_stream(str(tmp_path), [300])
+    failing += [errno.EIO] * 4
+    with pytest.raises(OSError, match="x_train_000000.npy: Input/output error, after 3 retries$"):
         stream.read(0, 5)
+
+
+@pytest.fixture
+def few_files():
+    """This process can open 20 more files."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as f:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (f.fileno() + 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_closed_or_named(few_files, tmp_path, capsys, monkeypatch):
+    """They were "it has changed since training started"."""
+    monkeypatch.setattr(TokenStream, "RETRY_WAITS", (0, 0, 0), raising=False)
+    stream, tokens = make_stream(str(tmp_path), [50] * 30)
+    for _ in range(2):
+        assert stream.read(0, 1500).tolist() == tokens.tolist()
+    assert capsys.readouterr().err.count("Too many open files; trying again") == 1
+    stream = TokenStream([shard.path for shard in stream.shards[:1]])
+    others = []  # of another part of the program
+    with pytest.raises(OSError):
+        while True:
+            others.append(open(os.devnull))
+    with pytest.raises(OSError, match=r"\.npy: Too many open files, after 3 retries"):
+        stream.read(0, 50)
+    for f in others:
+        f.close()
 
 
 def test_a_read_that_returns_less_than_was_asked_for_is_continued(tmp_path, monkeypatch):
@@ -537,7 +611,7 @@ def test_a_text_whose_folder_cannot_be_written_is_one_line_with_the_remedy(tmp_p
     """It was "[Errno 30] Read-only file system: '.../.tokens/...'"."""
     (tmp_path / "t.txt").write_text("a line\n" * 20)
 
-    def makedirs(path):
+    def makedirs(path, exist_ok):
         raise OSError(errno.EROFS, "Read-only file system", path)
     monkeypatch.setattr(data.os, "makedirs", makedirs)
     message = (f"cannot create {tmp_path}/.tokens for the tokens of {tmp_path}/t.txt (Read-only"
@@ -561,48 +635,66 @@ def test_text_is_tokenized_again_only_if_the_file_has_changed(tmp_path, monkeypa
     assert prepare_data(str(path)) != again
 
 
-def test_of_two_processes_that_tokenize_a_text_the_later_one_uses_the_others_folder(
+@pytest.mark.parametrize("damage", ["emptied", "without val", "cut", "of zeros"])
+def test_damaged_tokens_of_a_text_are_created_again(damage, tmp_path):
+    """They were trusted: "too few for one sequence of 1024 and its target; use more text"."""
+    path = tmp_path / "play.txt"
+    path.write_text(PLAY)
+    train, val = prepare_data(str(path))
+    if damage in ("emptied", "without val"):
+        os.remove(val[0])
+    if damage == "emptied":
+        os.remove(train[0])
+    if damage == "cut":
+        os.truncate(train[0], 200)
+    if damage == "of zeros":  # after a power failure
+        size = os.path.getsize(train[0])
+        os.truncate(train[0], 0)
+        os.truncate(train[0], size)
+    assert prepare_data(str(path)) == (train, val)
+    assert text_of(train) + text_of(val) == PLAY
+
+
+def test_two_processes_that_tokenize_a_text_at_the_same_time_use_the_same_files(
         tmp_path, monkeypatch):
     path = tmp_path / "play.txt"
     path.write_text(PLAY)
-    winners = []
+    others = []
 
     def write_after_another_process(*args):
         monkeypatch.setattr(data, "write_shard", write_shard)
-        winners.append(prepare_data(str(path)))
-        winners.append(os.stat(winners[0][0][0]).st_ino)
+        others.extend(prepare_data(str(path)))
         write_shard(*args)
     monkeypatch.setattr(data, "write_shard", write_after_another_process)
-    paths = prepare_data(str(path))
-    assert winners == [paths, os.stat(paths[0][0]).st_ino]
+    train, val = prepare_data(str(path))
+    assert others == [train, val] and text_of(train) + text_of(val) == PLAY
     assert len(os.listdir(tmp_path / ".tokens")) == 1
 
 
 PREPARE_AND_KILL = """
 import os, signal, sys, data
-write = data.write_shard
-def write_then_kill(path, tokens):
-    write(path, tokens)
-    os.kill(os.getpid(), signal.SIGKILL)
-data.write_shard = write_then_kill
+fsync, files = os.fsync, []
+def kill_at_the_second(f):
+    fsync(f)
+    files.append(f)
+    if len(files) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = kill_at_the_second
 data.prepare_data(sys.argv[1])
 """
 
 
-def test_a_process_killed_while_tokenizing_leaves_no_cache_folder(tmp_path, monkeypatch):
+def test_what_a_process_killed_while_tokenizing_has_left_is_completed_and_removed(tmp_path):
+    """A folder .tokens/*.tmp stayed for ever."""
     path = tmp_path / "play.txt"
     path.write_text(PLAY)
     killed = subprocess.Popen([sys.executable, "-c", PREPARE_AND_KILL, str(path)], cwd=ROOT)
     assert killed.wait(timeout=120) == -signal.SIGKILL
-    left, = os.listdir(tmp_path / ".tokens")
-    assert left.endswith(".tmp")
-    # in a container the next process may have the same id
-    monkeypatch.setattr(os, "getpid", lambda: killed.pid)
+    assert sum(1 for _ in tmp_path.rglob("*.tmp")) == 1
     train, val = prepare_data(str(path))
     assert text_of(train) + text_of(val) == PLAY
-    final, = set(os.listdir(tmp_path / ".tokens")) - {left}
-    names = os.listdir(tmp_path / ".tokens" / final)
-    assert sorted(names) == ["play_train_000001.npy", "play_val_000000.npy"]
+    folder, = (tmp_path / ".tokens").iterdir()
+    assert sorted(os.listdir(folder)) == ["play_train_000001.npy", "play_val_000000.npy"]
 
 
 # -----------------------------------------------------------------------------
