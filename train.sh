@@ -29,7 +29,13 @@ fi
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
   echo "train.sh: training on $gpus GPUs"
-  exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$here/train_gpt2.py" "$@"
+  # without an address torchrun takes the host's name, and hangs where that does not resolve
+  options=(--standalone --nproc_per_node="$gpus" --local_addr=127.0.0.1)
+  # torchrun would handle SIGHUP although nohup ignores it, and stop when the terminal is closed
+  if [ -n "$(trap -p HUP)" ]; then options+=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT); fi
+  # torchrun kills its ranks 30 s after a signal; a step and a save of a large model take longer (torch 2.13)
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+  exec "$python" -m torch.distributed.run "${options[@]}" "$here/train_gpt2.py" "$@"
 fi
 if [ "$gpus" -eq 1 ]; then
   echo "train.sh: training on one GPU"

@@ -331,7 +331,9 @@ def message_of(error):
     if is_lost_connection(error):
         return (f"rank {os.environ['RANK']} lost the connection to another rank: see what that one"
                 f" printed ({first_line(error)})")
-    import torch  # imported already, where its errors occur
+    import torch.distributed  # imported already, where its errors occur
+    if isinstance(error, torch.distributed.DistError):
+        return message_of_dist_error(str(error))
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition("\n")[0][:120]
         return f"out of GPU memory; use a smaller --batch-size ({reason})"
@@ -340,18 +342,29 @@ def message_of(error):
     return None
 
 
+# of gloo, of the store, and of NCCL
 LOST_CONNECTION = ("Connection closed by peer|Connection reset by peer|Broken pipe|"
-                   "Connection refused|Timed out waiting")
+                   "Connection refused|Timed out waiting|failed to connect|wait timeout|"
+                   "ncclRemoteError")
 
 
 def is_lost_connection(error):
     """Whether a collective failed because another rank has ended."""
-    if "RANK" not in os.environ or not isinstance(error, RuntimeError):
-        return False
-    import torch.distributed  # imported already, where its errors occur
-    if isinstance(error, torch.distributed.DistError):  # NCCL's
-        return True
-    return re.search(LOST_CONNECTION, str(error)) is not None  # gloo's
+    return ("RANK" in os.environ and isinstance(error, RuntimeError)
+            and re.search(LOST_CONNECTION, str(error)) is not None)
+
+
+def message_of_dist_error(text):
+    """The line of an error of torch.distributed on this rank: of the port, or NCCL's own."""
+    if "EADDRINUSE" in text:
+        return (f"port {os.environ.get('MASTER_PORT')} is in use, perhaps by another run: choose"
+                " another one by MASTER_PORT, or by torchrun's --rdzv_endpoint or --master_port")
+    first = text.partition("\n")[0]
+    cause = text.partition("Last error:")[2].strip()  # NCCL's
+    message = f"{cause} ({first})" if cause else first
+    if "collective operation timeout" in text:
+        message += "; GPUs without peer-to-peer access may need NCCL_P2P_DISABLE=1"
+    return message
 
 
 def wait_for_root_cause(error):

@@ -14,6 +14,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +146,46 @@ def test_rank_0_prints_an_error_first_and_the_rank_that_lost_the_connection_last
     # Python itself prints it on stderr
     assert 1 <= waits[0] <= 5 and text.startswith("Traceback") and "a bug" in text
     assert rank_raises(KeyboardInterrupt(), 1, *arguments) == ([], "", None)
+
+
+NCCL_ERRORS = [  # as NCCL 2.27 prints them
+    ("unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+     "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device"
+     " error. \nLast error:\nError while creating shared memory segment /dev/shm/nccl-y4qSGA (size"
+     " 9637888), error: No space left on device (28)",
+     "error: Error while creating shared memory segment /dev/shm/nccl-y4qSGA (size 9637888), error:"
+     " No space left on device (28) (NCCL error in: NCCLUtils.cpp:94, unhandled system error"),
+    ("invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
+     "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+     "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+     "error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000 ("),
+    ("remote process exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: A"
+     " call failed possibly due to a network error or a remote process exiting prematurely.\n"
+     "Last error:\nsocketProgress: Connection closed by remote peer node1<41234>",
+     "error: rank 0 lost the connection to another rank"),
+    ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1, OpType=ALLREDUCE)"
+     " ran for 600012 milliseconds before timing out.", "may need NCCL_P2P_DISABLE=1\n")]
+
+
+@pytest.mark.parametrize("text, expected", NCCL_ERRORS)
+def test_an_error_of_nccl_is_nccls_own_last_error(text, expected, tmp_path, monkeypatch, capsys):
+    """All were "lost the connection to another rank: see what that one printed"."""
+    error = torch.distributed.DistBackendError(f"NCCL error in: NCCLUtils.cpp:94, {text}")
+    printed = rank_raises(error, 0, tmp_path, monkeypatch, capsys)[1]
+    assert expected in printed and printed.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line_that_names_it(tmp_path, monkeypatch, capsys):
+    """It was "lost the connection to another rank"."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(torch.distributed.DistNetworkError) as e:
+            torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    printed = rank_raises(e.value, 0, tmp_path, monkeypatch, capsys)[1]
+    assert printed.startswith(f"error: port {port} is in use") and printed.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------

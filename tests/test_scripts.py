@@ -36,7 +36,9 @@ def write_torch(folder, gpus=0, cuda="None"):
     (distributed.parent / "__init__.py").write_text(
         f"class version: cuda = {cuda}\nclass cuda: device_count = staticmethod(lambda: {gpus})\n")
     (distributed / "__init__.py").touch()
-    (distributed / "run.py").write_text("import sys\nprint('torchrun', sys.argv[1:])\n")
+    (distributed / "run.py").write_text(
+        "import os, sys\n"
+        "print('torchrun', sys.argv[1:], os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n")
 
 
 @pytest.fixture
@@ -162,6 +164,15 @@ def test_a_device_that_is_named_is_the_only_one(clone):
         assert torchrun in process.stdout, process.stderr
 
 
+def test_torchrun_needs_no_host_name_has_time_to_save_and_ignores_sighup_under_nohup(clone):
+    """It hung where the host's name does not resolve, and stopped when the terminal was closed."""
+    write_torch(clone / "stubs", gpus=2)
+    for shell, more in (([], ""), (["nohup"], ", '--signals-to-handle=SIGTERM,SIGINT,SIGQUIT'")):
+        expected = ("torchrun ['--standalone', '--nproc_per_node=2', '--local_addr=127.0.0.1'"
+                    f"{more}, '{clone}/train_gpt2.py', '--lr', '1'] 300\n")
+        assert run(clone, "--lr", "1", shell=shell).stdout.endswith(expected)
+
+
 def test_sruns_tasks_have_the_cpus_of_the_job(clone, tmp_path):
     """Since Slurm 22.05 srun does not inherit --cpus-per-task: all ranks of a node had one core."""
     os.mkdir(tmp_path / "slurm")
@@ -169,13 +180,17 @@ def test_sruns_tasks_have_the_cpus_of_the_job(clone, tmp_path):
     write_program(tmp_path / "slurm" / "scontrol", "echo node1")
     env = {**os.environ, "PATH": f"{tmp_path / 'slurm'}:{os.environ['PATH']}",
            "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    ports = []
     for cpus, first in (({"SLURM_CPUS_PER_TASK": "64"}, "--cpus-per-task=64"),
-                        ({}, ".venv/bin/python")):
+                        ({"SLURM_JOB_ID": "1019999"}, ".venv/bin/python")):
         process = subprocess.run(["bash", "train.sbatch", "--preset", "gpt2-124M"], cwd=clone,
                                  env=env | cpus, capture_output=True, text=True, timeout=60)
         assert process.returncode == 0, process.stderr
         assert process.stdout.startswith(f"{first}\n")
         assert process.stdout.endswith("train_gpt2.py\n--preset\ngpt2-124M\n")
+        ports.append(re.search(r"--rdzv_endpoint=node1:(\d+)\n", process.stdout)[1])
+    # two jobs on one node once shared port 29500
+    assert ports == ["10007", "29999"]
 
 
 # -----------------------------------------------------------------------------
