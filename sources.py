@@ -33,12 +33,20 @@ from tqdm import tqdm
 
 from data import END_OF_TEXT
 
+try:  # these read zstd's windows of up to 2 GB; pyarrow reads 128 MB
+    from compression import zstd  # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd  # optional: pip install backports.zstd
+    except ImportError:
+        zstd = None
+
 BATCH_ROWS = 16           # documents tokenized in one call: enough to make Python's overhead small
 PIECE_BYTES = 8 << 20     # of text in the largest row group read as one piece; FineWeb's have 5 MB
 BLOCK_BYTES = 1 << 20     # of text in a piece of other files
 TOKENS_PER_BYTE = 0.2     # of English text, a low estimate: GPT-2's tokens have about 4.5 bytes
 HUB_WAITS = (10, 30, 60, 120, 300)  # seconds, in addition to the retries of huggingface_hub itself
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+CODECS = (".gz", ".zst")
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst",
             ".json", ".json.gz", ".json.zst", ".txt", ".txt.gz", ".txt.zst")
 # in a folder: hidden files, a manifest of fineweb.py, and metadata of the datasets library
@@ -46,7 +54,11 @@ NO_TEXT = re.compile(r"\..*|(manifest|dataset_infos?|dataset_dict|state)\.json|c
 # where GPT-2's pattern splits any text: before whitespace that ends a word, and between a letter or
 # digit and a punctuation mark (some of each: re's classes are not quite those of the pattern)
 BORDER = re.compile(r"(?<=\S)[ \t\r\n\u3000]|(?<=[0-9A-Za-z\u4e00-\u9fa5])[,.;:!?\u3002\uff0c]")
-
+# what decoders raise; an OSError of pyarrow has no errno, unlike one of the file system
+DAMAGE = (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError,
+          OSError)
+if zstd is not None:
+    DAMAGE += (zstd.ZstdError,)
 
 
 @dataclass(frozen=True)
@@ -72,18 +84,17 @@ def damage_as_error(name):
     """Context in which a file that pyarrow or a decoder cannot read is a ValueError with name."""
     try:
         yield
-    except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError, OSError) as e:
-        # an OSError of a failing disk has an errno; pyarrow's, "Corrupt snappy data", has none
-        if isinstance(e, OSError) and e.errno is not None:
+    except DAMAGE as e:
+        if getattr(e, "errno", None) is not None:
             raise
         reason = " ".join(str(e).split())
         if isinstance(e, UnicodeDecodeError):
             raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
                              " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
         if re.search("crypt|LZO|too much memory", reason):
-            raise ValueError(f"{name} is of a kind that pyarrow cannot read ({reason}); write it"
-                             " without encryption, LZO, or zstd's --long (unpacked by zstd -d"
-                             " --long=31)") from e
+            raise ValueError(f"{name} is of a kind that pyarrow does not read ({reason}): encrypted"
+                             " or LZO, which has to be written again, or zstd --long, which needs"
+                             " pip install backports.zstd") from e
         raise ValueError(f"{name} is damaged or truncated ({reason}); copy it again") from e
 
 
@@ -140,7 +151,7 @@ def read_row_group(open_file, name, metadata, i, column):
     Holds the compressed column and one list in memory; of a large row group, not even the column.
     """
     is_large = text_bytes(metadata, column, i) > PIECE_BYTES
-    with open_file() as f:
+    with damage_as_error(name), open_file() as f:
         file = pq.ParquetFile(f, metadata=metadata, pre_buffer=False,
                               buffer_size=BLOCK_BYTES if is_large else 0)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[i], columns=[column],
@@ -178,50 +189,46 @@ def parse_rows(rows, name, first, column):
     texts = []
     is_checked = first > 1
     for number, line in enumerate(rows, first):
-        if not line.strip():
+        with damage_as_error(f"row {number} of {name}"):
+            row = json.loads(line) if line.strip() else None
+        if row is None:
             texts.append(None)
             continue
-        try:
-            row = json.loads(line)
-            texts.append(row.get(column))
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{name} is damaged or truncated (row {number} is not a JSON object:"
-                             f" {e}); each line, or element of one array, must be one") from e
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of {name} is not a JSON object; a file has one on each"
+                             " line, or one array of them")
         if not is_checked:
             check_column(name, column, row)
         is_checked = True
+        texts.append(row.get(column))
     yield texts
 
 
 def array_rows(f):
-    """Yields the elements of a JSON array, as text, in lists: those that end in the same block."""
+    """Yields the elements of a JSON array as text."""
     decode = json.JSONDecoder().raw_decode
-    separator = re.compile(r"[\s,]*")
+    size = 1 << 16  # of a block, which is copied for each element
     f = io.TextIOWrapper(f, "utf-8-sig")
-    text = f.read(BLOCK_BYTES).lstrip()[1:]
+    text = f.read(size).lstrip()[1:].lstrip()
     while not text.startswith("]"):
-        rows = []
-        start = 0
-        with contextlib.suppress(json.JSONDecodeError):  # at the end of the block, or of the array
-            while True:
-                start = separator.match(text, start).end()
-                end = decode(text, start)[1]
-                rows.append(text[start:end])
-                start = end
-        yield rows
-        text = text[start:]
-        block = f.read(max(BLOCK_BYTES, len(text)))
-        text += block
-        if not block and not text.startswith("]"):
-            decode(text)  # raises JSONDecodeError
+        try:
+            end = decode(text)[1]
+        except json.JSONDecodeError:  # the element continues in the next block
+            block = f.read(max(size, len(text)))
+            if not block:
+                raise
+            text += block
+        else:
+            yield text[:end]
+            text = text[end:]
+        text = text.lstrip(", \t\r\n")
 
 
 def json_pieces(f, name, column):
-    """Yields (batches, True) for about every BLOCK_BYTES of JSON lines, or of a JSON array."""
+    """Yields (batches, True) for BLOCK_BYTES of JSON lines, or BATCH_ROWS elements of an array."""
     if re.match(rb"(\xef\xbb\xbf)?\s*\[", f.peek(64)):
-        blocks = array_rows(f)
+        elements = array_rows(f)
+        blocks = iter(lambda: list(itertools.islice(elements, BATCH_ROWS)), [])
     else:
         blocks = iter(lambda: f.readlines(BLOCK_BYTES - 1), [])  # of at least BLOCK_BYTES
     first = 1
@@ -267,6 +274,15 @@ def txt_pieces(f):
             begins = not others[-1]
 
 
+def decompress(f, suffix):
+    """A compressed file as a stream of its contents."""
+    if suffix == ".gz":
+        return pa.CompressedInputStream(f, "gzip")
+    if zstd is None:
+        return pa.CompressedInputStream(f, "zstd")
+    return zstd.ZstdFile(f, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
 def file_pieces(source, name, column):
     """Yields (batches, whether it begins a document) for a file; its suffix selects the format."""
     open_file = functools.partial(source.open, name)
@@ -279,7 +295,7 @@ def file_pieces(source, name, column):
         if suffix in CODECS:
             if not f.peek(1):
                 raise OSError("it has no bytes")
-            f = io.BufferedReader(pa.CompressedInputStream(f, CODECS[suffix]))
+            f = io.BufferedReader(decompress(f, suffix))
             suffix = os.path.splitext(stem)[1]
         if suffix == ".arrow":
             yield from arrow_pieces(f, name, column)
@@ -299,19 +315,14 @@ def pieces(source, column, first_file=0, first_number=0):
         with damage_as_error(name):
             for number, (batches, begins) in enumerate(file_pieces(source, name, column)):
                 if i > first_file or number >= first_number:
-                    yield Piece(i, number, read_batches(batches, name), begins)
-
-
-def read_batches(batches, name):
-    with damage_as_error(name):
-        yield from batches
+                    yield Piece(i, number, batches, begins)
 
 
 def check_files(source, column):
     """Reads the first texts of every file; raises the error of one that cannot be read."""
     for i in range(len(source.names)):
         for piece in itertools.islice(pieces(source, column, i), 1):
-            next(piece.batches, None)
+            next(iter(piece.batches), None)
 
 
 def map_in_order(function, items, workers, ahead):
@@ -477,7 +488,7 @@ def estimate_tokens(source, column):
         if name.endswith(".parquet"):
             with damage_as_error(name):
                 tokens += estimate_parquet(functools.partial(source.open, name), name, column)
-        elif name.endswith(tuple(CODECS)):  # text compresses to half its size or less
+        elif name.endswith(CODECS):  # text compresses to half its size or less
             tokens += TOKENS_PER_BYTE * file_size * 2
         else:
             tokens += TOKENS_PER_BYTE * file_size

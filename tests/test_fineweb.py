@@ -245,8 +245,9 @@ def pieces_of(text, block_bytes=7):
         return list(sources.txt_pieces(io.BytesIO(text.encode())))
 
 
-FRAGMENTS = ["a", "b1", "'s", "'", " ", "  ", "\n", "\r\n", "\t", ".", ",", "。", "，", "\u3000", "北京",
-             "é", "e\u0301", "\u00a0", "\u2003", "\x1c", "\x85", "½", "٣", "<|", "<|endoftext|>"]
+FRAGMENTS = ["a", "b1", "'s", "'", " ", "  ", "\n", "\r\n", "\t", ".", ",", "。", "，", "\u3000",
+             "北京", "é", "\u0301", "\u00a0", "\u2003", "\x1c", "\x85", "½", "٣",
+             "<|", "<|endoftext|>"]
 
 
 @settings(max_examples=300, deadline=None)
@@ -260,8 +261,8 @@ def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text
     assert tokens.tolist() == true_tokens(documents_of(text))
 
 
-@pytest.mark.parametrize("line", ["北京的一个句子\n", "一句话，又一句话。", "word\n", "12\tab\tc\r\n", "ab.cd,",
-                                  "a\n\nb  \n"])
+@pytest.mark.parametrize("line", ["北京的一个句子\n", "一句话，又一句话。", "word\n", "ab.cd,",
+                                  "12\tab\tc\r\n", "a\n\nb  \n"])
 def test_text_without_spaces_between_words_is_read_in_blocks(line):
     """A piece was the whole file: 3 GB of memory for 390 MB of Chinese."""
     text = line * 5000
@@ -343,7 +344,7 @@ def test_a_json_array_is_read_in_blocks(tmp_path, monkeypatch, indent):
 
 
 def test_folders_of_the_datasets_library_are_read(tmp_path, monkeypatch):
-    """Their metadata, dataset_info.json and state.json, were read as text; .arrow files were not."""
+    """Their metadata, such as state.json, was read as text, and .arrow files were not."""
     import datasets
     datasets.disable_progress_bars()
     texts = make_texts(50, seed=3)
@@ -524,7 +525,7 @@ def test_the_last_file_is_checked_before_the_first_token(corpus, tmp_path, monke
     """It was found when it was reached, after hours, and other files meant another folder."""
     (corpus[0] / name).write_bytes(LAST[name])
     monkeypatch.setattr(fineweb, "tokenize", lambda piece: pytest.fail("tokenized"))
-    with pytest.raises(ValueError, match=f"{name} (has no column 'text'; it has body|is)"):
+    with pytest.raises(ValueError, match=f"{name} (has no column 'text'; it has body|is )"):
         run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
     assert not (tmp_path / "out").exists()
 
@@ -546,8 +547,24 @@ def test_an_encrypted_file_is_named_with_the_remedy(tmp_path, monkeypatch, plain
     properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
     table = pa.table({"text": make_texts(30)})
     pq.write_table(table, tmp_path / "a.parquet", encryption_properties=properties)
-    with pytest.raises(ValueError, match="a.parquet is of a kind that .*without encryption"):
+    with pytest.raises(ValueError, match="a.parquet is of a kind that .* encrypted"):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
+
+
+def test_zstd_windows_of_two_gigabytes_are_read_or_named(tmp_path, monkeypatch):
+    """Files of `zstd --long=31` were "damaged or truncated; copy it again"."""
+    line = json_lines(["a text"])
+    # a frame of one block, that says it needs a window of 2 GB: RFC 8878, 3.1.1
+    frame = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + (len(line) << 3 | 1).to_bytes(3, "little")
+    (tmp_path / "a.jsonl.zst").write_bytes(frame + line)
+    flags = ("--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out", "--val-tokens", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "zstd", None)
+        with pytest.raises(ValueError, match="a.jsonl.zst is of a kind .*backports.zstd"):
+            run(patch, *flags)
+    if sources.zstd is not None:
+        run(monkeypatch, *flags)
+        assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
 
 
 def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -555,8 +572,9 @@ def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
     whole = (tmp_path / "a.parquet").read_bytes()
     # the codec in the footer, a Thrift enumeration before the number of values: 1 is Snappy, 3 LZO
     (tmp_path / "a.parquet").write_bytes(whole.replace(b"\x15\x02\x16", b"\x15\x06\x16"))
-    assert pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0).compression == "LZO"
-    with pytest.raises(ValueError, match="a.parquet is of a kind that .*LZO.*without .*LZO"):
+    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert metadata.row_group(0).column(0).compression == "LZO"
+    with pytest.raises(ValueError, match="a.parquet is of a kind that .*LZO"):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 
