@@ -4,7 +4,8 @@ The data path: GPT-2's tokenizer, the shard files, and the loader that reads bat
 - get_tokenizer: GPT-2's byte-pair encoding in tiktoken, from run/gpt2.tiktoken.
 - Shard formats, one writer and one reader (write_shard, open_shard):
     *.npy                NumPy, 1-D uint16, as fineweb.py and build-nanogpt write them
-    *_<n>.bin            llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520,
+    *_<n>.bin, *_train.bin, *_val.bin
+                         llm.c and modded-nanogpt: 256 little-endian int32 (magic 20240520,
                          version 1, number of tokens, zeros), then the tokens as uint16
     train.bin, val.bin   nanoGPT: uint16 without a header
 - TokenStream: the shards of a split as one sequence of tokens.
@@ -47,7 +48,8 @@ from run.files import atomic_write, check_regular
 
 TOKENIZER_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run", "gpt2.tiktoken")
 TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # r50k_base
-EOT = 50256         # <|endoftext|>, GPT-2's only special token: precedes every document
+END_OF_TEXT = "<|endoftext|>"
+EOT = 50256         # END_OF_TEXT, GPT-2's only special token: precedes every document
 NUM_TOKENS = 50257  # size of the vocabulary; a model's vocab_size may be padded beyond it
 
 
@@ -69,7 +71,7 @@ def token_ranks():
 def encoding_with(pattern):
     """GPT-2's tiktoken.Encoding, which splits text into words by a pattern."""
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=token_ranks(),
-                             special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=NUM_TOKENS)
+                             special_tokens={END_OF_TEXT: EOT}, explicit_n_vocab=NUM_TOKENS)
 
 
 _of_this_thread = threading.local()
@@ -191,7 +193,7 @@ def read_tokens(f, shard, begin, n):
 
 def find_shards(folder, split):
     """Paths of the shards of split "train" or "val" in a folder, in order."""
-    pattern = re.compile(rf"(.*_)?{split}_\d+\.(npy|bin)|{split}\.bin")
+    pattern = re.compile(rf"(.*_)?{split}(_\d+\.npy|(_\d+)?\.bin)")
     names = sorted(name for name in os.listdir(folder) if pattern.fullmatch(name))
     return [os.path.join(folder, name) for name in names]
 
@@ -652,8 +654,8 @@ def read_text(path):
         with open(path, encoding="utf-8-sig", newline="") as f:
             return f.read()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it"
-                         " first") from e
+        raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it,"
+                         " perhaps with iconv -f LATIN1 -t UTF-8") from e
 
 
 def encode_documents(texts):
@@ -680,7 +682,7 @@ def tokenize_texts(paths):
     stats = [os.stat(path) for path in paths]
     names = [os.path.basename(path) for path in paths]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
-    key = json.dumps(["split_texts 2, one document a file", files])
+    key = json.dumps(["split_texts 2, documents end at <|endoftext|>", files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     parent = os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".tokens")
     name = os.path.splitext(names[0])[0]
@@ -691,8 +693,8 @@ def tokenize_texts(paths):
         for shard in shards:
             open_shard(shard)
         return folder
-    texts = [read_text(path) for path in paths]
-    if not any(texts):
+    texts = [text for path in paths for text in read_text(path).split(END_OF_TEXT) if text]
+    if not texts:
         raise ValueError(f"{paths[0]} is empty: there is nothing to train on")
     splits = [encode_documents(documents) for documents in split_texts(texts)]
     try:

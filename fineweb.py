@@ -114,11 +114,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import data
-from data import EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, load_manifest, write_shard
+from data import (END_OF_TEXT, EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, load_manifest,
+                  write_shard)
 from run import files
-from sources import estimate_tokens, hub_source, local_source, map_in_order, pieces
+from sources import (check_files, estimate_tokens, hub_source, local_source, map_in_order,
+                     pieces)
 
-END_OF_TEXT = "<|endoftext|>"
 LOCK = ".fineweb.lock"    # in the output folder, while a process writes there
 
 
@@ -156,7 +157,7 @@ def encode_joined(text, special):
         return data.encode(text, special)
 
 
-def val_end(shard, next_token, val_total, val_tokens):
+def val_end(shard, is_full, next_token, val_total, val_tokens):
     """Length that the current shard of the val split is cut to, if the split ends; None if not.
 
     shard: its tokens so far, 1-D. val_total: number of tokens in the val split so far.
@@ -168,6 +169,8 @@ def val_end(shard, next_token, val_total, val_tokens):
         boundaries = boundaries[boundaries > len(shard) - val_total]  # not the stream's start
         if len(boundaries) > 0:
             return boundaries[-1]
+    if val_total >= val_tokens and is_full:
+        return len(shard) - (val_total - val_tokens)
     return None
 
 
@@ -175,9 +178,9 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
     """Yields (split, tokens, split of the next shard): the stream in shards of shard_size tokens.
 
     chunks: the stream as uint16 arrays of any length; EOT begins a document. The val split comes
-    first. It ends at a document boundary: the last one in the shard that reaches val_tokens, of at
-    most val_tokens, or else the next one after it. With val="first-shard" it is the first
-    shard_size tokens, which end within a document.
+    first. It ends at a document boundary of the shard that reaches val_tokens: the last one of at
+    most val_tokens, or else the next one after it; without any, as in one long text, at val_tokens.
+    With val="first-shard" it is the first shard_size tokens, which end within a document.
     split, val_total: split of the next token and number of tokens in the val split so far, to
     resume. Raises ValueError if no tokens are left for the train split.
     Example: chunks [[EOT 1 2 EOT 3 4 EOT 5]], 5, 5 -> val [EOT 1 2], train [EOT 3 4 EOT 5]
@@ -194,7 +197,7 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
                 if val == "first-shard":
                     next_split = "train"
             if split == "val" and val == "documents":
-                cut = val_end(shard[:n], chunk[0], val_total, val_tokens)
+                cut = val_end(shard[:n], n == shard_size, chunk[0], val_total, val_tokens)
                 if cut is not None:
                     end = cut
                     next_split = "train"
@@ -221,11 +224,14 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
     if split == "val" and val_total == 0:
         raise ValueError("the source contains no text: all of its documents are empty or not text;"
                          " check --text-column")
+    if split == "val" and val == "documents" and val_total > val_tokens:
+        end = n - (val_total - val_tokens)
+        yield "val", shard[:end], "train"
+        shard, n, split = shard[end:n], n - end, "train"
     if split == "val":
         flag = "--val-tokens" if val == "documents" else "--shard-size"
         raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val"
-                         f" split. Delete the output folder and use a smaller {flag} or more"
-                         " documents. To train on a single text, use train_gpt2.py --data FILE")
+                         f" split. Delete the output folder and use a smaller {flag} or more text")
     if n > 0:
         yield split, shard[:n], split
 
@@ -234,12 +240,16 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
 # the pipeline
 
 def tokenize(piece):
-    """(piece, its tokens, number of skipped documents: empty, not text, or not encodable)."""
+    """(piece, its tokens, number of skipped documents, and of those that are not valid UTF-8).
+
+    Skipped are documents that are empty, not text, or not encodable.
+    """
     parts = [np.empty(0, dtype=np.uint16)]
-    skipped = 0
+    skipped = invalid = 0
     for texts in piece.batches:
         kept = [text for text in texts if isinstance(text, str) and text]
         skipped += len(texts) - len(kept)
+        invalid += texts.count(b"")
         if not kept:
             continue
         try:
@@ -250,7 +260,7 @@ def tokenize(piece):
                     parts.append(encode([text], piece.begins))
                 except ValueError:
                     skipped += 1
-    return piece, np.concatenate(parts), skipped
+    return piece, np.concatenate(parts), skipped, invalid
 
 
 class TokenizedSource:
@@ -275,7 +285,10 @@ class TokenizedSource:
     def chunks(self, limit, workers, bar):
         """Yields uint16 arrays, at most limit tokens in all."""
         todo = pieces(self.source, self.text_column, self.first["file"], self.first["number"])
-        for piece, tokens, skipped in map_in_order(tokenize, todo, workers, workers + 4):
+        for piece, tokens, skipped, invalid in map_in_order(tokenize, todo, workers, workers + 4):
+            if invalid > 0:
+                tqdm.write(f"{self.source.names[piece.file]}: skipped {invalid} rows that are not"
+                           " valid UTF-8", file=sys.stderr)
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position += len(tokens)
@@ -499,7 +512,9 @@ def verify(out):
 def open_source(args):
     """The Source of the flags; a dataset on the Hub at the commit that args.out has shards of."""
     if args.input:
-        return local_source(args.input)
+        source = local_source(args.input)
+        check_files(source, args.text_column)
+        return source
     commit = None
     manifest = load_manifest(args.out)
     if manifest is not None and manifest["source"].get("dataset") == args.dataset:
@@ -520,6 +535,7 @@ def main():
         manifest = make_shards(source, settings, args.out, args.workers)
     num_tokens = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{args.out}: {len(manifest['shards'])} shards, {num_tokens:,} tokens;"
+          f" {manifest['next']['skipped']:,} documents were skipped (empty or not text);"
           f" {command('train_gpt2.py', '--data', args.out)}")
 
 

@@ -5,17 +5,19 @@ A Source is a list of files. pieces() splits them, in order, into Pieces, which 
 read and tokenize independently of each other:
 
     .parquet        one row group; FineWeb's have about 1,000 documents
-    .jsonl, .json   about 1 MB of lines, each a JSON object with one document
-    .txt            about 1 MB of text; the whole file is one document, of any length
+    .arrow          a few rows; datasets.save_to_disk writes such files
+    .jsonl, .json   about 1 MB of JSON objects, each a document: one a line, or one array of them
+    .txt            about 1 MB of text; documents end at <|endoftext|> or with the file
 
 .jsonl, .json and .txt files may be compressed (.gz, .zst). A byte order mark at the start of a file
-is not part of its text. Memory use does not depend on the size of the files. A damaged or truncated
-file is a ValueError that names it.
+is not part of its text. Memory use does not depend on the size of the files. A file that is
+damaged, or of an unsupported kind, is a ValueError that names it.
 """
 import codecs
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -29,14 +31,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data import END_OF_TEXT
+
+try:  # these read zstd's windows of up to 2 GB; pyarrow reads 128 MB
+    from compression import zstd  # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd  # optional: pip install backports.zstd
+    except ImportError:
+        zstd = None
+
 BATCH_ROWS = 16           # documents tokenized in one call: enough to make Python's overhead small
 PIECE_BYTES = 8 << 20     # of text in the largest row group read as one piece; FineWeb's have 5 MB
 BLOCK_BYTES = 1 << 20     # of text in a piece of other files
 TOKENS_PER_BYTE = 0.2     # of English text, a low estimate: GPT-2's tokens have about 4.5 bytes
 HUB_WAITS = (10, 30, 60, 120, 300)  # seconds, in addition to the retries of huggingface_hub itself
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst",
-            ".txt", ".txt.gz", ".txt.zst")
+CODECS = (".gz", ".zst")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst",
+            ".json", ".json.gz", ".json.zst", ".txt", ".txt.gz", ".txt.zst")
+# in a folder: hidden files, a manifest of fineweb.py, and metadata of the datasets library
+NO_TEXT = re.compile(r"\..*|(manifest|dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")
+# where GPT-2's pattern splits any text: before whitespace that ends a word, and between a letter or
+# digit and a punctuation mark (some of each: re's classes are not quite those of the pattern)
+BORDER = re.compile(r"(?<=\S)[ \t\r\n\u3000]|(?<=[0-9A-Za-z\u4e00-\u9fa5])[,.;:!?\u3002\uff0c]")
+# what decoders raise; an OSError of pyarrow has no errno, unlike one of the file system
+DAMAGE = (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError,
+          OSError)
+if zstd is not None:
+    DAMAGE += (zstd.ZstdError,)
 
 
 @dataclass(frozen=True)
@@ -59,14 +81,20 @@ class Piece:
 
 @contextlib.contextmanager
 def damage_as_error(name):
-    """Context in which damage that pyarrow or the UTF-8 decoder finds is a ValueError with name."""
+    """Context in which a file that pyarrow or a decoder cannot read is a ValueError with name."""
     try:
         yield
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as e:
-        # an OSError of a failing disk has an errno; pyarrow's, "Corrupt snappy data", has none
-        if isinstance(e, OSError) and e.errno is not None:
+    except DAMAGE as e:
+        if getattr(e, "errno", None) is not None:
             raise
         reason = " ".join(str(e).split())
+        if isinstance(e, UnicodeDecodeError):
+            raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
+                             " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
+        if re.search("crypt|LZO|too much memory", reason):
+            raise ValueError(f"{name} is of a kind that pyarrow does not read ({reason}): encrypted"
+                             " or LZO, which has to be written again, or zstd --long, which needs"
+                             " pip install backports.zstd") from e
         raise ValueError(f"{name} is damaged or truncated ({reason}); copy it again") from e
 
 
@@ -75,26 +103,46 @@ def damage_as_error(name):
 
 def text_bytes(metadata, column, i):
     """Uncompressed size of the column in row group i, in bytes."""
-    group = metadata.row_group(i)
-    chunks = [group.column(c) for c in range(group.num_columns)]
-    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+    paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
+    return metadata.row_group(i).column(paths.index(column)).total_uncompressed_size
 
 
-def read_footer(open_file, name, column):
-    """Metadata of a parquet file; raises ValueError unless it has the column, and it is text."""
-    with open_file() as f:
-        metadata = pq.ParquetFile(f).metadata
-    schema = metadata.schema.to_arrow_schema()
-    if column not in schema.names:
-        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}:"
+def check_column(name, column, columns):
+    """ValueError unless the columns of a file, or the fields of its first object, have this one."""
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}:"
                          " choose one with --text-column")
+
+
+def check_schema(name, column, schema):
+    """ValueError unless an Arrow schema has the column, and it is text."""
+    check_column(name, column, schema.names)
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ValueError(f"column {column!r} of {name} holds {kind}, not text;"
                          " choose another with --text-column")
-    return metadata
+
+
+def read_footer(open_file, name, column):
+    """Metadata of a parquet file; raises ValueError unless it has the column, and it is text."""
+    with open_file() as f:
+        file = pq.ParquetFile(f, buffer_size=BLOCK_BYTES)
+        check_schema(name, column, file.metadata.schema.to_arrow_schema())
+        # raises an error if the column is encrypted, whose size would abort the process
+        next(file.iter_batches(1, columns=[column], use_threads=False), None)
+    return file.metadata
+
+
+def values_of(array):
+    """The values of an Arrow array, with b"" for a string that is not valid UTF-8."""
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        if len(array) == 1:
+            return [b""]
+        return [value for i in range(len(array)) for value in values_of(array.slice(i, 1))]
 
 
 def read_row_group(open_file, name, metadata, i, column):
@@ -109,7 +157,7 @@ def read_row_group(open_file, name, metadata, i, column):
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[i], columns=[column],
                                        use_threads=False):
             # by name: columns=["a.b"] also reads the field b of a struct a
-            yield batch.column(column).to_pylist()
+            yield values_of(batch.column(column))
 
 
 def parquet_pieces(open_file, name, column):
@@ -124,64 +172,115 @@ def parquet_pieces(open_file, name, column):
                 yield [texts], True
 
 
-def parse_lines(lines, name, first, column):
-    """Yields one list: the texts of JSON lines, numbered from first; None for an empty line.
+def arrow_pieces(f, name, column):
+    """Yields (batches, True) for every BATCH_ROWS rows of a stream of record batches."""
+    reader = pa.ipc.open_stream(f)
+    check_schema(name, column, reader.schema)
+    for batch in reader:
+        for start in range(0, len(batch), BATCH_ROWS):
+            yield [values_of(batch.column(column).slice(start, BATCH_ROWS))], True
 
-    Raises ValueError if a line is not an object, or if the file's first object lacks the column.
+
+def parse_rows(rows, name, first, column):
+    """Yields one list: the texts of JSON objects, numbered from first; None for an empty line.
+
+    Raises ValueError if a row is not an object, or if the file's first object lacks the column.
     """
     texts = []
     is_checked = first > 1
-    for number, line in enumerate(lines, first):
-        if not line.strip():
+    for number, line in enumerate(rows, first):
+        with damage_as_error(f"row {number} of {name}"):
+            row = json.loads(line) if line.strip() else None
+        if row is None:
             texts.append(None)
             continue
-        try:
-            row = json.loads(line)
-            texts.append(row.get(column))
-        except (ValueError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{name} is damaged or truncated (line {number} is not a JSON object:"
-                             f" {e}); each line must be one") from e
-        if not is_checked and column not in row:
-            raise ValueError(f"{name} has no field {column!r}; it has {', '.join(row)}:"
-                             " choose one with --text-column")
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of {name} is not a JSON object; a file has one on each"
+                             " line, or one array of them")
+        if not is_checked:
+            check_column(name, column, row)
         is_checked = True
+        texts.append(row.get(column))
     yield texts
 
 
-def jsonl_pieces(f, name, column):
-    """Yields (batches, True) for every BLOCK_BYTES of whole lines."""
+def array_rows(f):
+    """Yields the elements of a JSON array as text."""
+    decode = json.JSONDecoder().raw_decode
+    size = 1 << 16  # of a block, which is copied for each element
+    f = io.TextIOWrapper(f, "utf-8-sig")
+    text = f.read(size).lstrip()[1:].lstrip()
+    while not text.startswith("]"):
+        try:
+            end = decode(text)[1]
+        except json.JSONDecodeError:  # the element continues in the next block
+            block = f.read(max(size, len(text)))
+            if not block:
+                raise
+            text += block
+        else:
+            yield text[:end]
+            text = text[end:]
+        text = text.lstrip(", \t\r\n")
+
+
+def json_pieces(f, name, column):
+    """Yields (batches, True) for BLOCK_BYTES of JSON lines, or BATCH_ROWS elements of an array."""
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[", f.peek(64)):
+        elements = array_rows(f)
+        blocks = iter(lambda: list(itertools.islice(elements, BATCH_ROWS)), [])
+    else:
+        blocks = iter(lambda: f.readlines(BLOCK_BYTES - 1), [])  # of at least BLOCK_BYTES
     first = 1
-    while lines := f.readlines(BLOCK_BYTES - 1):  # until they have at least BLOCK_BYTES
-        yield parse_lines(lines, name, first, column), True
-        first += len(lines)
+    for rows in blocks:
+        yield parse_rows(rows, name, first, column), True
+        first += len(rows)
 
 
-def txt_pieces(f):
-    """Yields (batches, whether it begins the document) for a text file, which is one document.
+def text_blocks(f):
+    """Yields the text of a file in blocks that end at a BORDER, where GPT-2's pattern splits too.
 
-    The text is cut before a single space between two words. GPT-2's pattern splits there in any
-    case, so the tokens are the same as without the cut.
+    The tokens are thus the same as without the cut.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text = ""
-    begins = True
     is_end = False
     while not is_end:
         block = f.read(BLOCK_BYTES)
         is_end = not block
         text += decoder.decode(block, final=is_end)
-        cut = len(text) if is_end else last_space(text)
-        if cut > 0 or (is_end and begins):  # an empty file is a document too, which is skipped
-            yield [[text[:cut]]], begins
-            text = text[cut:]
+        start = max(0, len(text) - 4096)
+        borders = [start + match.start() for match in BORDER.finditer(text[start:])]
+        if is_end:
+            yield text
+        elif borders:
+            yield text[:borders[-1]]
+            text = text[borders[-1]:]
+
+
+def txt_pieces(f):
+    """Yields (batches, whether it begins a document) for a text file.
+
+    <|endoftext|> stands between documents, as in the files of TinyStories.
+    """
+    begins = True
+    for text in text_blocks(f):
+        first, *others = text.split(END_OF_TEXT)
+        if first or not others:  # an empty file is a document too, which is skipped
+            yield [[first]], begins
             begins = False
+        if others:
+            yield [[text for text in others if text]], True
+            begins = not others[-1]
 
 
-def last_space(text):
-    """Index of the last single space between two words in the last 4,096 characters, 0 without."""
-    start = max(0, len(text) - 4096)
-    spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text[start:])]
-    return start + spaces[-1] if spaces else 0
+def decompress(f, suffix):
+    """A compressed file as a stream of its contents."""
+    if suffix == ".gz":
+        return pa.CompressedInputStream(f, "gzip")
+    if zstd is None:
+        return pa.CompressedInputStream(f, "zstd")
+    return zstd.ZstdFile(f, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
 def file_pieces(source, name, column):
@@ -192,14 +291,21 @@ def file_pieces(source, name, column):
         yield from parquet_pieces(open_file, name, column)
         return
     with open_file() as f:
-        if suffix in CODECS:
-            f = pa.CompressedInputStream(f, CODECS[suffix])
-            suffix = os.path.splitext(stem)[1]
         f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readline
+        if suffix in CODECS:
+            if not f.peek(1):
+                raise OSError("it has no bytes")
+            f = io.BufferedReader(decompress(f, suffix))
+            suffix = os.path.splitext(stem)[1]
+        if suffix == ".arrow":
+            yield from arrow_pieces(f, name, column)
+            return
+        if b"\0" in f.peek(4)[:4]:
+            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16 has such bytes")
         if suffix == ".txt":
             yield from txt_pieces(f)
         else:
-            yield from jsonl_pieces(f, name, column)
+            yield from json_pieces(f, name, column)
 
 
 def pieces(source, column, first_file=0, first_number=0):
@@ -210,6 +316,13 @@ def pieces(source, column, first_file=0, first_number=0):
             for number, (batches, begins) in enumerate(file_pieces(source, name, column)):
                 if i > first_file or number >= first_number:
                     yield Piece(i, number, batches, begins)
+
+
+def check_files(source, column):
+    """Reads the first texts of every file; raises the error of one that cannot be read."""
+    for i in range(len(source.names)):
+        for piece in itertools.islice(pieces(source, column, i), 1):
+            next(iter(piece.batches), None)
 
 
 def map_in_order(function, items, workers, ahead):
@@ -234,7 +347,7 @@ def map_in_order(function, items, workers, ahead):
 # local files
 
 def find_files(path):
-    """Paths of the files below a folder, sorted, without hidden ones; links are followed."""
+    """Paths of the files with text below a folder, sorted; links are followed."""
     def stop(error):  # os.walk skips a folder that it cannot list
         raise error
 
@@ -242,8 +355,7 @@ def find_files(path):
     for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]  # .git, .ipynb_checkpoints
         for name in names:
-            # manifest.json: of an earlier run, if --out is below the folder
-            if name.endswith(SUFFIXES) and name[0] != "." and name != "manifest.json":
+            if name.endswith(SUFFIXES) and not NO_TEXT.fullmatch(name):
                 found.append(os.path.join(folder, name))
     return sorted(found)
 
@@ -291,9 +403,11 @@ def with_retries(request, waits=HUB_WAITS):
     for wait in (*waits, None):
         try:
             return request()
-        except (HTTPError, ConnectionError, LocalEntryNotFoundError) as e:
+        except (HTTPError, ConnectionError, LocalEntryNotFoundError, json.JSONDecodeError) as e:
             # a timeout has an empty message
             reason = " ".join(str(e).split())[:200] or type(e).__name__
+            if isinstance(e, json.JSONDecodeError):
+                reason = f"its answer is not JSON, but perhaps a page of a proxy: {reason}"
             response = getattr(e, "response", None)
             is_temporary = (response is None or response.status_code >= 500
                             or response.status_code in (408, 429))
@@ -374,7 +488,7 @@ def estimate_tokens(source, column):
         if name.endswith(".parquet"):
             with damage_as_error(name):
                 tokens += estimate_parquet(functools.partial(source.open, name), name, column)
-        elif name.endswith(tuple(CODECS)):  # text compresses to half its size or less
+        elif name.endswith(CODECS):  # text compresses to half its size or less
             tokens += TOKENS_PER_BYTE * file_size * 2
         else:
             tokens += TOKENS_PER_BYTE * file_size

@@ -177,10 +177,19 @@ def test_nanogpts_bin_without_header_is_read(tmp_path):
     assert tokens_of(train) == tokens_of(val) == TOKENS.tolist()
 
 
+def test_llm_cs_shards_without_a_number_are_read(tmp_path):
+    """They were refused, or the text beside them was tokenized with another split."""
+    for split, tokens in ("val", TOKENS[:3]), ("train", TOKENS):
+        write_shard(str(tmp_path / f"tiny_shakespeare_{split}.bin"), tokens)
+    (tmp_path / "tiny_shakespeare.txt").write_text("the text\n" * 50)
+    train, val = prepare_data(str(tmp_path))
+    assert tokens_of(train) == TOKENS.tolist() and tokens_of(val) == TOKENS[:3].tolist()
+
+
 def test_find_shards_returns_all_formats_in_order_and_nothing_else(tmp_path):
-    shards = ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy",
-              "fineweb_train_000010.bin"]
-    others = ["edufineweb_val_000000.npy", "train_notes.txt", "xtrain_000001.npy",
+    shards = ["TinyStories_train.bin", "edufineweb_train_000001.npy", "edufineweb_train_000002.npy",
+              "fineweb_train_000010.bin", "train.bin"]
+    others = ["edufineweb_val_000000.npy", "train_notes.txt", "xtrain_000001.npy", "X_train.npy",
               "a_train_000001.npy.12.tmp", "manifest.json"]
     for name in [*shards[::-1], *others]:
         (tmp_path / name).touch()
@@ -605,6 +614,15 @@ def test_each_text_file_of_a_folder_is_a_document_after_endoftext(tmp_path):
     train, val = (tokens_of(paths) for paths in prepare_data(str(tmp_path)))
     assert train + val == [token for text in documents for token in (EOT, *data.encode(text))]
     assert train.count(EOT) == 18 and val.count(EOT) == 2
+
+
+def test_endoftext_ends_a_document_of_a_text_file(tmp_path):
+    """TinyStories' layout: stories between <|endoftext|>, which was tokenized as ordinary text."""
+    text = "<|endoftext|>\n".join(f"Story {i}.\n" + "word " * 20 for i in range(20))
+    (tmp_path / "a.txt").write_text(text + "<|endoftext|>")
+    train, val = (tokens_of(paths) for paths in prepare_data(str(tmp_path)))
+    assert train + val == [EOT, *get_tokenizer().encode(text, allowed_special="all")]
+    assert train.count(EOT) == 18 and val.count(EOT) == 2 and val[0] == EOT
 
 
 def test_a_text_whose_folder_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch):

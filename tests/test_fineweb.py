@@ -8,6 +8,7 @@ Needs no network: texts are created in tmp_path, and the Hub is an HTTP server i
 127.0.0.1. The results are compared with tiktoken, one document at a time, and with a naive packing
 of Python lists. tests/test_bad_input.py has the errors of flags and inputs.
 """
+import base64
 import contextlib
 import errno
 import functools
@@ -121,8 +122,8 @@ def naive_pack(stream, shard_size, val_tokens):
     if len(stream) > val_tokens:
         first = (val_tokens - 1) // shard_size * shard_size  # the shard that reaches val_tokens
         inside = [b for b in boundaries if first <= b <= val_tokens and b > 0]
-        after = [b for b in boundaries if b > val_tokens]
-        end = inside[-1] if inside else after[0] if after else None
+        after = [b for b in boundaries if val_tokens < b <= first + shard_size]
+        end = (inside[-1:] + after + [val_tokens])[0]  # a long document is cut
     if end is None:
         return None
     val = [("val", stream[i:min(i + shard_size, end)]) for i in range(0, end, shard_size)]
@@ -143,6 +144,8 @@ documents = st.lists(st.integers(0, 35).map(lambda n: [EOT, *range(n)]), min_siz
 @given(documents, st.integers(1, 45), st.lists(st.integers(0, 400), max_size=6), st.integers(2, 12))
 @example([[EOT, 1, 2], [EOT, 3, 4], [EOT, 5]], 6, [6], 3)  # documents that end at val_tokens
 @example([[EOT, 1, 2], [EOT, 3, 4], [EOT, 5]], 6, [6], 8)  # were in the train split
+@example([[EOT, *range(30)]], 7, [9], 12)  # one document was an error
+@example([[EOT, *range(30)]], 7, [], 100)
 def test_pack_equals_a_naive_packing_for_any_chunks(documents, val_tokens, cuts, shard_size):
     stream = sum(documents, [])
     expected = naive_pack(stream, shard_size, val_tokens)
@@ -230,15 +233,41 @@ def test_encoding_documents_together_equals_tiktoken_one_by_one(texts):
     assert fineweb.encode(texts, begins=False).tolist() == true_tokens(texts)[1:]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="ab1' \n.\u00a0\u2003é\x1c", max_size=300))
-def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text):
+def documents_of(text):
+    """The documents of a .txt file: <|endoftext|> stands between them."""
+    return [document for document in text.split("<|endoftext|>") if document]
+
+
+def pieces_of(text, block_bytes=7):
+    """txt_pieces of a text, read in blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", 7)
-        parts = list(sources.txt_pieces(io.BytesIO(text.encode())))
-    tokens = [fineweb.encode(batch, begins) for batches, begins in parts for batch in batches]
-    assert np.concatenate(tokens).tolist() == true_tokens([text])
-    assert [begins for _, begins in parts] == [True] + [False] * (len(parts) - 1)
+        patch.setattr(sources, "BLOCK_BYTES", block_bytes)
+        return list(sources.txt_pieces(io.BytesIO(text.encode())))
+
+
+FRAGMENTS = ["a", "b1", "'s", "'", " ", "  ", "\n", "\r\n", "\t", ".", ",", "。", "，", "\u3000",
+             "北京", "é", "\u0301", "\u00a0", "\u2003", "\x1c", "\x85", "½", "٣",
+             "<|", "<|endoftext|>"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=60).map("".join))
+@example("word <|endoftext|>\nword<|endoftext|><|endoftext|>x<|endoftext|>")
+def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text):
+    """Also where no single space between two words is near: after ., before a newline."""
+    tokens = [fineweb.encode([text for text in batch if text], begins)
+              for batches, begins in pieces_of(text) for batch in batches if any(batch)]
+    tokens = np.concatenate([np.empty(0, dtype=np.uint16), *tokens])
+    assert tokens.tolist() == true_tokens(documents_of(text))
+
+
+@pytest.mark.parametrize("line", ["北京的一个句子\n", "一句话，又一句话。", "word\n", "ab.cd,",
+                                  "12\tab\tc\r\n", "a\n\nb  \n"])
+def test_text_without_spaces_between_words_is_read_in_blocks(line):
+    """A piece was the whole file: 3 GB of memory for 390 MB of Chinese."""
+    text = line * 5000
+    lengths = [len(part) for batches, _ in pieces_of(text, 1000) for [part] in batches]
+    assert sum(lengths) == len(text) and max(lengths) < 2100
 
 
 # -----------------------------------------------------------------------------
@@ -294,6 +323,88 @@ def test_a_large_row_group_is_split_into_pieces(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BATCH_ROWS", 3)
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     assert read_tokens(tmp_path / "out") == true_tokens(texts)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_read_in_blocks(tmp_path, monkeypatch, indent):
+    """It was "damaged or truncated"."""
+    texts = [*make_texts(60, seed=2), 'a "quoted\\" ],[ text', "long " * 2000]
+    rows = [{"id": i, "text": text, "more": [{"text": "no"}]} for i, text in enumerate(texts)]
+    array = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf \n" + array + b"\n")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(array))
+    (tmp_path / "c.json").write_bytes(b" [ ]")
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    run(monkeypatch, "--input", tmp_path, "--out", tmp_path / "out", *FLAGS)
+    assert read_tokens(tmp_path / "out") == true_tokens(texts * 2)
+    source = sources.local_source([str(tmp_path / "a.json")])
+    most = max(sum(map(len, batch)) for piece in sources.pieces(source, "text")
+               for batch in piece.batches)
+    assert most < 13_000  # of 60,000 characters
+
+
+def test_folders_of_the_datasets_library_are_read(tmp_path, monkeypatch):
+    """Their metadata, such as state.json, was read as text, and .arrow files were not."""
+    import datasets
+    datasets.disable_progress_bars()
+    texts = make_texts(50, seed=3)
+    folder = tmp_path / "saved"
+    dataset = datasets.Dataset.from_dict({"text": [*texts, None], "n": [1] * 51})
+    datasets.DatasetDict({"a": dataset, "b": dataset}).save_to_disk(folder)
+    write_parquet(folder / "c.parquet", texts)
+    (folder / "dataset_infos.json").write_text('{"default": {"splits": {}}}')
+    (folder / "a" / "cache-0123.arrow").write_bytes(b"of Dataset.map")
+    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
+    assert read_tokens(tmp_path / "out") == true_tokens(texts * 3)
+    assert fineweb.load_manifest(tmp_path / "out")["next"]["skipped"] == 2
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(),
+                                  pa.dictionary(pa.int32(), pa.string())])
+def test_only_the_rows_of_invalid_utf8_are_skipped(tmp_path, monkeypatch, capsys, kind):
+    """One ended the run, and the good rows of its batch were not read."""
+    texts = make_texts(40, seed=4)
+    raw = [text.encode() for text in texts]
+    raw[5:5] = [b"caf\xe9", None, b"\xff"]
+    buffers = pa.array(raw, pa.binary()).buffers()
+    array = pa.Array.from_buffers(pa.string(), len(raw), buffers)
+    if pa.types.is_dictionary(kind):
+        array = array.dictionary_encode()
+    elif kind != pa.string():
+        array = array.cast(kind)
+    pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
+    run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *FLAGS)
+    assert read_tokens(tmp_path / "out") == true_tokens(texts)
+    printed = capsys.readouterr()
+    assert printed.err.count("a.parquet: skipped 2 rows that are not valid UTF-8\n") == 1
+    assert "; 3 documents were skipped" in printed.out
+
+
+def test_one_text_file_of_any_length_is_split_into_val_and_train(tmp_path, monkeypatch):
+    """It was an error that recommended train_gpt2.py, which reads all of a text into memory."""
+    text = "\n".join(make_texts(60, seed=5)) * 2
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
+    for shard_size in (1000, 10**6):
+        out = tmp_path / str(shard_size)
+        run(monkeypatch, "--input", tmp_path / "a.txt", "--out", out, "--shard-size", shard_size,
+            "--val-tokens", 1500)
+        val, train = read_splits(out)
+        assert len(val) == 1500 and val + train == true_tokens([text])
+
+
+def test_endoftext_ends_a_document_of_a_text_file(tmp_path, monkeypatch):
+    """TinyStories' layout. It was ordinary text: seven tokens."""
+    stories = [f"Story {i}.\n\n{text}\n" for i, text in enumerate(make_texts(50, seed=6))]
+    text = "<|endoftext|>\n".join(stories)
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
+    run(monkeypatch, "--input", tmp_path / "a.txt", "--out", tmp_path / "out", *FLAGS)
+    expected = [EOT, *get_tokenizer().encode(text, allowed_special="all")]
+    val, train = read_splits(tmp_path / "out")
+    assert val + train == expected and train[0] == EOT and expected.count(EOT) == 50
+    documents = fineweb.load_manifest(tmp_path / "out")["shards"]
+    assert sum(shard["documents"] for shard in documents) == 50
 
 
 def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypatch):
@@ -401,6 +512,70 @@ def test_after_a_damaged_file_is_replaced_the_run_is_resumed(tmp_path, monkeypat
     (tmp_path / "b.parquet").write_bytes(whole)
     run(monkeypatch, *flags)
     assert read_tokens(tmp_path / "out") == true_tokens(texts * 2)
+
+
+LAST = {
+    "z.jsonl": b'{"body": "a"}\n', "z.json": b'[{"body": "a"}]', "z.jsonl.gz": b"",
+    "z.txt": "caf\u00e9".encode("latin-1"), "z.parquet": b"PAR1", "z.arrow": b"",
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_file_is_checked_before_the_first_token(corpus, tmp_path, monkeypatch, name):
+    """It was found when it was reached, after hours, and other files meant another folder."""
+    (corpus[0] / name).write_bytes(LAST[name])
+    monkeypatch.setattr(fineweb, "tokenize", lambda piece: pytest.fail("tokenized"))
+    with pytest.raises(ValueError, match=f"{name} (has no column 'text'; it has body|is )"):
+        run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "out", *FLAGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_an_encrypted_file_is_named_with_the_remedy(tmp_path, monkeypatch, plaintext_footer):
+    """It was "damaged or truncated; copy it again"."""
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Client(encryption.KmsClient):
+        def __init__(self, config):
+            super().__init__()
+
+        def wrap_key(self, key, name):
+            return base64.b64encode(key)
+    factory = encryption.CryptoFactory(Client)
+    config = encryption.EncryptionConfiguration(footer_key="a", column_keys={"b": ["text"]},
+                                                plaintext_footer=plaintext_footer)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
+    table = pa.table({"text": make_texts(30)})
+    pq.write_table(table, tmp_path / "a.parquet", encryption_properties=properties)
+    with pytest.raises(ValueError, match="a.parquet is of a kind that .* encrypted"):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
+
+
+def test_zstd_windows_of_two_gigabytes_are_read_or_named(tmp_path, monkeypatch):
+    """Files of `zstd --long=31` were "damaged or truncated; copy it again"."""
+    line = json_lines(["a text"])
+    # a frame of one block, that says it needs a window of 2 GB: RFC 8878, 3.1.1
+    frame = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + (len(line) << 3 | 1).to_bytes(3, "little")
+    (tmp_path / "a.jsonl.zst").write_bytes(frame + line)
+    flags = ("--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out", "--val-tokens", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "zstd", None)
+        with pytest.raises(ValueError, match="a.jsonl.zst is of a kind .*backports.zstd"):
+            run(patch, *flags)
+    if sources.zstd is not None:
+        run(monkeypatch, *flags)
+        assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
+
+
+def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": make_texts(30)}), tmp_path / "a.parquet", compression="snappy")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    # the codec in the footer, a Thrift enumeration before the number of values: 1 is Snappy, 3 LZO
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"\x15\x02\x16", b"\x15\x06\x16"))
+    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert metadata.row_group(0).column(0).compression == "LZO"
+    with pytest.raises(ValueError, match="a.parquet is of a kind that .*LZO"):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 
 def test_a_disk_error_is_not_called_damage():
@@ -963,6 +1138,15 @@ def test_a_hub_that_stays_unreachable_is_one_error_after_all_retries(monkeypatch
     with pytest.raises(ValueError, match=f"{printed}.*again later.*--input"):
         sources.with_retries(read)
     assert waits == list(sources.HUB_WAITS) and len(calls) == len(waits) + 1
+
+
+def test_an_answer_of_the_hub_that_is_not_json_is_explained(monkeypatch):
+    """A proxy's page was "Expecting value: line 1 column 1 (char 0)", without a second try."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(ValueError, match="its answer is not JSON, but .*--input"):
+        sources.with_retries(lambda: json.loads("<html>Sign in</html>"))
+    assert waits == list(sources.HUB_WAITS)
 
 
 def test_without_a_network_the_first_request_fails_within_a_minute(monkeypatch, capsys):
