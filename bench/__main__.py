@@ -99,6 +99,7 @@ if __name__ == "__main__":
 
 import torch
 
+from model import config_for
 from run import runtime
 from bench.checkpoint import bench_checkpoint
 from bench.data import bench_loader, bench_tokenize
@@ -180,6 +181,7 @@ def main():
     args = parse_args()
     args.device = runtime.choose_device(args.device)
     args.dtype = runtime.choose_dtype(args.dtype, args.device)
+    config_for(args.size)  # an unknown one is an error before the first benchmark
     # the shape of the training steps to time
     default_B, default_T = (4, 512) if args.device == "cpu" else (16, 1024)
     args.B = args.batch_size or default_B
