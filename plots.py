@@ -11,8 +11,9 @@ Curves of runs, and pictures of a model's weights and attention.
     python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was"
 
 Curves are read from log.txt, one `step stream value` per line. The streams are train, val, val_bpb,
-hella and hella_lm_eval (acc_norm in both styles), lr, norm, tok_per_sec and epoch, among others;
-step is the number of updates made before the measurement.
+val_655360 (of the first 655,360 validation tokens), hella and hella_lm_eval (acc_norm in both
+styles), lr, norm, tok_per_sec and epoch, among others; step is the number of updates made before
+the measurement.
 """
 import itertools
 import math

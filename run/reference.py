@@ -288,12 +288,11 @@ def first_losses(settings, train, norm):
                           f" departs from the public runs (±{tolerance:g})\n"
                           f"  most likely: {'; '.join(causes)}"))
             break
-        expected_norm = curve.streams["norm"].get(step)
-        if expected_norm and not abs(norm[step] - expected_norm) <= NORM_TOLERANCE:
-            lines.append((step, f"step {step}: gradient norm {norm[step]:.4f}, published"
-                          f" {expected_norm:.4f}: departs from the public runs\n  most likely: the"
-                          " loss agrees, so it is the backward pass: gradient accumulation, or the"
-                          " mean over ranks"))
+        expected_norm = curve.streams["norm"][0]
+        if step == 0 and 0 in norm and not abs(norm[0] - expected_norm) <= NORM_TOLERANCE:
+            lines.append((0, f"step 0: gradient norm {norm[0]:.4f}, published {expected_norm:.4f}:"
+                          " departs from the public runs\n  most likely: the loss agrees, so it is"
+                          " the backward pass: gradient accumulation, or the mean over ranks"))
             break
         largest = max(largest, difference)
         if step == SAME_STEPS - 1:
@@ -341,8 +340,8 @@ def verdict(run_dir, name=None):
     log = read_log(os.path.join(run_dir, "log.txt"))
     settings = read_config(run_dir)
     run_name = os.path.basename(os.path.abspath(run_dir))
-    lines = [line for _, line in first_losses(settings, dict(log.get("train", [])),
-                                              dict(log.get("norm", [])))]
+    train, norm = dict(log.get("train", [])), dict(log.get("norm", []))
+    lines = [line for _, line in first_losses(settings, train, norm)]
     curve, reason = find_curve(settings, name)
     if curve is None:
         lines.append(f"{run_name} is not compared with published runs: {reason}")
