@@ -530,16 +530,18 @@ class DataLoaderLite:
         self.position = state["position"]
 
 
-def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, device="cpu"):
+def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, device="cpu",
+                    first_token=0):
     """Yields this rank's x, y of the first max_tokens tokens, each window on exactly one rank.
 
     The windows are the same for any B and number of ranks; the last batch of a rank may have fewer
     than B rows. Every rank yields the same number of batches: a rank without windows left yields
-    x, y with zero rows.
+    x, y with zero rows. The windows before first_token are skipped.
     """
-    num_windows = min(max_tokens, len(stream) - 1) // T
-    start = num_windows * process_rank // num_processes
-    end = num_windows * (process_rank + 1) // num_processes
+    skipped = first_token // T
+    num_windows = min(max_tokens, len(stream) - 1) // T - skipped
+    start = skipped + num_windows * process_rank // num_processes
+    end = skipped + num_windows * (process_rank + 1) // num_processes
     most = math.ceil(num_windows / num_processes)  # windows of the rank that has most
     for first in range(start, start + most, B):
         windows = [stream.read(w * T, T + 1) for w in range(first, min(first + B, end))]

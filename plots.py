@@ -11,8 +11,9 @@ Curves of runs, and pictures of a model's weights and attention.
     python plots.py --weights gpt2 --out pictures --prompt "The cat sat on the mat because it was"
 
 Curves are read from log.txt, one `step stream value` per line. The streams are train, val, val_bpb,
-hella and hella_lm_eval (acc_norm in both styles), lr, norm, tok_per_sec and epoch, among others;
-step is the number of updates made before the measurement.
+val_655360 (of the first 655,360 validation tokens), hella and hella_lm_eval (acc_norm in both
+styles), lr, norm, tok_per_sec and epoch, among others; step is the number of updates made before
+the measurement.
 """
 import itertools
 import math
@@ -39,8 +40,8 @@ def parse_args():
         " folder for the pictures (default: source, if it is a folder)")
     add("--by", choices=list(AXES), help="the horizontal axis (default: step; with --reference"
         " tokens, if the numbers of tokens per step differ)")
-    add("--baselines", nargs="?", const="edu", choices=list(CORPORA), metavar="CORPUS",
-        help="add GPT-2's loss on the run's corpus: edu (FineWeb-Edu, the default) or fineweb")
+    add("--baselines", nargs="?", const="", choices=["", *CORPORA], metavar="CORPUS",
+        help="add GPT-2's loss on a corpus, edu (FineWeb-Edu) or fineweb (default: the run's)")
     add("--reference", nargs="?", const="", metavar="NAME", help="add a published curve,"
         " run/curves/NAME.csv (default: the one that fits the run)")
     add("--verdict", action="store_true", help="print whether the run's losses agree with the"
@@ -72,13 +73,13 @@ from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_da
 from run.files import atomic_write, check_output
 from run.folder import read_config, read_log, saved_steps
 from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG,
-                           Comparison, published, size_of, verdict)
+                           GPT3_SIZES, band_at, corpus_of, find_curve, is_judged, not_comparable,
+                           published, size_of, val_stream, verdict)
 from run.weights import load_model
 
 # of the small panels
 STREAMS = {"lr": "learning rate", "norm": "gradient norm", "tok_per_sec": "tok/s"}
 MIN_SMOOTHED = 200    # points: a shorter curve is drawn without a running mean (choice)
-MIN_CUT = 2000        # points: a shorter loss curve is shown from its first value on (choice)
 MAX_LABELS = 24       # token labels that are legible along an axis (choice)
 
 
@@ -140,13 +141,19 @@ class Curves:
     color: str
     streams: dict  # {stream: (x, values)}, arrays
     skipped: dict  # {stream: number of non-finite values}, which are not drawn
+    val: str = "val"  # the stream of the validation losses to draw: val or val_N
+
+
+def check_run(run_dir):
+    """Raises FileNotFoundError if a folder is not a run's."""
+    if not os.path.exists(os.path.join(run_dir, "log.txt")):
+        raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
 
 
 def read_curves(run_dir, by="step", color="tab:blue"):
     """The Curves of a run folder, over `by`, a key of AXES."""
     path = os.path.join(run_dir, "log.txt")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
+    check_run(run_dir)
     config = read_config(run_dir)
     streams, skipped = {}, {}
     for stream, points in read_log(path).items():
@@ -186,6 +193,9 @@ def short_count(n):
 def draw_reference(panel, value, label, color, linestyle="--"):
     """A horizontal line, with its label and value to the right of the panel."""
     panel.axhline(value, color=color, linestyle=linestyle, linewidth=1.2, zorder=1)
+    low, high = panel.get_ylim()
+    if not low < value < high:  # draw_loss limits the axis
+        panel.set_ylim(min(low, value), max(high, value))
     panel.annotate(f"{label}\n{value}", (1, value), (4, 0), panel.get_yaxis_transform(),
                    "offset points", va="center", fontsize=8, color=color, annotation_clip=False)
 
@@ -220,39 +230,78 @@ def draw_published(panel, curve, stream, by, end):
                    label=f"{curve.name} {last}")
 
 
+def axis_start(run):
+    """The x from which on a run's losses are within the axis; see draw_loss."""
+    end = max(run.streams[name][0][-1] for name in ("train", "val") if name in run.streams)
+    start = end / 40
+    if "val" in run.streams:
+        validations = run.streams["val"][0]
+        start = max([start, *validations[validations > 0][:1]])
+    # of a run that is not validated in its first half, the whole curve
+    return start if start <= end / 2 else 0
+
+
 def sizes_of(runs):
     """The sizes of the runs' models, keys of the published results, each once."""
     return list(dict.fromkeys(size_of(run.config) for run in runs))
 
 
+def draw_difference(panel, runs, curve, by):
+    """Validation losses of runs minus those of a published Curve, and the band of correct runs.
+
+    Of the runs whose log has the loss on the curve's validation tokens.
+    """
+    factor = curve.settings["total_batch_size"] if by == "tokens" else 1
+    steps = [step for step in curve.streams["val"] if is_judged(curve, step)]
+    last = 0
+    for run in runs:
+        x, values = run.streams[run.val]
+        losses = dict(zip((x / factor).round().astype(int).tolist(), values))
+        drawn = [step for step in steps if step in losses]
+        differences = [losses[step] - curve.streams["val"][step] for step in drawn]
+        panel.plot([step * factor for step in drawn], differences, color=run.color, marker="o",
+                   markersize=3, linewidth=1.2)
+        last = max([last, *drawn])
+    steps = [step for step in steps if step <= last]
+    band = np.array([band_at(step) for step in steps])
+    panel.fill_between([step * factor for step in steps], -band, band, color="0.85", zorder=0,
+                       label="spread of public runs")
+    panel.axhline(0, color="0.25", linestyle="--", linewidth=1.2, zorder=1)
+    panel.set(ylabel="nats", title=f"{runs[0].val} minus {curve.name}")
+
+
 def draw_loss(panel, runs, baselines):
-    """Training and validation loss of each run; GPT-2's loss on the corpus baselines, if given."""
+    """Training and validation loss of each run; GPT-2's loss on the corpus baselines, if given.
+
+    The axis begins at the loss of the first validation after step 0, or 1/40 of the run: the first
+    steps would compress the rest of the curve.
+    """
     single = len(runs) == 1
-    tops = []
+    tops = []  # losses that have to be within the axis
     for run in runs:
         if "train" in run.streams:
             x, values = run.streams["train"]
             name = None if "val" in run.streams else run.name  # one legend entry per run
             draw_curve(panel, x, values, run.color, "train" if single else name, raw=single)
-            # in a long run the first steps would compress the rest of the curve
-            tops.append(values[len(values) // 40:].max() if len(values) >= MIN_CUT else math.inf)
+            tops += values[x >= axis_start(run)].tolist()
         if single and "epoch" in run.streams:
             panel.vlines(run.streams["epoch"][0], 0, 1, "0.6", "--", label="new epoch",
                          transform=panel.get_xaxis_transform(), linewidth=0.8)
         if "val" in run.streams:
-            x, values = run.streams["val"]
+            x, values = run.streams[run.val]
             last = f"last {values[-1]:.3f}"
-            if single and "val_bpb" in run.streams:
+            if single and run.val == "val" and "val_bpb" in run.streams:
                 last += f", {run.streams['val_bpb'][1][-1]:.3f} bits per byte"
             panel.plot(x, values, color="tab:orange" if single else run.color, marker="o",
                        markersize=3, linewidth=1.5,
-                       label=f"{'val' if single else run.name} ({last})")
+                       label=f"{run.val if single else run.name} ({last})")
+            tops += values[x >= axis_start(run)].tolist()
     for size in sizes_of(runs):
         value = GPT2_LOSS.get(baselines, {}).get(size)
         if value:
             draw_reference(panel, value, f"GPT-2 {size}\n{CORPORA[baselines]} val", "tab:red")
     low, high = panel.dataLim.intervaly
-    top = max(tops, default=math.inf)
+    top = max(tops, default=high)
     if top < high:
         margin = 0.06 * (top - low)
         panel.set_ylim(low - margin, top + margin)
@@ -280,7 +329,7 @@ def draw_hellaswag(panel, runs):
                            label=f"{style if single else run.name} (last {values[-1]:.4f})")
     for size in sizes_of(runs):
         draw_reference(panel, GPT2_HELLASWAG[size], f"GPT-2 {size}, completion", "tab:red")
-        draw_reference(panel, GPT3_HELLASWAG[size], f"GPT-3 {size}", "tab:green")
+        draw_reference(panel, GPT3_HELLASWAG[size], f"GPT-3 {GPT3_SIZES[size]}", "tab:green")
         lm_eval = GPT2_HELLASWAG_LM_EVAL.get(size)
         if lm_eval and single and "hella_lm_eval" in runs[0].streams:
             draw_reference(panel, lm_eval, f"GPT-2 {size}, lm-eval", "tab:red", ":")
@@ -323,25 +372,41 @@ def curves_figure(run_dirs, by="step", baselines=None, curve=None):
             run.name = as_label(run.run_dir)
     small = [stream for stream in STREAMS if any(stream in run.streams for run in runs)]
     has_hella = any("hella" in run.streams or "hella_lm_eval" in run.streams for run in runs)
+    compared = []  # the runs whose losses are comparable with the curve's
+    for run in runs:
+        if curve and not_comparable(run.config, curve) is None:
+            stream = val_stream(run.config, curve)
+            if stream in run.streams:
+                run.val = stream
+                compared.append(run)
 
-    # loss and HellaSwag above, the small panels below
-    figure = new_figure(13 if has_hella else 8.5, 6.1 if small else 4.2, dpi=80)
+    # loss, HellaSwag and the difference to the curve above, the small panels below
+    large = ["loss"]
+    if compared:
+        large.append("difference")
+    if has_hella:
+        large.append("hellaswag")
+    figure = new_figure(4 + 4.5 * len(large), 6.1 if small else 4.2, dpi=80)
     top = figure
     if small:
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
-    large_panels = top.subplots(1, 2 if has_hella else 1, squeeze=False)[0]
+    large_panels = top.subplots(1, len(large), squeeze=False)[0]
     small_panels = bottom.subplots(1, len(small), squeeze=False)[0] if small else []
 
     end = 1.01 * max(x[-1] for run in runs for x, _ in run.streams.values())
-    for panel, stream in zip(large_panels, ("val", "hella")):
-        if curve:
-            draw_published(panel, curve, stream, by, end)
-        if stream == "val":
+    for panel, name in zip(large_panels, large):
+        if name == "difference":
+            draw_difference(panel, compared, curve, by)
+        elif name == "loss":
+            if curve:
+                draw_published(panel, curve, "val", by, end)
             draw_loss(panel, runs, baselines)
         else:
+            if curve:
+                draw_published(panel, curve, "hella", by, end)
             draw_hellaswag(panel, runs)
         panel.set_xlabel(AXES[by])
-        panel.legend(fontsize=8, loc="upper right" if stream == "val" else "lower right",
+        panel.legend(fontsize=8, loc="lower right" if name == "hellaswag" else "upper right",
                      borderaxespad=1)
     for panel, stream in zip(small_panels, small):
         draw_stream(panel, [run for run in runs if stream in run.streams], stream)
@@ -356,7 +421,7 @@ def curves_figure(run_dirs, by="step", baselines=None, curve=None):
 
 def fitting_curve(run_dir):
     """The published Curve that fits a run; None if none does."""
-    return Comparison(read_config(run_dir)).curve
+    return find_curve(read_config(run_dir))[0]
 
 
 def plot_run(run_dir, baselines=False):
@@ -515,19 +580,29 @@ def draw_weights(source, folder, prompt):
 
 
 def draw_curves(run_dirs, path, by, baselines, reference):
-    """Writes the picture of the runs' curves; reference: None, "" or the name of a curve."""
+    """Writes the picture of the runs' curves.
+
+    baselines: None, a corpus, or "" for the first run's; reference: None, the name of a curve, or
+    "" for the one that fits the first run.
+    """
+    for run_dir in run_dirs:
+        check_run(run_dir)
     if path is None:
         path = os.path.join(run_dirs[0], "loss.png")
     check_output(path)
+    settings = read_config(run_dirs[0])
     curve = None
     if reference:
         curve = published(reference)
     elif reference is not None:
-        comparison = Comparison(read_config(run_dirs[0]))
-        curve = comparison.curve
+        curve, reason = find_curve(settings)
         if curve is None:
-            raise ValueError(f"--reference: no published curve fits {run_dirs[0]}:"
-                             f" {comparison.reason}")
+            raise ValueError(f"--reference: no published curve fits {run_dirs[0]}: {reason}")
+    if baselines == "":
+        baselines = corpus_of(settings.get("data", ""))
+        if baselines is None:
+            raise ValueError(f"--baselines: {run_dirs[0]} is not known to be trained on FineWeb-Edu"
+                             " or FineWeb; name the corpus of its validation data, edu or fineweb")
     if by is None:
         by = "step"
         if curve and any(read_config(run_dir).get("total_batch_size") !=
@@ -542,6 +617,7 @@ def main():
     if args.weights:
         draw_weights(args.source[0], args.out, args.prompt)
     elif args.verdict:
+        check_run(args.source[0])
         print(verdict(args.source[0], args.reference))
     else:
         draw_curves(args.source, args.out, args.by, args.baselines, args.reference)

@@ -158,43 +158,48 @@ def update_scale(scaler, overflow):
 
 @torch.no_grad()
 def evaluate_loss(model, stream, B, T, val_tokens, dtype, ranks):
-    """Mean cross entropy over the first val_tokens tokens of a stream, which the ranks split.
+    """{"val": mean cross entropy over the first val_tokens tokens of a stream, "val_655360": ...}.
 
-    The result depends neither on B nor on the number of ranks. Returns None if a stop is requested
-    meanwhile.
+    "val_N" is that over the first N tokens, for each N of reference.VAL_TOKENS below val_tokens.
+    The ranks split the tokens. The result depends neither on B nor on the number of ranks. Returns
+    None if a stop is requested meanwhile.
     """
     model.eval()  # no dropout
     on_cpu = ranks.device_type == "cpu"
-    # sum of the losses of all targets, on the device: reading it would make the CPU wait. float64:
-    # float32 has too few digits for a sum over 10M tokens; MPS has no float64.
-    sum_dtype = torch.float32 if ranks.device_type == "mps" else torch.float64
-    total = torch.zeros((), device=ranks.device, dtype=sum_dtype)
-    count = 0  # number of targets
     # the logits are an evaluation's largest tensor; larger batches are no faster
     most_tokens = 4096 if on_cpu else 16384
     B = max(1, min(B, most_tokens // T))
-    num_windows = min(val_tokens, len(stream) - 1) // T
+    val_tokens = min(val_tokens, len(stream) - 1)
+    # the tokens are evaluated in parts, each of which ends where a mean is wanted
+    ends = [n for n in reference.VAL_TOKENS if n < val_tokens] + [val_tokens]
+    # sum of the losses of each part's targets, on the device: reading it would make the CPU wait.
+    # float64: float32 has too few digits for a sum over 10M tokens; MPS and XPU may not have it.
+    sum_dtype = torch.float64 if ranks.device_type in ("cuda", "cpu") else torch.float32
+    sums = torch.zeros(len(ends), device=ranks.device, dtype=sum_dtype)
     progress = report_progress("validation")
-    batches = data.iterate_batches(stream, B, T, val_tokens, ranks.rank, ranks.world_size,
-                                   ranks.device)
-    for i, (x, y) in enumerate(batches):
-        # every rank has the same number of batches, so all ranks stop at the same one; asking
-        # waits for the GPU
-        if (on_cpu or i % 16 == 0) and parallel.stop_requested(ranks):
-            model.train()
-            return None
-        # x is (0, T) on a rank that has no tokens left
-        if len(x) > 0:
-            with autocast(ranks.device, dtype), full_float32():
-                loss = model(x, y)[1]
-            # batches differ in size: weight each mean by its number of targets
-            total += loss.to(sum_dtype) * y.numel()
-            count += y.numel()
-        progress((i + 1) * B * ranks.world_size / num_windows)
+    start = 0
+    for part, end in enumerate(ends):
+        batches = data.iterate_batches(stream, B, T, end, ranks.rank, ranks.world_size,
+                                       ranks.device, start)
+        for i, (x, y) in enumerate(batches):
+            # every rank has the same number of batches, so all ranks stop at the same one; asking
+            # waits for the GPU
+            if (on_cpu or i % 16 == 0) and parallel.stop_requested(ranks):
+                model.train()
+                return None
+            # x is (0, T) on a rank that has no tokens left
+            if len(x) > 0:
+                with autocast(ranks.device, dtype), full_float32():
+                    loss = model(x, y)[1]
+                # batches differ in size: weight each mean by its number of targets
+                sums[part] += loss.to(sum_dtype) * y.numel()
+            progress((start + (i + 1) * B * T * ranks.world_size) / val_tokens)
+        start = end
     model.train()
-    sums = torch.stack([total, torch.full_like(total, count)])
-    total, count = parallel.all_reduce_sum(sums, ranks).tolist()
-    return total / count
+    sums = parallel.all_reduce_sum(sums, ranks).cumsum(0).tolist()
+    means = [total / (end // T * T) for total, end in zip(sums, ends)]  # over whole sequences
+    parts = {f"val_{end}": mean for end, mean in zip(ends[:-1], means)}
+    return {"val": means[-1], **parts}
 
 
 def print_samples(model, prompt, dtype, ranks, num_samples=4, max_new_tokens=32):
@@ -282,9 +287,8 @@ def print_evaluations(config, saved, val_stream, examples, dtype, ranks):
     # in chunks: there is no plan that would tell whether all logits fit into memory
     model = build_model(config, saved, ranks, LOSS_CHUNKS).to(ranks.device)
     T = config.block_size
-    val_loss = evaluate_loss(model, val_stream, 4096, T, config.val_tokens, dtype, ranks)
-    bits_per_byte = data.bits_per_byte(val_stream, T, config.val_tokens)
-    scores = {"val": val_loss, "val_bpb": val_loss * bits_per_byte}
+    scores = evaluate_loss(model, val_stream, 4096, T, config.val_tokens, dtype, ranks)
+    scores["val_bpb"] = scores["val"] * data.bits_per_byte(val_stream, T, config.val_tokens)
     if examples:
         scores |= hellaswag.score_in_training(model, examples, dtype, ranks)
     print0(folder.evaluation_line(saved.step if saved else 0, scores))
@@ -412,7 +416,7 @@ def main():
     folder.write_config(run_dir, asdict(config), ranks)
     log = folder.Log(run_dir, asdict(config), first_step, ranks)
     writer = checkpoint.Writer()
-    comparison = reference.Comparison(asdict(config))  # with published runs
+    curve = reference.announce_curve(asdict(config))  # a public run to compare with, or None
     flops_per_token = raw_model.config.flops_per_token(T)
     # FLOP/s of one device: MFU is relative to its data sheet, otherwise to a matmul's; not on a CPU
     peak, mfu_name = peak_flops(device, dtype), "MFU"
@@ -430,11 +434,13 @@ def main():
             # once in a while: the validation loss; model would recompile for other shapes
             val_loss = None
             if "val" in due:
-                val_loss = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
-                                         config.val_tokens, dtype, ranks)
-                if val_loss is not None:  # else a stop interrupted it
-                    log(step, val=val_loss, val_bpb=val_loss * bits_per_byte)
-                    comparison.print(step, val=val_loss)  # "within the spread of public runs"
+                losses = evaluate_loss(parallel.unsharded_model(raw_model), val_stream, B, T,
+                                       config.val_tokens, dtype, ranks)
+                if losses is not None:  # else a stop interrupted it
+                    val_loss = losses["val"]
+                    log(step, **losses, val_bpb=val_loss * bits_per_byte)
+                    # "within the spread of public runs"
+                    reference.print_comparison(asdict(config), curve, step, losses)
 
             # once in a while: HellaSwag, in both styles of scoring
             if "hella" in due:
@@ -481,7 +487,8 @@ def main():
             print0(step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, mfu_name))
             progress((step + 1 - first_step) / (max_steps - first_step))
             log(step, quiet=True, train=loss, lr=lr, norm=norm, tok_per_sec=tok_per_sec)
-            comparison.print(step, train=loss, norm=norm)  # the lecture's run: "as published"
+            if ranks.master_process:  # the lecture's run: "as published"
+                reference.print_first_losses(run_dir, asdict(config), step)
             if int(loader.epoch) > epoch:
                 log(step, epoch=int(loader.epoch))  # the data has a new order from here on
 

@@ -287,10 +287,14 @@ def open_tensorboard(run_dir, first_step):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run_dir, purge_step=first_step)
     atexit.register(writer.close)  # flushes its queue
+    # one card with both losses, under "Custom Scalars"
+    writer.add_custom_scalars({"loss": {"loss": ["Multiline", ["loss/train", "loss/val"]]}})
 
     def track(step, values):
         for stream, value in values.items():
-            writer.add_scalar(stream, value, step)
+            # a section of TensorBoard has the tags with the same prefix
+            tag = f"loss/{stream}" if stream.startswith(("train", "val")) else stream
+            writer.add_scalar(tag, value, step)
 
     return track
 

@@ -602,6 +602,7 @@ def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(
         tmp_path, monkeypatch):
     calls = []
     writer = types.SimpleNamespace(add_scalar=lambda *call: calls.append(call),
+                                   add_custom_scalars=calls.append,
                                    close=lambda: calls.append("closed"))
 
     def summary_writer(folder, purge_step):
@@ -613,9 +614,11 @@ def test_tensorboard_receives_the_values_and_drops_those_after_the_checkpoint(
     registered = []
     monkeypatch.setattr(atexit, "register", registered.append)
     log = open_log(tmp_path, tracker="tensorboard", first_step=500)
-    log(501, quiet=True, train=3.5, lr=0.1)
+    log(501, quiet=True, train=3.5, val_655360=3.4, lr=0.1)
     registered[0]()
-    assert calls == [(str(tmp_path), 500), ("train", 3.5, 501), ("lr", 0.1, 501), "closed"]
+    card = {"loss": {"loss": ["Multiline", ["loss/train", "loss/val"]]}}
+    assert calls == [(str(tmp_path), 500), card, ("loss/train", 3.5, 501),
+                     ("loss/val_655360", 3.4, 501), ("lr", 0.1, 501), "closed"]
 
 
 def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
@@ -679,9 +682,13 @@ def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, monkeypatch):
     events = accumulator.EventAccumulator(str(tmp_path / "log" / "tiny"))
     events.Reload()
     read = {}
-    for stream in events.Tags()["scalars"]:
-        read |= {(stream, event.step): event.value for event in events.Scalars(stream)}
+    for tag in events.Tags()["scalars"]:
+        stream = tag.removeprefix("loss/")
+        read |= {(stream, event.step): event.value for event in events.Scalars(tag)}
     assert read == pytest.approx(logged_values(tmp_path))
+    # one card with both losses
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"loss/train" in layout and b"loss/val" in layout
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):

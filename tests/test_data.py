@@ -376,6 +376,11 @@ def test_iterate_batches_yields_each_window_once_for_any_B_and_W(
             for row in torch.cat([x, y[:, -1:]], dim=1).tolist()]
     num_windows = min((len(tokens) - 1) // T, max_tokens // T)
     assert rows == [tokens[w * T:w * T + T + 1].tolist() for w in range(num_windows)]
+    # in two parts
+    cut = max_tokens // 3
+    parts = [*iterate_batches(stream, B, T, cut),
+             *iterate_batches(stream, B, T, max_tokens, first_token=cut)]
+    assert [row for x, _ in parts for row in x.tolist()] == [row[:T] for row in rows]
 
 
 @pytest.mark.parametrize("B", [1, 2, 5])

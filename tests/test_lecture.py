@@ -319,9 +319,14 @@ def check_run(cwd, folder, B, W):
 def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
     compared = []
 
-    def compare(self, step, **values):
-        compared.append((step, *values))
-    monkeypatch.setattr(reference.Comparison, "print", compare)
+    def compare(settings, curve, step, losses):
+        compared.append((step, *losses))
+
+    def compare_first(run_dir, settings, step):
+        logged = read_log(os.path.join(run_dir, "log.txt"))
+        compared.append((step, *[name for name in logged if logged[name][-1][0] == step]))
+    monkeypatch.setattr(reference, "print_comparison", compare)
+    monkeypatch.setattr(reference, "print_first_losses", compare_first)
     monkeypatch.setattr(train_gpt2, "plot_run", lambda run_dir, baselines: None)  # takes a second
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *FLAGS, "--data", shards,
@@ -336,7 +341,8 @@ def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
         if step % 25 == 0:
             expected.append((step, "val"))
         if step < STEPS:
-            expected.append((step, "train", "norm"))
+            evaluated = ["val", "val_bpb"] if step % 25 == 0 else []
+            expected.append((step, *evaluated, "train", "lr", "norm", "tok_per_sec"))
     assert compared == expected
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from common import ENV, ONE, ROOT, TINY, WORDS, python, text_of_words, tiny_model
 from model import GPT
-from run import checkpoint, folder, parallel, weights
+from run import checkpoint, folder, parallel, reference, weights
 from run.cli import StopSignals, run_main
 from run.config import TrainConfig, parse_args, preset_settings
 from run.parallel import Ranks
@@ -112,7 +112,14 @@ def check_losses(ranks, folder):
     def evaluate(run):
         model = parallel.unsharded_model(run.raw_model)
         assert model.loss_chunks == run.raw_model.loss_chunks
-        return evaluate_loss(model, UnequalStream(), 1, 16, 80, "float32", ranks)
+        reference.VAL_TOKENS = (16, 48)
+        losses = [evaluate_loss(model, UnequalStream(), B, 16, 80, "float32", ranks)
+                  for B in (1, 2)]
+        tokens = torch.from_numpy(UnequalStream().read(0, 81))
+        with torch.no_grad():
+            expected = [model(tokens[:n].view(-1, 16), tokens[1:n + 1].view(-1, 16))[1].item()
+                        for n in (80, 16, 48)]
+        return losses, dict(zip(("val", "val_16", "val_48"), expected))
 
     results = {"collectives": check_collectives(ranks)}
     for mode in MODES:
@@ -363,7 +370,10 @@ def test_what_is_sharded_is_held_once(two_ranks):
 def test_ranks_may_evaluate_different_numbers_of_batches(two_ranks):
     results, *_ = two_ranks
     for suffix in ("", " chunks"):
-        assert results[f"val fsdp{suffix}"] == pytest.approx(results[f"val ddp{suffix}"], abs=1e-5)
+        for mode in MODES:
+            losses, expected = results[f"val {mode}{suffix}"]
+            assert losses == [pytest.approx(expected, abs=1e-6)] * 2
+        assert expected == pytest.approx(results[f"val ddp{suffix}"][1], abs=1e-5)
 
 
 def test_a_resumed_run_keeps_the_hyperparameters_it_is_started_with():

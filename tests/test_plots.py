@@ -171,7 +171,8 @@ def test_hellaswag_is_beside_gpt2_and_gpt3_of_the_runs_sizes(tmp_path):
     assert levels_of(both, 1) == [0.25, 0.2955, 0.337, 0.3752, 0.436]  # completion style only
     assert legend_of(both, 1) == ["small (last 0.3000)", "large (last 0.4000)"]
     texts = texts_of(both, 1)
-    assert "GPT-3 350M\n0.436" in texts and "GPT-2 124M, completion\n0.2955" in texts
+    assert "GPT-3 125M\n0.337" in texts and "GPT-3 350M\n0.436" in texts
+    assert "GPT-2 124M, completion\n0.2955" in texts
 
 
 def test_the_loss_of_gpt2_is_drawn_for_the_corpus_it_was_measured_on(tmp_path):
@@ -209,11 +210,13 @@ def test_a_short_run_is_drawn_whole_and_without_smoothing(tmp_path, steps):
         assert all(tick % 1 == 0 for panel in figure.axes for tick in panel.get_xticks())
 
 
-@pytest.mark.parametrize("steps, window, cut", [(600, 13, False), (19000, 381, True)])
-def test_a_long_run_has_a_running_mean_and_a_very_long_one_omits_the_first_fall(
-        tmp_path, steps, window, cut):
+@pytest.mark.parametrize("steps, first_val, window, cut", [
+    (600, 100, 13, True), (600, 400, 13, False), (19000, 250, 381, True)])
+def test_a_long_run_has_a_running_mean_and_omits_the_first_fall(
+        tmp_path, steps, first_val, window, cut):
+    """The loss of step 0 took four fifths of the height of the Shakespeare curve."""
     fall = noisy_fall(steps)
-    run = make_run(tmp_path / "a", train=fall, lr=fall, val={0: 11.2, 250: 3.1, steps: 3.0})
+    run = make_run(tmp_path / "a", train=fall, lr=fall, val={0: 11.2, first_val: 3.1, steps: 3.0})
     figure = curves_figure([run])
     raw, mean, _ = lines_of(figure)
     assert raw[2] == [*fall.values()] and mean[2][0] == fall[0]
@@ -269,23 +272,58 @@ def test_a_published_curve_is_drawn_up_to_the_end_of_the_run(tmp_path):
     run = make_run(tmp_path / "a", total_batch_size=524288, val={0: 10.9, 500: 5.3},
                    hella={0: 0.25, 500: 0.25})
     for by, factor in (("step", 1), ("tokens", 524288)):
-        figure = curves_figure([run], by, None, published("edu-lecture-8gpu"))
+        figure = curves_figure([run], by, None, published("edu-lecture-2xh800"))
         x, y = [0, 250 * factor, 500 * factor], [10.9514, 6.1443, 5.2742]
-        assert lines_of(figure)[0] == ("edu-lecture-8gpu val (last 5.274)", x, y)
-        assert lines_of(figure, 1)[0][0] == "edu-lecture-8gpu (last 0.2382)"
+        assert lines_of(figure)[0] == ("edu-lecture-2xh800 val (last 5.274)", x, y)
+        assert lines_of(figure, 1)[0][0] == "edu-lecture-2xh800 (last 0.2382)"
+
+
+FINEWEB_EDU = {"n_layer": 12, "n_embd": 768, "total_batch_size": 524288, "val_tokens": 10485760,
+               "data": "edu_fineweb10B"}
+
+
+def make_fineweb_edu_run(folder, **streams):
+    """A run folder with the settings of gpt2-124M on FineWeb-Edu."""
+    run = make_run(folder, **streams)
+    (folder / "config.json").write_text(json.dumps({"config": FINEWEB_EDU}))
+    return run
+
+
+def test_the_difference_to_a_published_curve_has_a_panel(tmp_path):
+    """A band of 0.01 nats cannot be seen on an axis of 3 nats."""
+    curve = published("edu-lecture-2xh800")
+    losses = {step: curve.streams["val"][step] for step in (250, 500, 19000)}
+    run = make_fineweb_edu_run(
+        tmp_path / "a", val={step: loss + 0.2 for step, loss in losses.items()},
+        val_655360={0: 10.9, **{step: loss + 0.004 for step, loss in losses.items()}, 300: 6.0})
+    for by, factor in (("step", 1), ("tokens", 524288)):
+        figure = curves_figure([run], by, None, curve)
+        assert "val_655360 (last 6.000)" in legend_of(figure)  # drawn on the curve's tokens
+        panel = figure.axes[1]
+        assert panel.get_title() == "val_655360 minus edu-lecture-2xh800"
+        _, x, y = lines_of(figure, 1)[0]
+        assert x == [step * factor for step in losses] and y == pytest.approx([0.004] * 3)
+        band = panel.collections[0].get_paths()[0].vertices
+        assert abs(band[band[:, 0] == 19000 * factor, 1]) == pytest.approx(0.01)
+        low, high = panel.get_ylim()
+        assert -0.1 < low < -0.01 and 0.01 < high < 0.1
+    # no panel for another corpus, and for the log of an earlier version
+    other = make_run(tmp_path / "b", total_batch_size=524288)
+    old = make_fineweb_edu_run(tmp_path / "c")
+    for run in (other, old):
+        panels = curves_figure([run], "step", None, curve).axes
+        assert panels[1].get_title() == "learning rate (peak 3.00e-01)"
 
 
 def test_a_finished_run_is_drawn_beside_the_published_curve_that_fits_it(tmp_path, monkeypatch):
     run = make_run(tmp_path / "a", total_batch_size=524288, val={0: 10.9, 500: 5.3})
     assert plots.fitting_curve(run) is None  # on an unknown corpus
-    settings = {"n_layer": 12, "n_embd": 768, "total_batch_size": 524288, "val_tokens": 10485760,
-                "data": "edu_fineweb10B"}
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"config": settings}))
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"config": FINEWEB_EDU}))
     drawn, figure_of = [], plots.curves_figure
     monkeypatch.setattr(plots, "curves_figure",
                         lambda *args: drawn.append(args[-1]) or figure_of(*args))
     assert plot_run(run) == f"{run}/loss.png"
-    assert [curve.name for curve in drawn] == ["edu-lecture-8gpu"]
+    assert [curve.name for curve in drawn] == ["edu-lecture-2xh100"]
 
 
 # -----------------------------------------------------------------------------
@@ -462,8 +500,37 @@ def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, mon
                         lambda *args: drawn.append(args) or figure_of(*args))
     for size in (524288, 100):
         run = make_run(tmp_path / str(size), total_batch_size=size)
-        assert run_plots(run, "--reference", "edu-lecture-8gpu")[0] == 0
+        assert run_plots(run, "--reference", "edu-lecture-2xh100")[0] == 0
     assert [by for _, by, *_ in drawn] == ["step", "tokens"]
     status, out, _ = run_plots(run, "--verdict")
     assert status == 0
     assert out.startswith("100 is not compared with published runs: the data, unknown, are not")
+
+
+def test_baselines_are_those_of_the_runs_corpus(tmp_path, run_plots, monkeypatch):
+    """--baselines drew FineWeb-Edu's line on a Shakespeare run."""
+    drawn, figure_of = [], plots.curves_figure
+    monkeypatch.setattr(plots, "curves_figure",
+                        lambda *args: drawn.append(args[2]) or figure_of(*args))
+    run, edu = make_run(tmp_path / "a"), make_fineweb_edu_run(tmp_path / "b")
+    status, _, err = run_plots(run, "--baselines")
+    assert status == 2 and f"--baselines: {run} is not known to be trained on FineWeb-Edu" in err
+    assert run_plots(run, "--baselines", "fineweb")[0] == run_plots(edu, "--baselines")[0] == 0
+    assert drawn == ["fineweb", "edu"]
+
+
+@pytest.mark.parametrize("flag", ["--reference", "--verdict", "--baselines"])
+def test_a_run_that_does_not_exist_is_named(tmp_path, run_plots, flag):
+    """--reference said that its data, unknown, are not known to be FineWeb's."""
+    status, _, err = run_plots(tmp_path / "none", flag)
+    assert status == 2 and err == (f"error: {tmp_path}/none has no log.txt; give a run folder,"
+                                   " log/<exp-name>\n")
+
+
+def test_a_reference_value_above_the_axis_is_shown(tmp_path):
+    """The notebook adds one to the panel of the losses, whose axis omits the first fall."""
+    panel = plots.new_figure(4, 3).subplots()
+    panel.plot([5.0, 4.0])
+    panel.set_ylim(4.0, 5.0)
+    plots.draw_reference(panel, 6.5, "token frequencies", "tab:red")
+    assert panel.get_ylim() == (4.0, 6.5)

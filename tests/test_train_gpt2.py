@@ -734,13 +734,26 @@ def stream(tmp_path):
     return data.TokenStream([path])
 
 
-def test_validation_is_the_same_for_any_micro_batch_and_sums_in_float64(stream, reduced):
+def test_validation_is_the_same_for_any_micro_batch_and_sums_in_float64(
+        stream, reduced, monkeypatch):
+    """With the means over the first 24, 56 and 101 tokens, from the same forwards."""
+    monkeypatch.setattr(train_gpt2.reference, "VAL_TOKENS", (24, 56, 101, 160))
     model = tiny_model()
-    losses = [evaluate_loss(model, stream, B, 8, 160, "float32", ONE) for B in (1, 3, 20)]
     tokens = torch.from_numpy(stream.read(0, 161).astype(np.int64))
-    _, whole = model(tokens[:-1].view(20, 8), tokens[1:].view(20, 8))
-    assert losses == pytest.approx([whole.item()] * 3, rel=1e-6)
-    assert [tensor.dtype for tensor in reduced] == [torch.float64] * 3
+    expected = {}
+    for name, windows in (("val", 20), ("val_24", 3), ("val_56", 7), ("val_101", 12)):
+        x, y = tokens[:8 * windows], tokens[1:8 * windows + 1]
+        expected[name] = model(x.view(windows, 8), y.view(windows, 8))[1].item()
+    rows = []
+    model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for B in (1, 2, 3, 20):
+        losses = evaluate_loss(model, stream, B, 8, 160, "float32", ONE)
+        assert losses == pytest.approx(expected, rel=1e-6) and [*losses] == [*expected]
+        assert sum(rows) == 20 and max(rows) <= B
+        rows.clear()
+    # a stream that is shorter than some of them
+    assert [*evaluate_loss(model, stream, 2, 8, 100, "float32", ONE)] == ["val", "val_24", "val_56"]
+    assert [tensor.dtype for tensor in reduced] == [torch.float64] * 5
 
 
 def test_a_stop_request_ends_an_evaluation_at_the_next_batch(stream, monkeypatch):
@@ -816,7 +829,7 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "setup", lambda *args: Ranks(rank, rank, 2, "cpu", False))
     monkeypatch.setattr(checkpoint, "Writer", Writer)
     monkeypatch.setattr(folder.Log, "flush", lambda self: calls.append("flush"))
-    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: 2.0)
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", lambda *args: {"val": 2.0})
     monkeypatch.setattr(train_gpt2, "peak_flops", lambda *args: 1e9)
     monkeypatch.setattr(train_gpt2, "step_line", lambda *args: lines.append(args))
     monkeypatch.setattr(train_gpt2, "report_progress",

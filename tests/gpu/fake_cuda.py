@@ -113,7 +113,7 @@ def training(dtype, optimizer):
 def evaluation(dtype):
     with fake_cuda() as mode:
         model = on_gpu(TrainConfig(**SIZES), mode)
-        return train_gpt2.evaluate_loss(model, Stream(), 8, 16, 600, dtype, RANKS)
+        return train_gpt2.evaluate_loss(model, Stream(), 8, 16, 600, dtype, RANKS)["val"]
 
 
 def hellaswag(dtype):
