@@ -338,9 +338,7 @@ def test_a_json_array_is_read_in_blocks(tmp_path, monkeypatch, indent):
     run(monkeypatch, "--input", tmp_path, "--out", tmp_path / "out", *FLAGS)
     assert read_tokens(tmp_path / "out") == true_tokens(texts * 2)
     source = sources.local_source([str(tmp_path / "a.json")])
-    most = max(sum(map(len, batch)) for piece in sources.pieces(source, "text")
-               for batch in piece.batches)
-    assert most < 13_000  # of 60,000 characters
+    assert len(list(sources.pieces(source, "text"))) > 3
 
 
 def test_folders_of_the_datasets_library_are_read(tmp_path, monkeypatch):

@@ -14,10 +14,10 @@ from common import ROOT, python
 
 # from the lowest to the highest: a module imports only modules of the layers above its own line
 LAYERS = [
-    {"run.cli", "run.files", "sources", "model"},
+    {"run.cli", "run.files", "model"},
     {"run.config", "run.runtime", "data"},
-    {"run.folder", "fineweb"},
-    {"run.weights", "run.reference"},
+    {"run.folder", "sources"},
+    {"run.weights", "run.reference", "fineweb"},
     {"run.checkpoint", "run.parallel"},
     {"run.settings", "convert", "plots", "sample", "hellaswag"},
     {"train_gpt2"},
