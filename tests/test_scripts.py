@@ -29,12 +29,13 @@ def write_program(path, code=f'exec "{sys.executable}" "$@"'):
     return str(path)
 
 
-def write_torch(folder, gpus=0, cuda="None"):
+def write_torch(folder, gpus=0, cuda="None", hip="None"):
     """A stand-in for PyTorch, and its torchrun; PyTorch takes a second to import."""
     distributed = folder / "torch" / "distributed"
     os.makedirs(distributed, exist_ok=True)
     (distributed.parent / "__init__.py").write_text(
-        f"class version: cuda = {cuda}\nclass cuda: device_count = staticmethod(lambda: {gpus})\n")
+        f"class version: cuda, hip = {cuda}, {hip}\n"
+        f"class cuda: device_count = staticmethod(lambda: {gpus})\n")
     (distributed / "__init__.py").touch()
     (distributed / "run.py").write_text(
         "import os, sys\n"
@@ -152,6 +153,18 @@ def test_a_build_of_pytorch_without_cuda_on_a_machine_with_a_gpu_is_one_line(clo
     assert "has an NVIDIA GPU, but PyTorch was built without CUDA" in process.stderr
     assert run(clone, "--device", "cpu", PATH=path).returncode == 0  # it is the user's choice
     write_torch(clone / "stubs", gpus=1, cuda="'13.0'")
+    assert "training on one GPU\ntrains" in run(clone, PATH=path).stdout
+
+
+def test_a_build_of_pytorch_without_rocm_on_a_machine_with_rocm_is_one_line(clone, tmp_path):
+    """It trained on the CPU without a word."""
+    write_program(tmp_path / "rocm-smi", "")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = run(clone, PATH=path)
+    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert "the pip command for ROCm of pytorch.org/get-started" in process.stderr
+    assert run(clone, "--device", "cpu", PATH=path).returncode == 0
+    write_torch(clone / "stubs", gpus=1, hip="'7.0'")
     assert "training on one GPU\ntrains" in run(clone, PATH=path).stdout
 
 
