@@ -25,8 +25,9 @@ def parse_args():
     """The flags; ValueError for an invalid one."""
     parser = ArgumentParser(description="Generate text with a GPT-2.")
     add = parser.add_argument
-    add("source", help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
-    add("stdin", nargs="*", metavar="-", help="read the prompt from stdin")
+    add("source", metavar="MODEL",
+        help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
+    add("stdin", nargs="*", metavar="-", default=[], help="read the prompt from stdin")
     add("--prompt", help="text to continue (default: start a document)")
     add("--prompt-file", metavar="FILE", help="continue the text in this file, UTF-8")
     add("--interactive", action="store_true", help="read prompts from the terminal, one a line")

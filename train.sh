@@ -26,6 +26,13 @@ if nvidia-smi -L 2>/dev/null | grep -q GPU; then
     exit 2
   fi
 fi
+if command -v rocm-smi >/dev/null; then
+  if ! "$python" -c "import sys, torch; sys.exit(torch.version.hip is None)"; then
+    echo "error: this machine has AMD's ROCm, but PyTorch was built without it: run the pip command for ROCm" \
+         "of pytorch.org/get-started with $python -m pip, or use --device cpu" >&2
+    exit 2
+  fi
+fi
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
   echo "train.sh: training on $gpus GPUs"

@@ -123,8 +123,8 @@ SYNONYMS = {
     "out-dir": "log-dir", "dataset": "data", "start": "prompt", "learning-rate": "lr",
     "max-iters": "max-steps", "lr-decay-iters": "max-steps", "warmup-iters": "warmup-steps",
     "min-lr": "min-lr-ratio", "eval-interval": "val-every", "eval-iters": "val-tokens",
-    "gradient-accumulation-steps": "total-batch-size",
-    "wandb": "tracker", "wandb-log": "tracker", "wandb-project": "tracker",
+    "gradient-accumulation-steps": "total-batch-size", "config": "preset",
+    "wandb": "tracker wandb", "wandb-log": "tracker wandb", "wandb-project": "tracker wandb",
     "wandb-run-name": "exp-name",
     # transformers
     "output-dir": "log-dir", "run-name": "exp-name", "model-name-or-path": "init-from",
@@ -162,7 +162,7 @@ class ArgumentParser(argparse.ArgumentParser):
             similar = [flag for flag in flags if flag.startswith(name)]
             similar += difflib.get_close_matches(name, flags, cutoff=0.75)
             synonym = "--" + SYNONYMS.get(name[2:], "")
-            if synonym in flags:
+            if synonym.split()[0] in flags:
                 similar.insert(0, synonym)
             if similar:
                 self.error(f"unknown flag {name}: did you mean {similar[0]}?")
@@ -170,6 +170,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (--[\w-]+):", r"\1", message)
+        invalid = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if invalid:
+            choices = re.findall(r"[\w.-]+", invalid[2])
+            similar = [choice for choice in choices if invalid[1] in choice]
+            if similar:
+                message += f": did you mean {similar[0]}?"
         raise ValueError(f"{message}; --help lists what is allowed")
 
 

@@ -619,7 +619,7 @@ def test_hellaswag(row, check):
 
 SAMPLE = [
     # flags
-    ("", "the following arguments are required: source"),
+    ("", "the following arguments are required: MODEL"),
     ("run --num-samples 0", "--num-samples 0: must be an integer, 1 or more"),
     ("run --max-new-tokens -1", "--max-new-tokens -1: must be an integer, 1 or more"),
     ("run --temperature -0.1", "--temperature -0.1: must be a number, 0 or more"),

@@ -357,6 +357,17 @@ def test_an_unknown_flag_gets_a_suggestion(name, suggestion):
         parser.parse_args([name, "1"])
 
 
+@pytest.mark.parametrize("arguments, expected", [
+    ("train_gpt2.py --wandb", "unknown flag --wandb: did you mean --tracker wandb?"),
+    ("train_gpt2.py --config x.yaml", "unknown flag --config: did you mean --preset?"),
+    ("train_gpt2.py --preset gpt2", ": did you mean gpt2-124M?"),
+    ("train_gpt2.py --preset 124M", ": did you mean gpt2-124M?"),
+    ("train_gpt2.py --compile=False", "auto"),
+    ("sample.py", "the following arguments are required: MODEL;")])
+def test_what_newcomers_type_gets_a_hint(arguments, expected):
+    assert expected in python(*arguments.split()).stderr
+
+
 def test_intermixed_arguments_are_parsed_alike_by_newer_versions_of_python(monkeypatch):
     """3.12.8 and 3.13.1 no longer call parse_known_args there: sample.py lost --num_samples."""
     parser = cli.ArgumentParser()

@@ -29,12 +29,13 @@ def write_program(path, code=f'exec "{sys.executable}" "$@"'):
     return str(path)
 
 
-def write_torch(folder, gpus=0, cuda="None"):
+def write_torch(folder, gpus=0, cuda="None", hip="None"):
     """A stand-in for PyTorch, and its torchrun; PyTorch takes a second to import."""
     distributed = folder / "torch" / "distributed"
     os.makedirs(distributed, exist_ok=True)
     (distributed.parent / "__init__.py").write_text(
-        f"class version: cuda = {cuda}\nclass cuda: device_count = staticmethod(lambda: {gpus})\n")
+        f"class version: cuda, hip = {cuda}, {hip}\n"
+        f"class cuda: device_count = staticmethod(lambda: {gpus})\n")
     (distributed / "__init__.py").touch()
     (distributed / "run.py").write_text(
         "import os, sys\n"
@@ -79,9 +80,13 @@ def test_a_second_call_needs_no_network_and_forwards_its_arguments(clone, tmp_pa
 
 @pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt"])
 def test_changed_requirements_are_installed_again(clone, changed):
-    """The version does not exist: the installation fails, and is repeated by the next call."""
-    text = (clone / changed).read_text()
-    (clone / changed).write_text(re.sub(r"^tiktoken\S*", "tiktoken==0.0.99", text, flags=re.M))
+    """The version does not exist: the installation fails, and is repeated by the next call.
+
+    The lists have nothing else: another torch than constraints.txt's would fail first.
+    """
+    (clone / "requirements.txt").write_text("tiktoken\n")
+    (clone / "constraints.txt").write_text("")
+    (clone / changed).write_text("tiktoken==0.0.99\n")
     for _ in range(2):
         process = run(clone)
         assert process.returncode == 2 and "trains" not in process.stdout
@@ -148,6 +153,18 @@ def test_a_build_of_pytorch_without_cuda_on_a_machine_with_a_gpu_is_one_line(clo
     assert "has an NVIDIA GPU, but PyTorch was built without CUDA" in process.stderr
     assert run(clone, "--device", "cpu", PATH=path).returncode == 0  # it is the user's choice
     write_torch(clone / "stubs", gpus=1, cuda="'13.0'")
+    assert "training on one GPU\ntrains" in run(clone, PATH=path).stdout
+
+
+def test_a_build_of_pytorch_without_rocm_on_a_machine_with_rocm_is_one_line(clone, tmp_path):
+    """It trained on the CPU without a word."""
+    write_program(tmp_path / "rocm-smi", "")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = run(clone, PATH=path)
+    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert "the pip command for ROCm of pytorch.org/get-started" in process.stderr
+    assert run(clone, "--device", "cpu", PATH=path).returncode == 0
+    write_torch(clone / "stubs", gpus=1, hip="'7.0'")
     assert "training on one GPU\ntrains" in run(clone, PATH=path).stdout
 
 
