@@ -7,7 +7,10 @@ Files: checks before one is read or written, atomic writes, and locks.
     f = lock(path)                    # until f is closed
 """
 import contextlib
+import glob
 import os
+import shutil
+import socket
 
 
 def check_regular(path):
@@ -27,6 +30,45 @@ def check_output(path):
         raise ValueError(f"cannot write {path}: permission denied")
 
 
+def temporary_name(path):
+    """The name beside path of an incomplete file, or folder, of this process.
+
+    Removes what killed processes of this machine have left under such names of path.
+    """
+    prefix = f"{path}.{socket.gethostname()}."
+    for leftover in glob.glob(glob.escape(prefix) + "*.tmp"):
+        pid = leftover.removeprefix(prefix).removesuffix(".tmp")
+        if not pid.isdigit() or is_another(int(pid)):
+            continue
+        if os.path.isdir(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                os.remove(leftover)
+    return f"{prefix}{os.getpid()}.tmp"
+
+
+def is_another(pid):
+    """Whether pid is the id of another process that is running on this machine."""
+    if os.name == "nt":  # os.kill would send Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return pid != os.getpid()
+
+
+def is_at(f, path):
+    """Whether the open file f is still the one at path: an editor, or sed -i, replaces it."""
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except OSError:  # there is none; on a network file system f may be stale
+        return False
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Context with an open file that becomes path when it is complete.
@@ -36,7 +78,7 @@ def atomic_write(path, mode="wb"):
     is replaced, not the link.
     """
     path = os.path.realpath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = temporary_name(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(temporary, mode, **text) as f:
@@ -83,9 +125,9 @@ def lock(path):
             raise
         except OSError:  # some network file systems
             f.close()
+            os.remove(path)
             return None
         # another file, or none, if the last process that had the lock removed it after we opened it
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
-                return f
+        if is_at(f, path):
+            return f
         f.close()

@@ -7,9 +7,12 @@ What check_regular and check_output refuse is in tests/test_bad_input.py.
 """
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
+from common import ROOT
 from run import files
 
 
@@ -25,7 +28,8 @@ def test_atomic_write_replaces_the_file_only_when_it_is_complete(tmp_path, mode,
     with files.atomic_write(str(path), mode) as f:
         f.write(new)
         f.flush()
-        assert sorted(os.listdir(tmp_path)) == ["file", f"file.{os.getpid()}.tmp"]
+        temporary, = set(os.listdir(tmp_path)) - {"file"}
+        assert temporary.startswith("file.") and temporary.endswith(".tmp")
         assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["file"]
     assert path.read_bytes() == (new if mode == "wb" else new.encode())
@@ -40,6 +44,44 @@ def test_an_exception_within_atomic_write_leaves_no_file_or_the_old_one(tmp_path
                 f.write(b"new " * 100_000)
                 raise error
     assert os.listdir(tmp_path) == ["old"] and (tmp_path / "old").read_bytes() == b"old"
+
+
+WRITE_AND_WAIT = """
+import sys
+from run.files import atomic_write
+with atomic_write(sys.argv[1]) as f:
+    f.write(b"x")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_has_left_and_nothing_else(tmp_path):
+    """Half-written files, whose names hold a process id, stayed for ever."""
+    path = tmp_path / "a[1].png"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE_AND_WAIT, path], cwd=ROOT,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdout.readline() == b"writing\n"
+    writers[0].kill()
+    writers[0].wait()
+    other = ["a[1].png.elsewhere.12.tmp", "a[1].png.12.notes.tmp", "b.png.12.tmp"]
+    for name in other:
+        (tmp_path / name).touch()
+    assert len(os.listdir(tmp_path)) == 5
+    with files.atomic_write(path) as f:
+        f.write(b"y")
+    running, = set(os.listdir(tmp_path)) - {path.name, *other}
+    assert f".{writers[1].pid}." in running and path.read_bytes() == b"y"
+    writers[1].communicate()  # ends its input
+    assert writers[1].returncode == 0 and path.read_bytes() == b"x"
+
+
+def test_the_name_of_an_incomplete_folder_removes_what_a_killed_process_has_left(tmp_path):
+    """In a container the next process may have the same id."""
+    name = files.temporary_name(tmp_path / "hf")
+    os.makedirs(os.path.join(name, "a"))
+    assert files.temporary_name(tmp_path / "hf") == name and os.listdir(tmp_path) == []
 
 
 def test_a_lock_excludes_other_processes_until_it_is_closed(tmp_path):
@@ -66,6 +108,13 @@ def test_a_lock_is_of_the_file_at_its_path(tmp_path, monkeypatch):
     second = files.lock(path)
     assert os.path.samestat(os.fstat(second.fileno()), os.stat(path))
     second.close()
+
+
+def test_a_file_system_without_locks_leaves_no_lock_file(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError("no locks")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert files.lock(tmp_path / "lock") is None and os.listdir(tmp_path) == []
 
 
 def test_make_folders_tells_which_folders_it_created(tmp_path):
