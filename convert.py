@@ -9,10 +9,12 @@ export and convert take --dtype bfloat16 and --overwrite. `hf upload USER/NAME O
 Hugging Face folder:
 
     config.json, generation_config.json    of GPT2LMHeadModel
-    model.safetensors                      float32 or bfloat16, 50257 tokens, no tied lm_head
+    model.safetensors                      float32 or bfloat16, without padding and tied lm_head
     vocab.json, merges.txt                 byte for byte OpenAI's encoder.json and vocab.bpe
     tokenizer.json, tokenizer_config.json  the same for the fast tokenizer
     README.md                              the model card: sizes and scores
+
+A Hugging Face folder's own tokenizer is copied instead (run/tokenizer.py).
 
 Sources: https://github.com/openai/gpt-2 (src/encoder.py) for the tokenizer,
 https://huggingface.co/openai-community/gpt2 for Hugging Face's files; those of the other formats
