@@ -9,15 +9,18 @@ export and convert take --dtype bfloat16 and --overwrite. `hf upload USER/NAME O
 Hugging Face folder:
 
     config.json, generation_config.json    of GPT2LMHeadModel
-    model.safetensors                      float32 or bfloat16, 50257 tokens, no tied lm_head
+    model.safetensors                      float32 or bfloat16, without padding and tied lm_head
     vocab.json, merges.txt                 byte for byte OpenAI's encoder.json and vocab.bpe
     tokenizer.json, tokenizer_config.json  the same for the fast tokenizer
     README.md                              the model card: sizes and scores
+
+A Hugging Face folder's own tokenizer is copied instead (run/tokenizer.py).
 
 Sources: https://github.com/openai/gpt-2 (src/encoder.py) for the tokenizer,
 https://huggingface.co/openai-community/gpt2 for Hugging Face's files; those of the other formats
 are in run/weights.py.
 """
+import contextlib
 import json
 import os
 from argparse import RawDescriptionHelpFormatter
@@ -58,6 +61,8 @@ from data import EOT, NUM_TOKENS, get_tokenizer
 from run.checkpoint import model_contents, save_file
 from run.files import atomic_write
 from run.folder import read_log
+from run.tokenizer import (ENDOFTEXT, GPT2, GPT2_SIZES, TOKENIZER_FILES, find_tokenizer,
+                           gpt2_vocab, load_tokenizer)
 from run.weights import (HF_WEIGHTS, LLMC_HEADER, LLMC_MAGIC, LLMC_VERSIONS, is_transposed,
                          llmc_names, load_model, read_model)
 
@@ -68,13 +73,13 @@ from run.weights import (HF_WEIGHTS, LLMC_HEADER, LLMC_MAGIC, LLMC_VERSIONS, is_
 def write_llmc(model, f, dtype="float32"):
     """Writes a GPT as llm.c's model_*.bin to the open file f, in float32 or bfloat16.
 
-    The vocabulary is cut to 50257 and padded with zero rows to a multiple of 128, as in llm.c;
-    missing biases are zeros.
+    GPT-2's vocabulary, which may be padded, is cut to 50257; any is padded with zero rows to a
+    multiple of 128, as in llm.c. Missing biases are zeros.
     """
     config = model.config
     params = {name: p.detach() for name, p in model.named_parameters()}
     versions = {name: version for version, name in LLMC_VERSIONS.items()}
-    V = min(config.vocab_size, NUM_TOKENS)
+    V = NUM_TOKENS if config.vocab_size in GPT2_SIZES else config.vocab_size
     padded_V = (V + 127) // 128 * 128
     header = np.zeros(LLMC_HEADER, dtype="<i4")
     header[:8] = (LLMC_MAGIC, versions[dtype], config.block_size, V, config.n_layer, config.n_head,
@@ -96,24 +101,6 @@ def write_llmc(model, f, dtype="float32"):
 # -----------------------------------------------------------------------------
 # Hugging Face: the tokenizer's files
 
-ENDOFTEXT = "<|endoftext|>"
-
-
-def bytes_to_unicode():
-    """{byte: the character that represents it in vocab.json}.
-
-    Printable bytes are themselves, the others 256, 257, ...: vocab.json and merges.txt are text,
-    split at whitespace. The space, 32, is "Ġ".
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    characters = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in characters]
-    for i, byte in enumerate(others):
-        characters[byte] = chr(256 + i)
-    return characters
-
-
 def find_merge(token, ranks):
     """The two parts that byte-pair encoding merges last.
 
@@ -131,20 +118,13 @@ def find_merge(token, ranks):
 
 def tokenizer_files(block_size):
     """{file name: text} of the tokenizer's four files, from gpt2.tiktoken."""
-    tokenizer = get_tokenizer()
-    characters = bytes_to_unicode()
-    tokens = [tokenizer.decode_single_token_bytes(rank) for rank in range(EOT)]
+    vocab = gpt2_vocab()
+    spelling = {rank: token for token, rank in vocab.items()}
+    tokens = [get_tokenizer().decode_single_token_bytes(rank) for rank in range(EOT)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-
-    def spell(token):
-        return "".join(characters[byte] for byte in token)
-
-    vocab = {spell(token): rank for rank, token in enumerate(tokens)}
-    vocab[ENDOFTEXT] = EOT
     merges = []
     for token in tokens[256:]:  # the first 256 are single bytes
-        left, right = find_merge(token, ranks)
-        merges.append([spell(left), spell(right)])
+        merges.append([spelling[ranks[part]] for part in find_merge(token, ranks)])
     merges_txt = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
 
     byte_level = {
@@ -206,9 +186,10 @@ def tokenizer_files(block_size):
 # Hugging Face: the model's files
 
 
-def config_files(config, dtype):
+def config_files(config, dtype, tokenizer=GPT2):
     """{file name: text} of config.json and generation_config.json."""
-    tokens = {"bos_token_id": EOT, "eos_token_id": EOT}
+    eot = tokenizer.eot if tokenizer.eot >= 0 else None
+    tokens = {"bos_token_id": eot, "eos_token_id": eot}
     model = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -218,7 +199,7 @@ def config_files(config, dtype):
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
-        "vocab_size": NUM_TOKENS,
+        "vocab_size": tokenizer.num_tokens,
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
         "attn_pdrop": config.dropout,
@@ -266,7 +247,7 @@ tags:
 # {name}
 
 A GPT-2: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, a context of \
-{config.block_size} tokens, GPT-2's vocabulary of {num_tokens}; {num_params:,} parameters as \
+{config.block_size} tokens, a vocabulary of {num_tokens}; {num_params:,} parameters as \
 trained, stored in {dtype}.{biases}
 
 ```python
@@ -277,10 +258,10 @@ print(generate("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_
 """
 
 
-def model_card(model, name, dtype, info):
+def model_card(model, name, dtype, info, num_tokens):
     """README.md for the Hub. info is load_model's; scores are read from the folder of its path."""
     biases = "" if model.config.bias else " It has no biases; the files hold zeros for them."
-    card = CARD.format(name=name, config=model.config, num_tokens=NUM_TOKENS,
+    card = CARD.format(name=name, config=model.config, num_tokens=num_tokens,
                        num_params=model.num_params(), dtype=dtype, biases=biases)
     scores = {}
     if info:
@@ -315,29 +296,38 @@ def hf_state_dict(model, vocab_size=50257, dtype=None):
     return state_dict
 
 
-def write_hf(model, folder, dtype="float32", info=None):
+def write_hf(model, folder, dtype="float32", info=None, tokenizer=GPT2):
     """Writes a Hugging Face folder. dtype: "float32" or "bfloat16"; info is load_model's.
 
-    Other files in an existing folder are kept. ValueError for a vocabulary smaller than GPT-2's.
+    Other files in an existing folder are kept. Its files are replaced when all new ones are on
+    disk; until its weights are, the folder has none, so that they always fit its config.json.
     """
     from safetensors.torch import save
-    if model.config.vocab_size < NUM_TOKENS:
-        raise ValueError(f"this model has a vocabulary of {model.config.vocab_size}, GPT-2's is"
-                         f" {NUM_TOKENS}: GPT-2's tokenizer does not fit it")
+    state_dict = hf_state_dict(model, tokenizer.num_tokens, getattr(torch, dtype))
+    files = {HF_WEIGHTS: save(state_dict, metadata={"format": "pt"})}
     name = os.path.basename(os.path.abspath(folder))
     texts = {
-        **config_files(model.config, dtype),
-        **tokenizer_files(model.config.block_size),
-        "README.md": model_card(model, name, dtype, info),
+        **config_files(model.config, dtype, tokenizer),
+        "README.md": model_card(model, name, dtype, info, tokenizer.num_tokens),
     }
-    os.makedirs(folder, exist_ok=True)
+    if tokenizer.folder is None:
+        texts |= tokenizer_files(model.config.block_size)
     for file, text in texts.items():
-        with atomic_write(os.path.join(folder, file), "w") as f:
-            f.write(text)
-    # last: a folder without the weights is not taken for a Hugging Face folder
-    state_dict = hf_state_dict(model, NUM_TOKENS, getattr(torch, dtype))
-    with atomic_write(os.path.join(folder, HF_WEIGHTS)) as f:
-        f.write(save(state_dict, metadata={"format": "pt"}))
+        files[file] = text.encode()
+    for file in TOKENIZER_FILES:
+        if tokenizer.folder and os.path.isfile(os.path.join(tokenizer.folder, file)):
+            with open(os.path.join(tokenizer.folder, file), "rb") as f:
+                files[file] = f.read()
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.ExitStack() as stack:  # renames the files at its end, the first one last
+        for file, contents in files.items():
+            f = stack.enter_context(atomic_write(os.path.join(folder, file)))
+            f.write(contents)
+            f.flush()
+            os.fsync(f.fileno())
+        for file in (HF_WEIGHTS, *TOKENIZER_FILES):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, file))
 
 
 # -----------------------------------------------------------------------------
@@ -352,12 +342,13 @@ def describe(source):
     num_params = sum(tensor.numel() for tensor in tensors)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    if config.vocab_size == NUM_TOKENS:
-        vocabulary = "GPT-2's"
-    elif config.vocab_size > NUM_TOKENS:
-        vocabulary = f"GPT-2's {NUM_TOKENS}, padded"
-    else:
+    tokenizer = find_tokenizer(source, config.vocab_size)
+    if tokenizer is None:
         vocabulary = "not GPT-2's"
+    else:
+        vocabulary = "its own tokenizer's" if tokenizer.folder else "GPT-2's"
+        if tokenizer.num_tokens < config.vocab_size:
+            vocabulary += f" {tokenizer.num_tokens}, padded"
     biases = "with" if config.bias else "without"
     lines = [
         info["path"],
@@ -377,13 +368,18 @@ def describe(source):
 def convert(source, out, suffix, dtype):
     """Writes source's model to out: suffix is ".pt", ".bin", or "" for a Hugging Face folder."""
     model, info = load_model(source)
+    find = find_tokenizer if suffix else load_tokenizer  # a folder needs one
+    tokenizer = find(source, model.config.vocab_size)
+    if suffix and tokenizer and tokenizer.folder:
+        raise ValueError(f"{source} has its own tokenizer, which a {suffix} file cannot hold, and"
+                         " it would be taken for GPT-2's; write a folder")
     if suffix == ".pt":
         contents = model_contents(model.to(getattr(torch, dtype)), info.get("val_loss"))
         save_file({**contents, "step": info.get("step")}, out)
     elif suffix == ".bin":
         save_file(model, out, lambda model, f: write_llmc(model, f, dtype))
     else:
-        write_hf(model, out, dtype, info)
+        write_hf(model, out, dtype, info, tokenizer)
 
 
 def main():

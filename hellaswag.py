@@ -88,11 +88,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import EOT, NUM_TOKENS, encode
 from run.parallel import all_gather, rank0_first, setup, stop_requested, teardown
 from run.reference import HELLASWAG_EXAMPLES
 from run.runtime import (autocast, choose_dtype, full_float32, keep_freed_memory,
                          without_cudnn_attention)
+from run.tokenizer import GPT2, load_tokenizer
 from run.weights import load_model
 
 STYLES = ("completion", "lm-eval")
@@ -179,8 +179,8 @@ def split_context(ctx):
     return ctx, ""
 
 
-def render_example(example, style="completion"):
-    """(context, [4 endings]): the tokens of an example, 1-D uint16 arrays.
+def render_example(example, style="completion", tokenizer=GPT2):
+    """(context, [4 endings]): the tokens of an example, 1-D integer arrays.
 
     The lecture's four rows are the context followed by one ending; its mask is 1 on the ending.
     An empty context becomes <|endoftext|>: the first token of an ending is predicted from the
@@ -201,8 +201,8 @@ def render_example(example, style="completion"):
         context = query.rstrip()
         spaces = query[len(context):] + " "
         endings = [spaces + remove_markup(ending) for ending in example["endings"]]
-    tokens = encode(context) if context else np.array([EOT], dtype=np.uint16)
-    return tokens, [encode(ending) for ending in endings]
+    tokens = tokenizer.encode(context) if context else np.array([tokenizer.eot])
+    return tokens, [tokenizer.encode(ending) for ending in endings]
 
 
 @dataclass
@@ -213,22 +213,23 @@ class HellaSwag:
     rendered: dict      # style -> a list of what render_example returns
     lengths: dict       # style -> (n, 4) float64, the divisors of acc_norm: tokens (completion) or
                         # characters (lm-eval)
+    num_tokens: int     # of the tokenizer
 
 
-def prepare(path, limit=None):
+def prepare(path, limit=None, tokenizer=GPT2):
     """The HellaSwag of a .jsonl or .jsonl.gz file, or of its first limit examples."""
     examples = list(itertools.islice(iterate_examples(path), limit))
     if not examples:
         raise ValueError(f"{path} has no examples")
     rendered = {}
     for style in STYLES:
-        rendered[style] = [render_example(example, style) for example in examples]
+        rendered[style] = [render_example(example, style, tokenizer) for example in examples]
     tokens = [[len(ending) for ending in endings] for _, endings in rendered["completion"]]
     characters = [[len(remove_markup(ending)) for ending in example["endings"]]
                   for example in examples]
     lengths = {"completion": np.array(tokens, float), "lm-eval": np.array(characters, float)}
     labels = np.array([example["label"] for example in examples])
-    return HellaSwag(examples, labels, rendered, lengths)
+    return HellaSwag(examples, labels, rendered, lengths, tokenizer.num_tokens)
 
 
 def load_examples(source, block_size, ranks):
@@ -262,7 +263,7 @@ def load_examples(source, block_size, ranks):
 #     attention to   earlier tokens    the context, and earlier tokens of the same ending
 #
 # So every token has the same position, context and log-probability as in the lecture's row. Logits
-# are computed only where a token of an ending is predicted, in float32, over GPT-2's 50257 ids.
+# are computed only where a token of an ending is predicted, in float32, over the tokenizer's ids.
 
 def pack(rendered, block_size):
     """([(context, [(ending_id, ending), ...]), ...], num_truncated): the rows of the batches.
@@ -354,12 +355,13 @@ def collate(rows, T):
 def token_logprobs(x, weight, source, target, slice_size=8192):
     """log p(target[n]) at x[source[n]], (N) float32.
 
-    x: final hidden states (M, C) float32; weight: of the lm_head, (V, C). The vocabulary is
-    processed in slices: logits of all M positions at once, (M, V), would take gigabytes.
+    x: final hidden states (M, C) float32; weight: of the lm_head, (V, C), without padding. The
+    vocabulary is processed in slices: logits of all M positions at once, (M, V), would take
+    gigabytes.
     """
     logsumexps = []
     target_logits = torch.zeros(target.shape, device=x.device)
-    for first, w in zip(range(0, NUM_TOKENS, slice_size), weight[:NUM_TOKENS].split(slice_size)):
+    for first, w in zip(range(0, len(weight), slice_size), weight.split(slice_size)):
         logits = F.linear(x, w)                                         # (M, slice)
         logsumexps.append(logits.logsumexp(dim=-1))                     # (M)
         inside = (target >= first) & (target < first + w.size(0))       # (N)
@@ -383,7 +385,7 @@ class SharedContext:
         return k, v, self.attn_mask
 
 
-def score_batch(model, hidden, rows, T):
+def score_batch(model, hidden, rows, T, num_tokens):
     """(ending ids int64, log-probabilities float64), (N) NumPy arrays.
 
     They have an entry for each token of an ending.
@@ -396,21 +398,20 @@ def score_batch(model, hidden, rows, T):
     # hidden runs in the autocast dtype, the logits in float32
     with torch.autocast(device.type, enabled=False):
         x = x.flatten(0, 1)[predicting].float()                         # (M, C)
-        logprobs = token_logprobs(x, model.lm_head.weight.float(), source, target)
+        weight = model.lm_head.weight[:num_tokens].float()              # without padding
+        logprobs = token_logprobs(x, weight, source, target)
     return ending_ids, logprobs.cpu().double().numpy()
 
 
 @torch.no_grad()
-def score(model, rendered, dtype, ranks, batch_tokens=None, hidden=None):
+def score(model, rendered, dtype, ranks, batch_tokens=None, hidden=None,
+          num_tokens=GPT2.num_tokens):
     """(sums, num_truncated): the log-probability of each ending in nats, (n, 4) float64.
 
     The same on every rank; the batches are split over the ranks. rendered: a list of what
-    render_example returns. hidden: a compiled model.hidden. If a stop is requested, scoring ends
-    before the next batch and returns None. Raises ValueError for a vocabulary smaller than GPT-2's.
+    render_example returns. hidden: a compiled model.hidden. num_tokens: the vocabulary without
+    padding. If a stop is requested, scoring ends before the next batch and returns None.
     """
-    if model.config.vocab_size < NUM_TOKENS:
-        raise ValueError(f"this model's vocabulary has {model.config.vocab_size} tokens; HellaSwag"
-                         f" needs GPT-2's {NUM_TOKENS}")
     if batch_tokens is None:
         batch_tokens = 4096 if ranks.device_type == "cpu" else 32768
     rows, num_truncated = pack(rendered, model.config.block_size)
@@ -429,7 +430,8 @@ def score(model, rendered, dtype, ranks, batch_tokens=None, hidden=None):
                     return None
                 i = first + ranks.rank
                 if i < len(batches):
-                    ending_ids, logprobs = score_batch(model, hidden or model.hidden, *batches[i])
+                    ending_ids, logprobs = score_batch(model, hidden or model.hidden, *batches[i],
+                                                       num_tokens)
                     np.add.at(sums, ending_ids, logprobs)
     finally:
         model.train(was_training)
@@ -472,7 +474,8 @@ def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None):
     """
     results, sums, num_truncated = {}, {}, {}
     for style in STYLES:
-        scored = score(model, dataset.rendered[style], dtype, ranks, batch_tokens, hidden)
+        scored = score(model, dataset.rendered[style], dtype, ranks, batch_tokens, hidden,
+                       dataset.num_tokens)
         if scored is None:
             return None
         sums[style], num_truncated[style] = scored
@@ -534,9 +537,10 @@ def write_scores(path, dataset, sums):
 
 def score_source(args, path, ranks):
     """Scores args.source on the examples in path; rank 0 prints and writes the result."""
-    dataset = prepare(path, args.limit)
-    n = len(dataset.examples)
     model, info = load_model(args.source, ranks.device)
+    tokenizer = load_tokenizer(args.source, model.config.vocab_size)
+    dataset = prepare(path, args.limit, tokenizer)
+    n = len(dataset.examples)
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else None
     dtype = choose_dtype(args.dtype, ranks.device)
     t0 = time.perf_counter()

@@ -73,17 +73,30 @@ class GPTConfig:
 
         Raises ValueError for a variant of GPT-2 that this network does not implement.
         """
-        hf = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
+        hf = dict(hf_config if isinstance(hf_config, dict) else hf_config.to_dict())
+        aliases = {"n_positions": "block_size", "max_position_embeddings": "block_size",
+                   "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+                   "hidden_size": "n_embd"}
+        for alias, name in aliases.items():  # the later ones take precedence, as in transformers
+            if alias in hf:
+                hf[name] = hf[alias]
+        # a config.json may omit what equals transformers' defaults, which are those above
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        config = cls(**{name: hf[name] for name in sizes if name in hf})
+        # transformers' names of the tanh approximation
+        if hf.get("activation_function") in ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
+                                             "gelu_accurate"):
+            hf["activation_function"] = "gelu_new"
+        if hf.get("n_inner") == 4 * config.n_embd:
+            hf["n_inner"] = None
         gpt2 = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None,
                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                "layer_norm_epsilon": 1e-5, "add_cross_attention": False,
-                "tie_word_embeddings": True}
+                "layer_norm_epsilon": 1e-5, "add_cross_attention": False}
         for name, want in gpt2.items():
             got = hf.get(name, want)
-            if got != want and not (name == "n_inner" and got == 4 * hf["n_embd"]):
+            if got != want:
                 raise ValueError(f"not a GPT-2: its config has {name}={got!r}, GPT-2 has {want!r}")
-        return cls(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
-                   n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"])
+        return config
 
 
 # GPT-2: the released checkpoints. GPT-3: table 2.1 of its paper; where heads x head size there do

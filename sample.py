@@ -12,7 +12,6 @@ the same machine. A text ends at <|endoftext|>, which is not printed.
 A prompt longer than the model's block_size is cut to its last block_size tokens. When the context
 is full, its older half is dropped, and the newer half is processed again from position 0.
 """
-import codecs
 import math
 import platform
 import shlex
@@ -56,9 +55,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from data import EOT, NUM_TOKENS, encode, get_tokenizer
 from run.runtime import (DTYPES, choose_device, choose_dtype, keep_freed_memory,
                          without_cudnn_attention)
+from run.tokenizer import GPT2, load_tokenizer
 from run.weights import load_model
 
 TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; 1 / TINY is finite
@@ -66,17 +65,18 @@ TINY = torch.finfo(torch.float32).tiny  # the smallest normal number, 1e-38; 1 /
 # -----------------------------------------------------------------------------
 # one token
 
-def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1.0):
+def sample_next_token(logits, generator=None, temperature=1.0, top_k=50, top_p=1.0,
+                      num_tokens=GPT2.num_tokens):
     """The next token of each row, (B, 1) int64, sampled from logits (B, V) of its last position.
 
     temperature 0 is greedy (argmax). top_k keeps the k most likely tokens; 0, or more than V, keeps
     all. top_p below 1 (nucleus sampling, Holtzman et al. 2020) then keeps the fewest most likely
-    tokens whose probabilities sum to at least top_p. The ids of a padded vocabulary, from 50257 on,
-    are never sampled: they decode to no text.
+    tokens whose probabilities sum to at least top_p. The ids of a padded vocabulary, from
+    num_tokens on, are never sampled: they decode to no text.
 
     The token is -1 if the logits of a row contain NaN or have no finite maximum.
     """
-    logits = logits[:, :NUM_TOKENS].float()
+    logits = logits[:, :num_tokens].float()
     highest = logits.amax(dim=-1, keepdim=True)                         # (B, 1); NaN propagates
     invalid = ~highest.isfinite()
     if temperature == 0:
@@ -178,7 +178,7 @@ def decode(hidden, tokens, lengths, caches):
 
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_k=50, top_p=1.0,
-           hidden=None):
+           hidden=None, tokenizer=GPT2):
     """Yields the next token of every row, (B) int64, until all rows ended.
 
     prompts: B non-empty lists of token ids, of any lengths. At most max_new_tokens are generated.
@@ -188,7 +188,8 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
     and if the logits are non-finite.
     """
     if not all(prompts):
-        raise ValueError(f"a prompt is empty; to start a document use [{EOT}], <|endoftext|>")
+        raise ValueError(f"a prompt is empty; to start a document use [{tokenizer.eot}],"
+                         " <|endoftext|>")
     hidden = hidden or model.hidden
     block_size = model.config.block_size
     device = model.transformer.wte.weight.device
@@ -209,15 +210,16 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
                 x = prefill(hidden, rows, caches, device)               # (B, C)
             else:
                 x = decode(hidden, tokens, [len(row) for row in rows], caches)
-        tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p)  # (B, 1)
-        tokens = tokens.masked_fill(ended[:, None], EOT)
-        ended = ended | (tokens[:, 0] == EOT)
+        tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p,
+                                   tokenizer.num_tokens)                # (B, 1)
+        tokens = tokens.masked_fill(ended[:, None], tokenizer.eot)
+        ended = ended | (tokens[:, 0] == tokenizer.eot)
         new = tokens[:, 0].tolist()  # waits for the device, once per token
         if -1 in new:
             raise ValueError("the model's logits are NaN or infinite: its activations overflow;"
                              " try --dtype float32")
         yield tokens[:, 0]
-        if all(token == EOT for token in new):
+        if all(token == tokenizer.eot for token in new):
             return
         for row, token in zip(rows, new):
             row.append(token)
@@ -229,35 +231,48 @@ def generate(model, idx, max_new_tokens, generator=None, temperature=1.0, top_k=
     return torch.cat([idx, *(tokens[:, None] for tokens in new)], dim=1)
 
 
-def stream_text(token_ids):
+def stream_text(token_ids, tokenizer=GPT2, context=()):
     """Yields the text of token ids up to <|endoftext|> in pieces of complete characters.
 
     The bytes of a character may be split over tokens. Invalid UTF-8 becomes U+FFFD, as in
-    tokenizer.decode. Example: "", "é", " you".
+    tokenizer.decode. context: the token ids before them; the text of a token may depend on the one
+    before it. Example: "", "é", " you".
     """
-    tokenizer = get_tokenizer()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    window = list(context[-1:])            # the last tokens
+    done = len(tokenizer.decode(window))   # characters of their text that are not to be yielded
     for token in token_ids:
-        if token == EOT:
+        if token == tokenizer.eot:
             break
-        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
+        window.append(token)
+        text = tokenizer.decode(window)
+        if text.endswith("\ufffd"):  # an incomplete character, perhaps
+            yield ""
+            continue
+        yield text[done:]
+        window = [token]
+        done = len(tokenizer.decode(window))
+    yield tokenizer.decode(window)[done:]
 
 
-def encode_prompt(prompt):
+def encode_prompt(prompt, tokenizer=GPT2):
     """Token ids of a text, [<|endoftext|>] for an empty one: it starts a document."""
-    return encode(prompt).tolist() or [EOT]
+    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    if tokens == [-1]:
+        raise ValueError("the prompt is empty, and this tokenizer has no <|endoftext|> to start a"
+                         " document with; give a --prompt")
+    return tokens
 
 
 def generate_text(model, prompt, num_samples, max_new_tokens, seed, temperature=1.0, top_k=50,
-                  top_p=1.0, hidden=None):
+                  top_p=1.0, hidden=None, tokenizer=GPT2):
     """A list of num_samples texts that start with prompt; see stream."""
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device=device).manual_seed(seed)
-    prompts = [encode_prompt(prompt)] * num_samples
-    new = stream(model, prompts, max_new_tokens, generator, temperature, top_k, top_p, hidden)
+    tokens = encode_prompt(prompt, tokenizer)
+    new = stream(model, [tokens] * num_samples, max_new_tokens, generator, temperature, top_k,
+                 top_p, hidden, tokenizer)
     rows = torch.stack(list(new), dim=1).tolist()                       # (B, new)
-    return [prompt + "".join(stream_text(row)) for row in rows]
+    return [prompt + "".join(stream_text(row, tokenizer, tokens)) for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -296,8 +311,7 @@ def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
     """Casts the model to dtype (a name in DTYPES), packs its weights where can_pack; returns it.
 
     In place. compiled: the model will be compiled, so it is not packed: torch.compile supports
-    these operators only with constant weights. Use the result only for sampling: a packed lm_head
-    has 50257 rows, without the padding of the vocabulary.
+    these operators only with constant weights. Use the result only for sampling.
     """
     model.to(DTYPES[dtype])
     if compiled or not can_pack(model.transformer.wte.weight.device.type, dtype):
@@ -305,8 +319,7 @@ def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
-                weight = module.weight[:NUM_TOKENS] if name == "lm_head" else module.weight
-                setattr(parent, name, PackedLinear(weight, module.bias, num_samples))
+                setattr(parent, name, PackedLinear(module.weight, module.bias, num_samples))
     return model
 
 
@@ -341,38 +354,39 @@ def decode_prompt(contents, name):
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def warn_if_cut(prompt, block_size):
+def warn_if_cut(prompt, block_size, tokenizer):
     """Prints a message to stderr if a prompt is longer than the context."""
-    T = len(encode_prompt(prompt))
+    T = len(encode_prompt(prompt, tokenizer))
     if T > block_size:
         print(f"the prompt has {T} tokens; only the last {block_size} are used", file=sys.stderr)
 
 
-def print_continuation(model, prompt, generator, hidden, args):
+def print_continuation(model, prompt, generator, hidden, tokenizer, args):
     """Generates the continuation of a prompt and prints it token by token."""
-    new = stream(model, [encode_prompt(prompt)], args.max_new_tokens, generator, args.temperature,
-                 args.top_k, args.top_p, hidden)
-    for text in stream_text(tokens.item() for tokens in new):
+    tokens = encode_prompt(prompt, tokenizer)
+    new = stream(model, [tokens], args.max_new_tokens, generator, args.temperature, args.top_k,
+                 args.top_p, hidden, tokenizer)
+    for text in stream_text((token.item() for token in new), tokenizer, tokens):
         print(text, end="", flush=True)
     print()
 
 
-def print_samples(model, prompt, generator, hidden, args):
+def print_samples(model, prompt, generator, hidden, tokenizer, args):
     """Prints --num-samples texts, each under a header line; with --stream token by token."""
-    warn_if_cut(prompt, model.config.block_size)
+    warn_if_cut(prompt, model.config.block_size, tokenizer)
     headers = [f"--- sample {i} " + "-" * 60 for i in range(1, args.num_samples + 1)]
     if args.stream:
         for header in headers:
             print(f"{header}\n{prompt}", end="", flush=True)
-            print_continuation(model, prompt, generator, hidden, args)
+            print_continuation(model, prompt, generator, hidden, tokenizer, args)
         return
     texts = generate_text(model, prompt, args.num_samples, args.max_new_tokens, args.seed,
-                          args.temperature, args.top_k, args.top_p, hidden)
+                          args.temperature, args.top_k, args.top_p, hidden, tokenizer)
     for header, text in zip(headers, texts):
         print(f"{header}\n{text}")
 
 
-def interact(model, generator, hidden, args):
+def interact(model, generator, hidden, tokenizer, args):
     """Reads prompts, one a line, and answers each; Ctrl-C stops an answer, Ctrl-D exits."""
     # invalid UTF-8 then raises in encode_prompt, not in input
     sys.stdin.reconfigure(errors="surrogateescape")
@@ -380,8 +394,8 @@ def interact(model, generator, hidden, args):
     while True:
         try:
             prompt = input("> ")
-            warn_if_cut(prompt, model.config.block_size)
-            print_continuation(model, prompt, generator, hidden, args)
+            warn_if_cut(prompt, model.config.block_size, tokenizer)
+            print_continuation(model, prompt, generator, hidden, tokenizer, args)
         except EOFError:
             print()
             return
@@ -394,15 +408,12 @@ def interact(model, generator, hidden, args):
 def main():
     args = parse_args()
     prompt = read_prompt(args)
-    encode_prompt(prompt)  # an invalid prompt raises before the model is loaded
     keep_freed_memory()
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, info = load_model(args.source, device)
-    if model.config.vocab_size < NUM_TOKENS:
-        raise ValueError(f"{args.source} has a vocabulary of {model.config.vocab_size} tokens, not"
-                         f" GPT-2's {NUM_TOKENS} (is it a character-level model?): there is no"
-                         " tokenizer for it here")
+    tokenizer = load_tokenizer(args.source, model.config.vocab_size)
+    tokenizer.encode(prompt)  # an invalid prompt raises before anything is printed
     if info:
         val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
         print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
@@ -411,9 +422,9 @@ def main():
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)
     if args.interactive:
-        interact(model, generator, hidden, args)
+        interact(model, generator, hidden, tokenizer, args)
     else:
-        print_samples(model, prompt, generator, hidden, args)
+        print_samples(model, prompt, generator, hidden, tokenizer, args)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,10 @@ from tqdm import tqdm
 
 from data import END_OF_TEXT
 
-try:  # these read zstd's windows of up to 2 GB; pyarrow reads 128 MB
-    from compression import zstd  # Python 3.14
-except ImportError:
-    try:
-        from backports import zstd  # optional: pip install backports.zstd
-    except ImportError:
-        zstd = None
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 BATCH_ROWS = 16           # documents tokenized in one call: enough to make Python's overhead small
 PIECE_BYTES = 8 << 20     # of text in the largest row group read as one piece; FineWeb's have 5 MB
@@ -56,9 +53,7 @@ NO_TEXT = re.compile(r"\..*|(manifest|dataset_infos?|dataset_dict|state)\.json|c
 BORDER = re.compile(r"(?<=\S)[ \t\r\n\u3000]|(?<=[0-9A-Za-z\u4e00-\u9fa5])[,.;:!?\u3002\uff0c]")
 # what decoders raise; an OSError of pyarrow has no errno, unlike one of the file system
 DAMAGE = (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError,
-          OSError)
-if zstd is not None:
-    DAMAGE += (zstd.ZstdError,)
+          OSError, zstd.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,9 @@ def damage_as_error(name):
         if isinstance(e, UnicodeDecodeError):
             raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
                              " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
-        if re.search("crypt|LZO|too much memory", reason):
-            raise ValueError(f"{name} is of a kind that pyarrow does not read ({reason}): encrypted"
-                             " or LZO, which has to be written again, or zstd --long, which needs"
-                             " pip install backports.zstd") from e
+        if re.search("crypt|LZO", reason):
+            raise ValueError(f"{name} is encrypted or compressed by LZO, which pyarrow does not"
+                             f" read ({reason}); write it again") from e
         raise ValueError(f"{name} is damaged or truncated ({reason}); copy it again") from e
 
 
@@ -278,8 +272,7 @@ def decompress(f, suffix):
     """A compressed file as a stream of its contents."""
     if suffix == ".gz":
         return pa.CompressedInputStream(f, "gzip")
-    if zstd is None:
-        return pa.CompressedInputStream(f, "zstd")
+    # pyarrow reads windows of up to 128 MB only
     return zstd.ZstdFile(f, options={zstd.DecompressionParameter.window_log_max: 31})
 
 

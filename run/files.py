@@ -14,9 +14,18 @@ import socket
 
 
 def check_regular(path):
-    """Raises ValueError if path is a folder, a device or a FIFO: reading it may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    """Raises ValueError if path is not a file with contents of its own.
+
+    Reading a device or a FIFO may never end; a clone without Git LFS has pointers to large files.
+    """
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file; copy its contents into one")
+    with open(path, "rb") as f:
+        if f.read(43) == b"version https://git-lfs.github.com/spec/v1\n":
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; get it with"
+                             " git lfs pull")
 
 
 def check_output(path):

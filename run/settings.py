@@ -24,6 +24,7 @@ from run import checkpoint, folder, parallel, weights
 from run.cli import command, is_rank0, print0
 from run.config import FINEWEB_DIR, INPUT_TXT, TrainConfig, parse_args, preset_settings
 from run.runtime import device_name, free_memory, peak_flops
+from run.tokenizer import find_tokenizer
 
 # what cannot change when a run resumes
 FIXED = ["preset", "init_from", "init", "n_layer", "n_head", "n_embd", "block_size", "vocab_size",
@@ -107,6 +108,10 @@ def shape_of_weights(given):
                          " others: omit one of them")
     shape = asdict(weights.read_model(given["init_from"])[0])
     del shape["dropout"]
+    tokenizer = find_tokenizer(given["init_from"], shape["vocab_size"])
+    if tokenizer and tokenizer.folder:
+        raise ValueError(f"--init-from {given['init_from']} has its own tokenizer, and the data is"
+                         " in GPT-2's tokens: train it with transformers, or start from gpt2")
     # positions can be left unused
     num_positions = shape.pop("block_size")
     block_size = given.get("block_size", num_positions)

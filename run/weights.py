@@ -4,13 +4,15 @@ Weights from any checkpoint, read safely: loading a file never runs code from it
     model, info = load_model("log/shakespeare")   # a run, a file, a Hugging Face folder, or "gpt2"
 
     ours            model_00250.pt   see checkpoint.py
-    build-nanogpt   model_19072.pt   {"model", "config": a pickled GPTConfig, "step", "val_loss"}
+    build-nanogpt   model_19072.pt   {"model", "config": a pickled GPTConfig, "step", "val_loss"};
+                                     its forks', too
     nanoGPT         ckpt.pt          {"model", "model_args": dict, "iter_num", "best_val_loss", ...}
     llm.c           model_*.bin      256 little-endian int32 (magic 20240326; version, 3 float32 or
                                      5 bfloat16; max_seq_len, vocab_size, num_layers, num_heads,
                                      channels, padded_vocab_size; zeros), then the tensors in the
                                      order of llmc_names, Linear weights as (out, in)
-    Hugging Face    config.json and model.safetensors, a folder or a repository on the Hub
+    Hugging Face    config.json and model.safetensors, or pytorch_model.bin; a folder, or a
+                    repository on the Hub
 
 Sources: https://github.com/karpathy/build-nanogpt (train_gpt2.py),
 https://github.com/karpathy/nanoGPT (train.py), https://github.com/karpathy/llm.c (train_gpt2.py:
@@ -19,6 +21,7 @@ write_model; train_gpt2.cuh), https://huggingface.co/openai-community/gpt2 for H
 import json
 import os
 import re
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig, PRETRAINED
-from run.cli import first_line
+from run.cli import first_line, print0
 from run.files import check_regular
 from run.folder import paths, steps_of
 
@@ -50,6 +53,37 @@ def check_zip(path):
         raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
+class PickledConfig:
+    """What a pickled GPTConfig is loaded as: an object with its fields, no code."""
+
+
+class PickledDtype:
+    """What a pickled numpy.dtype is loaded as."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = state[1] + self.code  # the byte order, "<f8"
+
+
+def pickled_scalar(dtype, contents):
+    """What a pickled NumPy scalar is loaded as: an int, a float, a bool or a str."""
+    return np.frombuffer(contents, dtype.code)[0].item()
+
+
+def stand_ins(path):
+    """[(what is loaded, name of what was pickled), ...]: the only names that a file may contain.
+
+    pickle names a class by its module, which is any script's; the class itself is never imported.
+    """
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    configs = [(PickledConfig, name) for name in names if name.endswith(".GPTConfig")]
+    return [*configs, (PickledDtype, "numpy.dtype"),
+            (pickled_scalar, "numpy._core.multiarray.scalar"),
+            (pickled_scalar, "numpy.core.multiarray.scalar")]  # NumPy 1
+
+
 def load_file(path, mmap=False):
     """The contents of a torch.save file, on the CPU.
 
@@ -58,9 +92,13 @@ def load_file(path, mmap=False):
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
+    check_regular(path)
     try:
-        check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        is_zip = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
+        if is_zip:
+            check_zip(path)
+        with torch.serialization.safe_globals(stand_ins(path) if is_zip else []):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as e:  # zipfile and torch raise almost anything for a damaged file
         code = re.search(r"GLOBAL (\S+)", str(e))
         if code:
@@ -70,29 +108,23 @@ def load_file(path, mmap=False):
                          f" ({first_line(e)})") from e
 
 
-class PickledConfig:
-    """What build-nanogpt's pickled GPTConfig is loaded as: an object with its fields, no code."""
-
-
-def allow_pickled_config():
-    """Context in which torch.load(weights_only=True) accepts build-nanogpt's GPTConfig only."""
-    # pickle names a class by its module, which is __main__ for a class of the script itself
-    names = ["__main__.GPTConfig", "train_gpt2.GPTConfig"]
-    return torch.serialization.safe_globals([(PickledConfig, name) for name in names])
-
-
 def config_of(values, path):
-    """The GPTConfig of a dict from a file; ValueError for an invalid or unknown field."""
+    """The GPTConfig of a dict from a file; ValueError for an invalid field. Others are ignored."""
     try:
-        return GPTConfig(**values)
+        fields = {name: values[name] for name in GPTConfig.__dataclass_fields__ if name in values}
+        config = GPTConfig(**fields)
     except (TypeError, ValueError) as e:
         raise ValueError(f"the config in {path} is not of a GPT-2: {e}") from e
+    others = [str(name) for name in values if name not in fields]
+    if others:
+        print0(f"{path}: ignoring fields of its config that GPT-2 lacks: {', '.join(others)}",
+               file=sys.stderr)
+    return config
 
 
 def read_pt(path):
     """read_model's result for a file of torch.save."""
-    with allow_pickled_config():
-        contents = load_file(path, mmap=True)
+    contents = load_file(path, mmap=True)
     is_model = isinstance(contents, dict) and "model" in contents
     if is_model and "model_args" in contents:
         kind = "nanoGPT"
@@ -179,7 +211,9 @@ def read_llmc(path):
 # Hugging Face's names and files
 
 HF_WEIGHTS = "model.safetensors"
-HF_INDEX = "model.safetensors.index.json"  # of weights that are split over several files
+# in the order in which transformers looks for them; an index is of weights in several files
+HF_FILES = [HF_WEIGHTS, f"{HF_WEIGHTS}.index.json", "pytorch_model.bin",
+            "pytorch_model.bin.index.json"]
 
 
 def is_transposed(name):
@@ -189,16 +223,16 @@ def is_transposed(name):
 
 
 def tie_lm_head(weights, source):
-    """weights with the lm_head, which files may omit; ValueError if source has an untied one."""
-    wte = weights.get("transformer.wte.weight")
+    """weights with wte and the lm_head, of which files may omit one; ValueError if they differ."""
+    names = "transformer.wte.weight", "lm_head.weight"
+    wte, *others = [weights[name] for name in names if name in weights] or [None]
     if wte is None:
         return weights  # check_weights names what is missing
-    lm_head = weights.get("lm_head.weight", wte)
     # as bytes, because NaN is not equal to itself
-    if not torch.equal(lm_head.view(torch.uint8), wte.view(torch.uint8)):
+    if others and not torch.equal(others[0].view(torch.uint8), wte.view(torch.uint8)):
         raise ValueError(f"lm_head.weight and wte.weight of {source} differ (an untied lm_head):"
                          " not a GPT-2")
-    return {**weights, "lm_head.weight": lm_head}
+    return {**weights, **dict.fromkeys(names, wte)}
 
 
 def from_hf_names(hf_state_dict, source="the state dict"):
@@ -231,16 +265,21 @@ def read_hf(name_or_folder):
     """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes."""
     import safetensors.torch
     config = read_json(hub_file(name_or_folder, "config.json"), GPTConfig.from_hf)
-    index_path = os.path.join(name_or_folder, HF_INDEX)
-    names = [HF_WEIGHTS]
-    if os.path.isfile(index_path) and not os.path.isfile(os.path.join(name_or_folder, HF_WEIGHTS)):
+    found = [name for name in HF_FILES if os.path.isfile(os.path.join(name_or_folder, name))]
+    names = found[:1] or [HF_WEIGHTS]
+    if names[0].endswith(".json"):
+        index_path = hub_file(name_or_folder, names[0])
         names = read_json(index_path, lambda index: sorted(set(index["weight_map"].values())))
     weights = {}
     for name in names:
         path = hub_file(name_or_folder, name)
         try:
-            weights |= safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, KeyError) as e:  # KeyError: an unknown dtype
+            if name.endswith(".bin"):
+                weights |= load_file(path, mmap=True)
+            else:
+                weights |= safetensors.torch.load_file(path)
+        # KeyError: an unknown dtype, TypeError: not a dict
+        except (safetensors.SafetensorError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
     return config, weights
 
@@ -252,6 +291,7 @@ def hub_file(name_or_folder, filename):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{name_or_folder} has no {filename}; a Hugging Face folder"
                                     " has config.json and model.safetensors")
+        check_regular(path)
         return path
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     repo = name_or_folder
@@ -281,7 +321,7 @@ def is_hf(source):
     """Whether a source is the name of one of OpenAI's models, or a Hugging Face folder."""
     if source.removeprefix("openai-community/") in PRETRAINED:
         return True
-    return any(os.path.isfile(os.path.join(source, name)) for name in (HF_WEIGHTS, HF_INDEX))
+    return any(os.path.isfile(os.path.join(source, name)) for name in HF_FILES)
 
 
 def model_file(source):
@@ -299,7 +339,7 @@ def model_file(source):
                                 f" Hugging Face folder, or one of {', '.join(PRETRAINED)};"
                                 " download other models: hf download USER/NAME --local-dir FOLDER")
     check_regular(source)
-    if source.endswith(".safetensors"):
+    if source.endswith(".safetensors") or os.path.basename(source).startswith("pytorch_model"):
         raise ValueError(f"{source} lacks its config.json; name the folder that holds both")
     return source
 

@@ -603,7 +603,7 @@ HELLASWAG = [
     ("nowhere --data hella.jsonl", "no checkpoint at nowhere"),
     ("nan.pt --data hella.jsonl", "nan.pt has NaN or infinite weights", damaged("nan")),
     ("char.pt --data hella.jsonl",
-     "vocabulary has 65 tokens; HellaSwag needs GPT-2's 50257", damaged("char")),
+     "char.pt has a vocabulary of 65 tokens, not GPT-2's 50257", damaged("char")),
     (HELLA, "example 0 has an ending of 40 tokens; this model's block_size is only 16",
      write("hella.jsonl", changed(endings=["a", "b", "c", "b" + " d" * 39]))),
 ]
@@ -717,7 +717,7 @@ def compressed(folder):
 
 
 HF_FILE = "hf/model.safetensors"
-GIT_LFS = "version https://git-lfs.github.com/spec/v1"  # of a clone without Git LFS
+GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"  # of a clone without it
 INDEX = "hf/model.safetensors.index.json"
 LARGER = GPT(GPTConfig(**{**SIZES, "n_layer": 2})).state_dict()
 CONVERT = [
@@ -740,7 +740,8 @@ CONVERT = [
     ("convert run x.gguf", "x.gguf: .gguf is not a format to write; give X.pt, X.bin, or"),
     ("convert run missing/a.pt", "cannot write missing/a.pt: [Errno 2] No such file"),
     ("export run in.txt/x", "[Errno 20] Not a directory: 'in.txt/x'"),
-    ("export a.pt x", "GPT-2's tokenizer does not fit it", pt()),
+    ("export a.pt x", "a.pt has a vocabulary of 16 tokens, not GPT-2's 50257, and no tokenizer",
+     pt()),
     # files of torch.save
     ("info in.txt", "cannot load in.txt: it is truncated, damaged or not a checkpoint"),
     ("info run/model_00002.pt", "it is truncated, damaged or", break_file("run/model_00002.pt")),
@@ -748,7 +749,6 @@ CONVERT = [
     ("info a.pt", "it contains posix.system, not only tensors and plain values, and could run"
      " code", pt(optimizer=os.system)),
     ("info run/state_00002.pt", "run/state_00002.pt is not a model checkpoint"),
-    ("info a.pt", "a.pt is not of a GPT-2: GPTConfig", pt({"rope": True})),
     ("info a.pt", "n_embd=8 is not a multiple of n_head=3", pt({"n_head": 3})),
     ("info a.pt", "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
     ("info a.pt", "the checkpoint may have another n_layer", pt(model=LARGER)),
@@ -764,11 +764,22 @@ CONVERT = [
     # Hugging Face
     ("info hf", "is not the config.json of a GPT-2: 'list' object", hf(),
      write("hf/config.json", "[]")),
-    ("info hf", "is not the config.json of a GPT-2: it lacks 'n_positions'", hf(),
+    ("info hf", "of hf do not fit this model: expected 124,439,808 parameters, found", hf(),
      write("hf/config.json", '{"model_type": "gpt2"}')),
+    ("info hf", "cannot load hf/pytorch_model.bin: it is truncated", hf(), remove(HF_FILE),
+     write("hf/pytorch_model.bin", "hello")),
+    ("info hf/pytorch_model.bin", "name the folder that holds both", hf(),
+     write("hf/pytorch_model.bin", "hello")),
     ("info hf", "n_layer=None: must be an integer", hf(n_layer=None)),
     ("info hf", "activation_function='relu', GPT-2 has 'gelu_new'", hf(activation_function="relu")),
-    ("info hf", "model.safetensors is truncated or damaged", hf(), write(HF_FILE, GIT_LFS)),
+    ("info hf", "model.safetensors is truncated or damaged", hf(), write(HF_FILE, "hello")),
+    ("info hf", "model.safetensors is a Git LFS pointer, not the file itself", hf(),
+     write(HF_FILE, GIT_LFS)),
+    ("info hf", "hf/vocab.json is a Git LFS pointer", hf(), write("hf/vocab.json", GIT_LFS),
+     write("hf/merges.txt", "")),
+    ("info a.pt", "a.pt is a Git LFS pointer, not the file itself; get it with git lfs pull",
+     write("a.pt", GIT_LFS)),
+    ("info a.bin", "a.bin is a Git LFS pointer", write("a.bin", GIT_LFS)),
     ("info hf", "model.safetensors.index.json is not", hf(), remove(HF_FILE), write(INDEX, "{}")),
     ("info hf", "hf has no b.safetensors", hf(), remove(HF_FILE),
      write(INDEX, '{"weight_map": {"a": "b.safetensors"}}')),

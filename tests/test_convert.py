@@ -16,18 +16,22 @@ import random
 import struct
 import sys
 from dataclasses import make_dataclass, replace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_model as save_tied
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers.activations import ACT2FN
 
 import convert
 import train_gpt2
 from common import ONE, python, tiny_model
 from data import EOT, get_tokenizer
 from run import checkpoint, settings, weights
+from run.tokenizer import bytes_to_unicode
 from run.weights import load_model
 
 tokenizer_files = functools.cache(convert.tokenizer_files)
@@ -97,13 +101,15 @@ def test_block_size_and_dropout_can_be_changed_while_loading(tmp_path):
 
 def save_with_config(contents, path, monkeypatch, name="train_gpt2.GPTConfig", **fields):
     """Writes contents with "config": a pickled object of a class that a script defines as name."""
-    module, name = name.split(".")
-    cls = make_dataclass(name, SIZES)
-    cls.__module__ = module
-    monkeypatch.setattr(sys.modules[module], name, cls, raising=False)
+    module, _, name = name.rpartition(".")
     config = tiny_model().config
-    values = {size: getattr(config, size) for size in SIZES}
-    torch.save({"config": cls(**{**values, **fields}), **contents}, path)
+    values = {**{size: getattr(config, size) for size in SIZES}, **fields}
+    cls = make_dataclass(name, values)
+    cls.__module__ = module
+    for part in ("gpt", module):  # pickle imports the module, and its package
+        monkeypatch.setitem(sys.modules, part, sys.modules.get(part, ModuleType(part)))
+    monkeypatch.setattr(sys.modules[module], name, cls, raising=False)
+    torch.save({"config": cls(**values), **contents}, path)
     monkeypatch.undo()
 
 
@@ -117,6 +123,21 @@ def test_a_checkpoint_of_build_nanogpt_loads_with_its_pickled_config(
     loaded, info = load_model(path)
     check_same(model, loaded)
     assert info == {"path": path, "step": 19072, "val_loss": 3.07}
+
+
+def test_a_checkpoint_of_a_fork_loads(tmp_path, monkeypatch, capsys):
+    """Its GPTConfig is of another module, with other fields; NumPy's scalars are plain values."""
+    model, path = random_model(), str(tmp_path / "model_19072.pt")
+    contents = {"model": model.state_dict(), "step": np.int64(7), "val_loss": np.float32(3.5),
+                "done": np.bool_(True), "big_endian": np.dtype(">f8").type(2)}
+    save_with_config(contents, path, monkeypatch, "gpt.model.GPTConfig", n_layer=np.int32(2),
+                     device=torch.device("cpu"), dtype=torch.float32)
+    loaded, info = load_model(path)
+    check_same(model, loaded)
+    assert info == {"path": path, "step": 7, "val_loss": 3.5}
+    assert [type(info[name]) for name in ("step", "val_loss")] == [int, float]
+    assert capsys.readouterr() == (
+        "", f"{path}: ignoring fields of its config that GPT-2 lacks: device, dtype\n")
 
 
 class Code:
@@ -143,16 +164,12 @@ def test_code_in_a_file_is_an_error_and_does_not_run(tmp_path, monkeypatch, wher
     assert os.listdir(tmp_path) == ["model_00001.pt"]
 
 
-def test_the_config_is_the_only_class_and_loads_in_read_model_only(tmp_path, monkeypatch):
+def test_no_other_class_is_loaded(tmp_path, monkeypatch):
     path = str(tmp_path / "model_00001.pt")
     contents = {"model": random_model().state_dict()}
     save_with_config(contents, path, monkeypatch, "train_gpt2.OtherConfig")
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(ValueError, match="contains train_gpt2.OtherConfig.*could run code"):
         load_model(path)
-    save_with_config(contents, path, monkeypatch)
-    load_model(path)
-    with pytest.raises(ValueError, match="could run code"):
-        weights.load_file(path)  # which a resumed run uses
 
 
 # -----------------------------------------------------------------------------
@@ -257,6 +274,125 @@ def test_missing_biases_are_zeros_for_llmc(tmp_path):
     model, path = random_model(bias=False), str(tmp_path / "model.bin")
     checkpoint.save_file(model, path, convert.write_llmc)
     assert torch.equal(logits_of(load_model(path)[0]), logits_of(model))
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face folders of other people
+
+def gpt2(**changes):
+    """A GPT2LMHeadModel of random weights, biases and norms."""
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=64)
+    theirs = GPT2LMHeadModel(GPT2Config(**{**sizes, "eos_token_id": 0, "bos_token_id": 0,
+                                           **changes})).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return theirs
+
+
+def check_logits(folder, theirs=None):
+    """Asserts that the model of a folder has the logits of transformers', or of theirs."""
+    if theirs is None:
+        theirs = GPT2LMHeadModel.from_pretrained(folder)
+    ours = load_model(str(folder))[0]
+    idx = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def write_sharded_bin(theirs, folder):
+    """Writes pytorch_model-0000x-of-00002.bin and their index, as transformers did."""
+    state_dict = theirs.state_dict()
+    weight_map = {}
+    for i, half in enumerate((list(state_dict)[::2], list(state_dict)[1::2]), start=1):
+        name = f"pytorch_model-0000{i}-of-00002.bin"
+        torch.save({key: state_dict[key] for key in half}, folder / name)
+        weight_map |= dict.fromkeys(half, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("layout", ["zip", "before PyTorch 1.6", "float16", "GPT2Model", "sharded"])
+def test_a_pytorch_model_bin_loads(tmp_path, layout):
+    """As every fine-tuned GPT-2 before 2023 has."""
+    theirs = gpt2()
+    theirs.config.save_pretrained(tmp_path)
+    state_dict = theirs.state_dict()
+    # old files hold the causal masks
+    state_dict["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril()
+    state_dict["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    if layout == "float16":
+        theirs = theirs.half().float()
+        state_dict = theirs.half().state_dict()
+        theirs = theirs.float()
+    elif layout == "GPT2Model":
+        state_dict = theirs.transformer.state_dict()
+    if layout == "sharded":
+        write_sharded_bin(theirs, tmp_path)
+    else:
+        torch.save(state_dict, tmp_path / "pytorch_model.bin",
+                   _use_new_zipfile_serialization=layout != "before PyTorch 1.6")
+    check_logits(tmp_path, theirs)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pytorch_model_bin_does_not_run(tmp_path, zipped):
+    gpt2().config.save_pretrained(tmp_path)
+    torch.save({"wte.weight": Code(str(tmp_path / "ran"))}, tmp_path / "pytorch_model.bin",
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="pytorch_model.bin.*could run code"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "transformer.wte.weight"])
+def test_either_name_of_the_tied_weight_is_enough(tmp_path, kept):
+    theirs = gpt2()
+    theirs.save_pretrained(tmp_path)
+    save_tied(theirs, tmp_path / "model.safetensors")  # keeps one name of shared tensors
+    assert "lm_head.weight" in safe_open(tmp_path / "model.safetensors", "pt").keys()
+    if kept != "lm_head.weight":
+        theirs.save_pretrained(tmp_path)
+    check_logits(tmp_path)
+
+
+def test_equal_weights_of_a_model_that_is_not_tied_load(tmp_path):
+    theirs = gpt2(tie_word_embeddings=False)
+    theirs.lm_head.weight.data.copy_(theirs.transformer.wte.weight)
+    theirs.save_pretrained(tmp_path)
+    assert {"lm_head.weight", "transformer.wte.weight"} <= set(
+        safe_open(tmp_path / "model.safetensors", "pt").keys())
+    check_logits(tmp_path)
+    theirs.lm_head.weight.data[0] += 1
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="an untied lm_head"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes, omitted", [
+    # the other names of GPT2Config.attribute_map
+    ({GPT2Config.attribute_map[name]: None for name in GPT2Config.attribute_map}, []),
+    ({}, ["vocab_size", "n_positions", "layer_norm_epsilon", "n_inner", "activation_function"]),
+    *[({"activation_function": name}, []) for name in sorted(ACT2FN)],
+])
+def test_a_config_json_means_what_it_means_to_transformers(tmp_path, changes, omitted):
+    """Activations that are not GPT-2's tanh approximation are errors."""
+    sizes = {"vocab_size": 50257, "n_positions": 1024} if omitted else {}
+    theirs = gpt2(**sizes)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if None in changes.values():
+        for alias, name in GPT2Config.attribute_map.items():
+            config[alias] = config.pop(name)
+        changes = {}
+    config = {name: value for name, value in {**config, **changes}.items() if name not in omitted}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.linspace(-5, 5, 1001)
+    difference = ACT2FN["gelu_new"](x) - ACT2FN[config.get("activation_function", "gelu_new")](x)
+    if difference.abs().max() < 1e-5:
+        check_logits(tmp_path)
+    else:
+        with pytest.raises(ValueError, match="its config has activation_function="):
+            load_model(str(tmp_path))
 
 
 # -----------------------------------------------------------------------------
@@ -423,7 +559,7 @@ def test_token_ids_of_hard_text_equal_tiktokens_and_decode_to_it(exported):
 def test_each_token_of_the_vocabulary_has_tiktokens_bytes(exported):
     """Incomplete characters too: no text contains those tokens, but a model may sample them."""
     vocab = json.loads((exported[1] / "vocab.json").read_text(encoding="utf-8"))
-    characters = convert.bytes_to_unicode()
+    characters = bytes_to_unicode()
     byte_of = {character: byte for byte, character in characters.items()}
     assert len(byte_of) == 256 and vocab["!"] == 0 and vocab["Ġ"] == 220
     assert vocab.pop("<|endoftext|>") == EOT

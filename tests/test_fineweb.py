@@ -545,24 +545,19 @@ def test_an_encrypted_file_is_named_with_the_remedy(tmp_path, monkeypatch, plain
     properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
     table = pa.table({"text": make_texts(30)})
     pq.write_table(table, tmp_path / "a.parquet", encryption_properties=properties)
-    with pytest.raises(ValueError, match="a.parquet is of a kind that .* encrypted"):
+    with pytest.raises(ValueError, match="a.parquet is encrypted or"):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 
-def test_zstd_windows_of_two_gigabytes_are_read_or_named(tmp_path, monkeypatch):
+def test_zstd_windows_of_two_gigabytes_are_read(tmp_path, monkeypatch):
     """Files of `zstd --long=31` were "damaged or truncated; copy it again"."""
     line = json_lines(["a text"])
     # a frame of one block, that says it needs a window of 2 GB: RFC 8878, 3.1.1
     frame = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + (len(line) << 3 | 1).to_bytes(3, "little")
     (tmp_path / "a.jsonl.zst").write_bytes(frame + line)
-    flags = ("--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out", "--val-tokens", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "zstd", None)
-        with pytest.raises(ValueError, match="a.jsonl.zst is of a kind .*backports.zstd"):
-            run(patch, *flags)
-    if sources.zstd is not None:
-        run(monkeypatch, *flags)
-        assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
+    run(monkeypatch, "--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out",
+        "--val-tokens", 1)
+    assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
 
 
 def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -572,7 +567,7 @@ def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(whole.replace(b"\x15\x02\x16", b"\x15\x06\x16"))
     metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
     assert metadata.row_group(0).column(0).compression == "LZO"
-    with pytest.raises(ValueError, match="a.parquet is of a kind that .*LZO"):
+    with pytest.raises(ValueError, match="a.parquet is .* compressed by LZO"):
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 

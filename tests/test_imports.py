@@ -18,7 +18,7 @@ LAYERS = [
     {"run.config", "run.runtime", "data"},
     {"run.folder", "sources"},
     {"run.weights", "run.reference", "fineweb"},
-    {"run.checkpoint", "run.parallel"},
+    {"run.checkpoint", "run.parallel", "run.tokenizer"},
     {"run.settings", "convert", "plots", "sample", "hellaswag"},
     {"train_gpt2"},
 ]

@@ -6,7 +6,6 @@ AdamW's formula; counts worked out by hand; weights to and from Hugging Face.
 
 Needs transformers (requirements-dev.txt). Weights are random; no network is used.
 """
-import json
 import math
 
 import pytest
@@ -407,7 +406,6 @@ def test_an_untied_lm_head_is_an_error():
     ("scale_attn_by_inverse_layer_idx", True),
     ("scale_attn_weights", False),
     ("layer_norm_epsilon", 1e-6),
-    ("tie_word_embeddings", False),
     ("add_cross_attention", True),
     ("model_type", "gpt_neo"),
 ])
@@ -442,7 +440,7 @@ def test_a_damaged_or_incomplete_hugging_face_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         GPT.from_pretrained(str(tmp_path))
     weights.write_bytes(contents)
-    for config in ("{", json.dumps({"model_type": "gpt2"})):
+    for config in ("{", "[]"):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(ValueError, match="is not the config.json of a GPT-2"):
             GPT.from_pretrained(str(tmp_path))

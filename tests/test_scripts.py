@@ -213,14 +213,16 @@ def test_sruns_tasks_have_the_cpus_of_the_job(clone, tmp_path):
 # -----------------------------------------------------------------------------
 # the lists of packages
 
-NAMES = {"PIL": "pillow"}  # packages that are not imported under their own name
-OPTIONAL = {"wandb"}       # --tracker wandb says that it must be installed
+# packages that are not imported under their own name
+NAMES = {"PIL": "pillow", "backports": "backports.zstd"}
+# --tracker wandb says that it must be installed; Python 3.14 has compression
+OPTIONAL = {"wandb", "compression"}
 
 
 def packages(name):
     """{package: bounds} of a requirements file."""
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
-        return dict(re.findall(r"^(\w[\w-]*)(\S*)", f.read(), re.M))
+        return dict(re.findall(r"^(\w[\w.-]*)([^\s;]*)", f.read(), re.M))
 
 
 def third_party(*patterns):
