@@ -97,9 +97,9 @@ def build_step(variant, args, ranks):
         groups = [{name: group[name] for name in kept} for group in optimizers[0].param_groups]
         optimizers = [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8)]
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=variant.dtype == "float16")
-    config = TrainConfig(block_size=args.T, total_batch_size=args.T,
+    config = TrainConfig(block_size=args.T, total_batch_size=args.T, dtype=variant.dtype,
                          compile="on" if variant.compile else "off")
-    model = parallel.wrap(raw_model, config, variant.compile, args.B, variant.dtype, ranks)
+    model = parallel.wrap(raw_model, config, args.B, ranks)
     x, y = torch.randint(0, 50257, (2, args.B, args.T), device=ranks.device).unbind(0)
     loader = SimpleNamespace(next_batch=lambda: (x, y), position=0)
 

@@ -305,9 +305,9 @@ def warm_up(model, raw_model, config, B, ranks):
     rng_state = get_rng_state(ranks.device)
     # random tokens: Triton times its kernels on them, and equal ones would all add to one row of
     # the embedding's gradient. One tensor for both x and y would recompile later.
-    shape = (B, config.block_size)
-    x = torch.randint(config.vocab_size, shape, device=ranks.device)
-    y = torch.randint(config.vocab_size, shape, device=ranks.device)
+    vocab_size = raw_model.config.vocab_size
+    x = torch.randint(vocab_size, (B, config.block_size), device=ranks.device)
+    y = torch.randint(vocab_size, (B, config.block_size), device=ranks.device)
     with model.no_sync() if ranks.ddp else contextlib.nullcontext():
         with autocast(ranks.device, config.dtype):
             loss = model(x, y)[1]
