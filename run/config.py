@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, fields
 from run.cli import ArgumentParser, number
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
-# Tokens of their train split, for --dry-run, which needs no shards. Approximate: published counts of
-# FineWeb-Edu's sample differ, since the dataset has changed.
+# Tokens of their train split, for --dry-run, which needs no shards. Approximate: published counts
+# of FineWeb-Edu's sample differ, since the dataset has changed.
 FINEWEB_TOKENS = 9_850_000_000
 INPUT_TXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "input.txt")
 # corpora of published results; their samples of 10B tokens
