@@ -401,36 +401,47 @@ def orthogonalize(updates, coefficients, steps):
     return X.mT if is_tall else X
 
 
+def split_qkv(matrix):
+    """q, k and v, (C, C) each, of a tensor with the shape of c_attn's weight; others whole."""
+    rows, columns = matrix.shape
+    return matrix.chunk(3) if rows == 3 * columns else [matrix]
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), with the matrices of one shape in a batch.
 
     torch's updates one matrix after another: 1,639 kernels for GPT-2 124M, which take 9 ms of an
     H200 and 47 ms of the CPU that launches them.
+
+    c_attn is one matrix for speed; q, k and v are orthogonalized separately. The losses are lower
+    (docs/speed.md), as others found: karpathy/nanochat, pull request 27; NVIDIA/Megatron-LM, 1428;
+    KellerJordan/modded-nanogpt, 47. In one matrix, the part with the largest gradients gets most of
+    the update.
     """
 
     @torch.no_grad()
     def step(self):
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            shapes = {p.shape: [] for p in group["params"]}
+            shapes = {}  # {shape: [(weights, gradient, momentum) of a matrix, ...]}
             for p in group["params"]:
-                if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for shape, params in shapes.items():
-                if params:
-                    self.update(params, max(shape), group)
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                tensors = p, p.grad, self.state[p]["momentum_buffer"]
+                for matrix in zip(*map(split_qkv, tensors)):
+                    shapes.setdefault(matrix[0].shape, []).append(matrix)
+            for shape, matrices in shapes.items():
+                self.update(*zip(*matrices), max(shape), group)
 
-    def update(self, params, longest, group):
-        """The update of parameters of one shape, whose longer side is longest."""
-        gradients = [p.grad for p in params]
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+    def update(self, weights, gradients, buffers, longest, group):
+        """The update of matrices of one shape, whose longer side is longest."""
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
         updates = orthogonalize(nesterov, group["ns_coefficients"], group["ns_steps"]).float()
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         # scaled to the RMS of AdamW's updates, about 0.2, so that the same learning rate suits
         # both (Liu et al. 2025)
-        torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+        lr = group["lr"] * 0.2 * math.sqrt(longest)
+        torch._foreach_add_(weights, updates.unbind(), alpha=-lr)

@@ -388,6 +388,10 @@ def print_samples(model, prompt, generator, hidden, tokenizer, args):
 
 def interact(model, generator, hidden, tokenizer, args):
     """Reads prompts, one a line, and answers each; Ctrl-C stops an answer, Ctrl-D exits."""
+    try:
+        import readline  # noqa: F401  gives input() line editing and a history
+    except ImportError:  # Windows has none
+        pass
     # invalid UTF-8 then raises in encode_prompt, not in input
     sys.stdin.reconfigure(errors="surrogateescape")
     print("each line is a prompt; Ctrl-C stops an answer, Ctrl-D exits", file=sys.stderr)

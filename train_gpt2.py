@@ -272,8 +272,9 @@ def open_data(config, ranks):
 def dry_run(config, ranks):
     """Prints the plan of the run; FineWeb-Edu's shards need not exist."""
     if config.data == FINEWEB_DIR and not os.path.exists(FINEWEB_DIR):
-        print0(f"{FINEWEB_DIR}/ does not exist: the plan of FineWeb-Edu's sample of 10B tokens")
         num_tokens = FINEWEB_TOKENS
+        print0(f"{FINEWEB_DIR}/ does not exist: planning for {num_tokens:,} tokens, approximately"
+               " FineWeb-Edu's sample")
     else:
         num_tokens = len(open_data(config, ranks)[0])
     make_plan(config, num_tokens, ranks)

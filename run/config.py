@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, fields
 from run.cli import ArgumentParser, number
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
-FINEWEB_TOKENS = 9_850_000_000  # about the size of its train split: --dry-run needs no shards
+# Tokens of their train split, for --dry-run, which needs no shards. Approximate: published counts
+# of FineWeb-Edu's sample differ, since the dataset has changed.
+FINEWEB_TOKENS = 9_850_000_000
 INPUT_TXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "input.txt")
 # corpora of published results; their samples of 10B tokens
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}

@@ -9,6 +9,7 @@ It is executed once, with fewer training steps: only STEPS in its first code cel
 import ast
 import base64
 import glob
+import json
 import math
 import os
 import re
@@ -130,6 +131,15 @@ def test_without_openais_weights_it_uses_the_trained_model(executed):
     text = printed(executed)
     assert "GPT-2's weights are not on this machine" in text
     assert "these are the weights of log/play, step 4" in text
+
+
+def test_the_text_explains_the_optimizations_that_are_slower(committed):
+    """Flash attention and the vocabulary of 50304 were shown as slower without a word."""
+    with open(os.path.join(ROOT, "docs", "figures", "ladder.json"), encoding="utf-8") as f:
+        rows = json.load(f)["benchmarks"]["ladder"]
+    slower = [row["ladder"] for row in rows if row["gain"] < 0.95]
+    text, = [cell.source for cell in committed.cells if "## 13. Speed" in cell.source]
+    assert slower and all(name in text.lower() for name in slower)
 
 
 def test_it_is_committed_with_outputs_that_name_no_machine(committed):

@@ -8,7 +8,6 @@ of random weights.
 Needs transformers (requirements-dev.txt).
 """
 import copy
-import functools
 import io
 import os
 import platform
@@ -507,12 +506,12 @@ def command(run_dir, monkeypatch, capsys):
     return run
 
 
-def start(run_dir, *flags, **options):
+def start(run_dir, *flags, streams=subprocess.PIPE, **options):
     """`python sample.py RUN_DIR flags` in a new process, greedy, with piped streams of bytes."""
     script = os.path.join(ROOT, "sample.py")
-    return subprocess.Popen([sys.executable, script, run_dir, *PLAIN, *map(str, flags)], env=ENV,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            cwd=run_dir, **options)
+    return subprocess.Popen([sys.executable, script, run_dir, *PLAIN, *map(str, flags)],
+                            env={**ENV, "TERM": "dumb"}, stdin=streams, stdout=streams,
+                            stderr=streams, cwd=run_dir, **options)
 
 
 def greedy_text(prompt, max_new_tokens):
@@ -590,21 +589,35 @@ def test_interactive_answers_each_line_and_continues_after_an_invalid_one(comman
     assert "the prompt has 41 tokens; only the last 32 are used" in stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(run_dir):
-    # a shell's background jobs ignore SIGINT
-    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9, preexec_fn=default)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_in_a_terminal_ctrl_c_stops_an_answer_arrow_up_repeats_a_prompt_ctrl_d_exits(run_dir):
+    import fcntl
+    import pty
+    import termios
+    keyboard, terminal = pty.openpty()
+
+    def use_terminal():
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = start(run_dir, "--interactive", "--max-new-tokens", 10**9, streams=terminal,
+                    start_new_session=True, preexec_fn=use_terminal)
+    os.close(terminal)
+    output = b""
     try:
-        process.stdin.write(b"To be\n")
-        process.stdin.flush()
-        assert process.stdout.read(2) == b"> "
-        assert len(process.stdout.read(20)) == 20  # in the middle of its answer
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(b"", timeout=120)
+        for typed in (b"To be\n", b"\x1b[A\n", b"\x04"):
+            while not output.endswith(b"> "):
+                output += os.read(keyboard, 1000)
+            os.write(keyboard, typed)
+            if typed != b"\x04":
+                start_of_answer = len(output)
+                while len(output) < start_of_answer + 50:  # in the middle of it
+                    output += os.read(keyboard, 1000)
+                os.write(keyboard, b"\x03")
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
-    assert process.returncode == 0 and stdout.endswith(b"\n> \n") and b"Traceback" not in stderr
+        os.close(keyboard)
+    assert output.count(b"> To be\r\n") == 2 and b"Traceback" not in output
 
 
 def test_a_prompt_longer_than_the_context_is_reported_and_printed_whole(command):
