@@ -148,12 +148,14 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
 
 def update_scale(scaler, overflow):
     """scaler.update(), with the scale halved on every rank if the gradient norm overflowed."""
-    state = scaler.state_dict()
+    if not overflow:
+        scaler.update()
+        return
+    state = scaler.state_dict()  # reads the scale, which makes the CPU wait
     scaler.update()  # halves it where this rank's gradients, a shard under FSDP, overflowed
-    if overflow:
-        state["scale"] *= state["backoff_factor"]
-        state["_growth_tracker"] = 0
-        scaler.load_state_dict(state)
+    state["scale"] *= state["backoff_factor"]
+    state["_growth_tracker"] = 0
+    scaler.load_state_dict(state)
 
 
 @torch.no_grad()
