@@ -26,6 +26,7 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -138,11 +139,18 @@ SYNONYMS = {
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, but an invalid flag raises ValueError: one line, without the usage text.
 
-    --max_steps is --max-steps; an unknown flag gets the most similar one as a suggestion.
+    --max_steps is --max-steps; an unknown flag gets the most similar one as a suggestion. doc is a
+    script's docstring: --help has its first paragraph, and its first block of commands as examples.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, doc=None, **kwargs):
+        if doc is not None:
+            summary = doc.strip().partition("\n\n")[0]
+            commands = re.search(r"(?:^    .+\n)+", doc, re.MULTILINE)[0]
+            kwargs["description"] = textwrap.fill(summary, 78)
+            kwargs["epilog"] = f"examples:\n{commands}"
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         result = super().parse_known_args(with_hyphens(args), namespace)
