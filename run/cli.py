@@ -25,6 +25,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -90,7 +91,9 @@ def command(script, *arguments):
     command("sample.py", "log/a") is "python sample.py log/a" in an activated environment, and
     ".venv/bin/python sample.py log/a" after ./train.sh.
     """
-    return shlex.join([interpreter(), short_path(os.path.join(ROOT, script)), *arguments])
+    words = [interpreter(), short_path(os.path.join(ROOT, script)), *arguments]
+    # Windows' shells take no single quotes, in which shlex puts its paths
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def duration(seconds):

@@ -252,6 +252,11 @@ def test_a_printed_command_says_python_if_that_is_this_interpreter(monkeypatch):
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     monkeypatch.chdir(ROOT)
     assert cli.command("sample.py", "log/a b") == "python sample.py 'log/a b'"
+    # cmd.exe takes single quotes for a part of the name
+    monkeypatch.setattr(cli, "interpreter", lambda: r".venv\Scripts\python.exe")
+    monkeypatch.setattr(sys, "platform", "win32")
+    printed = cli.command("sample.py", r"log\a b")
+    assert printed == r'.venv\Scripts\python.exe sample.py "log\a b"'
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its environments have another layout")
