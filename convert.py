@@ -1,11 +1,11 @@
 """
 Writes models in other projects' formats; run/weights.py reads them.
 
-    python convert.py info FILE_OR_FOLDER         # prints what it is
-    python convert.py export RUN_OR_FILE OUT_DIR  # writes a Hugging Face folder
-    python convert.py convert IN OUT              # OUT: X.pt (ours), X.bin (llm.c), or a folder
+    python convert.py info model.bin                       # prints what it is
+    python convert.py export log/shakespeare my_model      # writes a Hugging Face folder
+    python convert.py convert log/shakespeare model.bin    # X.pt (ours), X.bin (llm.c), or a folder
 
-export and convert take --dtype bfloat16 and --overwrite. `hf upload USER/NAME OUT_DIR` uploads a
+export and convert take --dtype bfloat16 and --overwrite. `hf upload USER/NAME my_model` uploads a
 Hugging Face folder:
 
     config.json, generation_config.json    of GPT2LMHeadModel
@@ -23,15 +23,13 @@ are in run/weights.py.
 import contextlib
 import json
 import os
-from argparse import RawDescriptionHelpFormatter
 
 from run.cli import ArgumentParser, run_main, start
 
 
 def parse_args():
     """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter, description="Print what"
-                            " a checkpoint is, or write it in another format.")
+    parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
                                      metavar="info | export | convert")
     info = commands.add_parser("info", help="print what a checkpoint is")
@@ -47,7 +45,7 @@ def parse_args():
                              help="dtype of the weights (default float32)")
         command.add_argument("--overwrite", action="store_true", help="replace existing files")
     helps = [command.format_help() for command in (info, export, converter)]
-    parser.epilog = "\n".join(helps)
+    parser.epilog = "\n".join([*helps, parser.epilog or ""])
     return parser.parse_args()
 
 

@@ -55,7 +55,7 @@ NAME = "sample-10BT"
 
 def parse_args(argv=None):
     """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(description="Tokenize text into shards for training.")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--dataset", default=DATASET, metavar="REPO",
         help=f"dataset on the Hugging Face Hub (default {DATASET})")

@@ -9,9 +9,9 @@ Data: https://github.com/rowanz/hellaswag.
     python hellaswag.py log/gpt2-124M      # a run, a model_*.pt, or a Hugging Face folder
     torchrun --nproc_per_node=8 hellaswag.py gpt2-xl
 
-Prints the accuracies, their standard errors and the number of examples, in one line or, with
---json, as JSON; --out writes the log-probabilities of every example. Two styles of scoring are in
-use; their scores are not comparable:
+Prints the accuracies, their standard errors and the number of examples in one line; --json writes
+them to a file, --out the log-probabilities of every example. Two styles of scoring are in use;
+their scores are not comparable:
 
     completion   the lecture's. Text: ctx + " " + ending. acc: the largest sum of an ending's
                  log-probabilities; acc_norm: the largest mean per token
@@ -57,7 +57,7 @@ PATH = os.path.join("hellaswag", "hellaswag_val.jsonl")
 
 def parse_args():
     """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(description="HellaSwag score of a GPT-2.")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("source", nargs="?",
         help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl;"
@@ -66,17 +66,20 @@ def parse_args():
     add("--limit", type=number(int, 1), metavar="N", help="score only the first N examples")
     add("--batch-tokens", type=number(int, 1), metavar="N",
         help="tokens per batch, padding included (default 4096 on the CPU, 32768 on a GPU)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
+    add("--device", default="auto",
+        help="cuda, xpu, mps or cpu (default: the first that is available)")
     add("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
-    add("--compile", action="store_true", help="torch.compile the network, which takes minutes")
-    add("--json", action="store_true", help="print the result as one JSON object")
+    add("--compile", choices=("on", "off"), default="off",
+        help="torch.compile the network, which takes minutes (default off)")
+    add("--json", metavar="FILE", help="write the result to this file, as one JSON object")
     add("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
     args = parser.parse_args()
     if args.source is None and (args.data or args.out or args.json):
         raise ValueError("name a model to score:"
                          f" {command('hellaswag.py', 'MODEL', '--data', 'FILE')}")
-    if args.out is not None:
-        check_output(args.out)
+    for path in (args.json, args.out):
+        if path is not None:
+            check_output(path)
     return args
 
 
@@ -541,7 +544,7 @@ def score_source(args, path, ranks):
     tokenizer = load_tokenizer(args.source, model.config.vocab_size)
     dataset = prepare(path, args.limit, tokenizer)
     n = len(dataset.examples)
-    hidden = torch.compile(model.hidden, dynamic=True) if args.compile else None
+    hidden = torch.compile(model.hidden, dynamic=True) if args.compile == "on" else None
     dtype = choose_dtype(args.dtype, ranks.device)
     t0 = time.perf_counter()
     results, sums, num_truncated = evaluate(model, dataset, dtype, ranks, args.batch_tokens, hidden)
@@ -555,14 +558,15 @@ def score_source(args, path, ranks):
     if truncated > 0:
         print(f"note: the contexts of {truncated} examples were truncated to the block_size",
               file=sys.stderr)
+    # first: the score is printed even if a file cannot be written
+    print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
     if args.json:
         result = {"source": args.source, **info, "data": path, "n": n,
                   "full": n == HELLASWAG_EXAMPLES, "dtype": dtype, "seconds": round(seconds, 3),
                   "truncated": num_truncated, **results}
-        print(json.dumps(result), flush=True)
-    else:
-        print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
-    if args.out:  # last: the score is printed even if the file cannot be written
+        with atomic_write(args.json, "w") as f:
+            json.dump(result, f)
+    if args.out:
         write_scores(args.out, dataset, sums)
 
 

@@ -31,8 +31,7 @@ AXES = {"step": "step", "tokens": "training tokens",
 
 def parse_args():
     """The flags; ValueError for an invalid one, and for some that exclude each other."""
-    parser = ArgumentParser(
-        description="Draw and compare the curves of runs, or draw a model's weights.")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("source", nargs="+", help="run folder, log/<exp-name>; several are drawn into one picture."
         " With --weights: a run folder, a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl")

@@ -22,7 +22,7 @@ from run.cli import ArgumentParser, number, run_main, start
 
 def parse_args():
     """The flags; ValueError for an invalid one."""
-    parser = ArgumentParser(description="Generate text with a GPT-2.")
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("source", metavar="MODEL",
         help="run folder, checkpoint file, Hugging Face folder, or gpt2 ... gpt2-xl")
@@ -42,9 +42,11 @@ def parse_args():
     add("--top-p", type=number(float, above=0, high=1), default=1.0,
         help="nucleus sampling: probability to keep (default 1.0, all)")
     add("--seed", type=number(int, 0), default=42, help="random seed (default 42)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first that is available)")
+    add("--device", default="auto",
+        help="cuda, xpu, mps or cpu (default: the first that is available)")
     add("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
-    add("--compile", action="store_true", help="torch.compile the network, which takes minutes")
+    add("--compile", choices=("on", "off"), default="off",
+        help="torch.compile the network, which takes minutes (default off)")
     return parser.parse_intermixed_args()  # accepts - after flags, too
 
 
@@ -422,8 +424,9 @@ def main():
         val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
         print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
     num_rows = 1 if args.stream or args.interactive else args.num_samples
-    prepare_for_sampling(model, dtype, num_rows, args.compile)
-    hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
+    compiled = args.compile == "on"
+    prepare_for_sampling(model, dtype, num_rows, compiled)
+    hidden = torch.compile(model.hidden, dynamic=True) if compiled else model.hidden
     generator = torch.Generator(device=device).manual_seed(args.seed)
     if args.interactive:
         interact(model, generator, hidden, tokenizer, args)

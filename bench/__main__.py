@@ -1,14 +1,12 @@
 """
 Benchmarks: each measures its reference in the same run and prints ratios.
 
-    # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
-    python -m bench train
+    python -m bench gpu_check   # on a new machine, first of all
+    python -m bench train       # GPT-2 124M, B=4, T=512 on a CPU; B=16, T=1024 on a GPU
     python -m bench train --size gpt2-medium --batch-size 8 --steps 10 --json train.json
-    # on a new machine, first of all
-    python -m bench gpu_check
     python -m bench ladder --json ladder.json --picture ladder.png
     python -m bench hellaswag --data hellaswag/hellaswag_val.jsonl
-    python -m bench tokenize --data FOLDER_OF_PARQUET_FILES
+    python -m bench tokenize    # input.txt, or --data FOLDER of parquet files
     python -m bench all --quick --json new.json --compare old.json
 
 Prints a table per benchmark. --json writes
@@ -49,8 +47,7 @@ def check_args(args):
 
 def parse_args(argv=None):
     """The flags; ValueError or FileNotFoundError for an invalid one."""
-    parser = cli.ArgumentParser(prog="python -m bench",
-                                description="Measure the speed of the suite.")
+    parser = cli.ArgumentParser(__doc__, prog="python -m bench")
     add = parser.add_argument
     add("benchmark", choices=[*NAMES, "all"], metavar="BENCHMARK",
         help="train: a training step;"
@@ -80,7 +77,7 @@ def parse_args(argv=None):
         help="hellaswag: examples to score (default 60)")
     add("--repeats", type=cli.number(int, 1), default=3,
         help="tokenize: runs to take the median of (default 3)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    add("--device", default="auto", help="cuda, xpu, mps or cpu (default: the best available)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--json", metavar="FILE", help="write the result to this file")
     add("--compare", metavar="FILE",

@@ -2,7 +2,6 @@
 import functools
 import multiprocessing
 import os
-import resource
 import socket
 import statistics
 import sys
@@ -120,6 +119,7 @@ def peak_gb(device):
     """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # Windows has none
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -25,7 +25,9 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -89,7 +91,9 @@ def command(script, *arguments):
     command("sample.py", "log/a") is "python sample.py log/a" in an activated environment, and
     ".venv/bin/python sample.py log/a" after ./train.sh.
     """
-    return shlex.join([interpreter(), short_path(os.path.join(ROOT, script)), *arguments])
+    words = [interpreter(), short_path(os.path.join(ROOT, script)), *arguments]
+    # Windows' shells take no single quotes, in which shlex puts its paths
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def duration(seconds):
@@ -138,11 +142,18 @@ SYNONYMS = {
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, but an invalid flag raises ValueError: one line, without the usage text.
 
-    --max_steps is --max-steps; an unknown flag gets the most similar one as a suggestion.
+    --max_steps is --max-steps; an unknown flag gets the most similar one as a suggestion. doc is a
+    script's docstring: --help has its first paragraph, and its first block of commands as examples.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, doc=None, **kwargs):
+        if doc is not None:
+            summary = doc.strip().partition("\n\n")[0]
+            commands = re.search(r"(?:^    .+\n)+", doc, re.MULTILINE)[0]
+            kwargs["description"] = textwrap.fill(summary, 78)
+            kwargs["epilog"] = f"examples:\n{commands}"
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         result = super().parse_known_args(with_hyphens(args), namespace)

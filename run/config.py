@@ -12,7 +12,7 @@ import it.
 import math
 import os
 import textwrap
-from argparse import SUPPRESS, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import dataclass, field, fields
 
 from run.cli import ArgumentParser, number
@@ -258,8 +258,7 @@ def presets_table():
 def parse_args(argv=None):
     """The flags that were given, a dict; they are made from TrainConfig's fields."""
     parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]",
-                            epilog=f"{presets_table()}\n\n{EXAMPLES}",
-                            formatter_class=RawDescriptionHelpFormatter)
+                            epilog=f"{presets_table()}\n\n{EXAMPLES}")
     changed_by_presets = {"n_head"}.union(*PRESETS.values())  # the others come with size
     for f in fields(TrainConfig):
         if "help" not in f.metadata:

@@ -65,7 +65,12 @@ OTHER_BUILD = ("install a build of PyTorch for an older CUDA (pytorch.org/get-st
 
 
 def check_cuda(index):
-    """Raises ValueError if the driver, or GPU `index`, is too old for this build of PyTorch."""
+    """Raises ValueError if this build of PyTorch cannot use the driver, or GPU `index`."""
+    # train.sh checks this on Linux
+    if sys.platform == "win32" and not torch.version.cuda and shutil.which("nvidia-smi"):
+        raise ValueError("this machine has an NVIDIA GPU, but PyTorch was built without CUDA, as"
+                         " pip's default for Windows is: install it by the pip command for CUDA of"
+                         " pytorch.org/get-started, or use --device cpu")
     num_gpus = torch.cuda.device_count()  # counted by the driver's library, without CUDA
     if torch.version.cuda and num_gpus > 0 and not torch.cuda.is_available():
         raise ValueError(f"this machine has {num_gpus} GPUs, but its driver (see nvidia-smi) is too"

@@ -8,10 +8,12 @@ Needs only requirements-dev.txt.
 """
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -36,6 +38,48 @@ def script_arguments(script, folder=ROOT):
     """Python's arguments that run a script of a folder, or the package bench."""
     file = ["-m", "bench"] if script == "bench" else [os.path.join(folder, script)]
     return [*file, *SCRIPTS[script]]
+
+
+# -----------------------------------------------------------------------------
+# --help
+
+@pytest.mark.parametrize("script, at_least", [
+    ("train_gpt2.py", 3), ("fineweb.py", 6), ("hellaswag.py", 4), ("sample.py", 4),
+    ("convert.py", 3), ("plots.py", 7), ("bench", 7)])
+def test_help_ends_with_commands_that_the_script_accepts(script, at_least, tmp_path, monkeypatch,
+                                                         capsys):
+    """Only train_gpt2.py's --help had examples."""
+    name = "bench.__main__" if script == "bench" else script.removesuffix(".py")
+    parse_args = importlib.import_module(name).parse_args
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("hellaswag")
+    (tmp_path / "hellaswag" / "hellaswag_val.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        parse_args()
+    examples = capsys.readouterr().out.partition("\nexamples:\n")[2]
+    accepted = 0
+    for line in examples.splitlines():
+        words = shlex.split(line, comments=True)
+        if script not in words:  # the rest of a comment
+            continue
+        monkeypatch.setattr(sys, "argv", words[words.index(script):])
+        parse_args()
+        accepted += 1
+    assert accepted >= at_least
+
+
+def test_compile_and_json_take_the_same_kind_of_value_in_every_script(monkeypatch, tmp_path):
+    """Each was a switch in one script and took a value in another."""
+    monkeypatch.chdir(tmp_path)
+    for name, flags in {"hellaswag": ["gpt2", "--compile", "on", "--json", "a.json"],
+                        "sample": ["gpt2", "--compile", "on"],
+                        "bench.__main__": ["train", "--json", "a.json"],
+                        "train_gpt2": ["--compile", "on"]}.items():
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        args = importlib.import_module(name).parse_args()
+        args = args if isinstance(args, dict) else vars(args)
+        assert args.get("compile", "on") == "on" and args.get("json", "a.json") == "a.json"
 
 
 # -----------------------------------------------------------------------------
@@ -208,6 +252,11 @@ def test_a_printed_command_says_python_if_that_is_this_interpreter(monkeypatch):
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     monkeypatch.chdir(ROOT)
     assert cli.command("sample.py", "log/a b") == "python sample.py 'log/a b'"
+    # cmd.exe takes single quotes for a part of the name
+    monkeypatch.setattr(cli, "interpreter", lambda: r".venv\Scripts\python.exe")
+    monkeypatch.setattr(sys, "platform", "win32")
+    printed = cli.command("sample.py", r"log\a b")
+    assert printed == r'.venv\Scripts\python.exe sample.py "log\a b"'
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its environments have another layout")

@@ -562,9 +562,9 @@ def read_jsonl(path):
 
 
 def test_json_and_out_contain_the_scores(command):
-    flags = "--json", "--out", "scores.jsonl", "--batch-tokens", "300"
+    flags = "--json", "result.json", "--out", "scores.jsonl", "--batch-tokens", "300"
     status, out, _ = command(*flags)
-    result = json.loads(out)
+    result, = read_jsonl("result.json")
     dataset = hellaswag.prepare("examples.jsonl")
     results, sums, _ = hellaswag.evaluate(small_model(), dataset, "float32", ONE)
     assert status == 0 and result["n"] == 12 and result["full"] is False and result["step"] == 7
@@ -582,12 +582,15 @@ def test_json_and_out_contain_the_scores(command):
 
 def test_two_ranks_get_the_scores_of_one(command, tmp_path):
     # 11 batches: one rank has one fewer
-    flags = ["--json", "--limit", "11", "--batch-tokens", "1", "--out"]
-    expected = json.loads(command(*flags, "one.jsonl")[1])
+    flags = ["--limit", "11", "--batch-tokens", "1"]
+    command(*flags, "--json", "one.json", "--out", "one.jsonl")
+    flags += ["--json", "two.json", "--out", "two.jsonl"]
     done = python("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                  os.path.join(ROOT, "hellaswag.py"), *ARGUMENTS, *flags, "two.jsonl", cwd=tmp_path)
+                  os.path.join(ROOT, "hellaswag.py"), *ARGUMENTS, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {**json.loads(done.stdout), "seconds": 0} == {**expected, "seconds": 0}
+    result, = read_jsonl("two.json")
+    expected, = read_jsonl("one.json")
+    assert {**result, "seconds": 0} == {**expected, "seconds": 0}
     one, two = ([line["completion"]["logprobs"] for line in read_jsonl(name)]
                 for name in ("one.jsonl", "two.jsonl"))
     np.testing.assert_allclose(two, one, atol=1e-4)

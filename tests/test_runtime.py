@@ -72,6 +72,19 @@ def test_a_driver_that_is_too_old_is_an_error_instead_of_training_on_the_cpu(mon
     assert choose_device("cpu") == "cpu"
 
 
+def test_the_cpu_build_that_pip_installs_on_windows_is_an_error_beside_a_gpu(monkeypatch):
+    """There is no train.sh there, which would say so; it trained on the CPU without a word."""
+    fake_devices(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "nvidia-smi.exe")
+    with pytest.raises(ValueError, match="NVIDIA GPU, but PyTorch was built without CUDA"):
+        choose_device("auto")
+    assert choose_device("cpu") == "cpu"
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert choose_device("auto") == "cpu"
+
+
 @pytest.mark.parametrize("capability, fits", [
     ((7, 0), False), ((7, 5), True), ((8, 9), True), ((9, 0), True), ((10, 3), True),
     ((12, 1), True), ((13, 0), True), ((6, 1), False), ((11, 0), False)])

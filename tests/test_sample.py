@@ -520,7 +520,7 @@ def greedy_text(prompt, max_new_tokens):
 
 @pytest.mark.slow
 def test_compile_does_not_change_greedy_text(run_dir):
-    process = start(run_dir, "--compile", "--prompt", "Hello", "--num-samples", 1,
+    process = start(run_dir, "--compile", "on", "--prompt", "Hello", "--num-samples", 1,
                     "--max-new-tokens", 40)
     out, error = process.communicate(timeout=400)
     assert process.returncode == 0 and greedy_text("Hello", 40) in out.decode(), error.decode()

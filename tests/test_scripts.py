@@ -1,6 +1,6 @@
 """
 train.sh, test.sh and train.sbatch: they install once, work from any folder, and forward their
-arguments; the lists of packages.
+arguments; the lists of packages; Windows, which has no shell for them.
 
     ./test.sh tests/test_scripts.py     # no network: pip's index is a closed port
 
@@ -16,7 +16,7 @@ import sys
 
 import pytest
 
-from common import ROOT
+from common import ROOT, TINY, python, text_of_words
 
 NO_NETWORK = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0",
               "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": ""}
@@ -261,3 +261,41 @@ def test_every_requirement_has_bounds_and_a_tested_version_within_them():
         assert re.fullmatch(r">=[\d.]+,<[\d.]+", bounds), name
         tested = exact[name].removeprefix("==")
         assert SpecifierSet(bounds).contains(tested), (name, tested)
+
+
+# -----------------------------------------------------------------------------
+# Windows
+
+# hides what Python on Windows lacks, imports the benchmarks, trains 2 steps, and resumes
+AS_ON_WINDOWS = """
+import os, runpy, signal, sys
+import matplotlib.figure, torch._dynamo  # use some of it themselves
+for name in ("fcntl", "grp", "pwd", "readline", "resource", "termios"):
+    sys.modules[name] = None
+for name in ("SIGALRM", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGUSR1", "SIGUSR2",
+             "alarm", "pthread_sigmask"):
+    delattr(signal, name)
+for name in ("chown", "fork", "getuid", "geteuid", "killpg", "nice", "pread", "register_at_fork",
+             "sched_getaffinity", "setsid", "sysconf", "uname"):
+    delattr(os, name)
+exists = os.path.exists
+os.path.exists = lambda path: not str(path).startswith("/proc/") and exists(path)
+import bench.__main__
+sys.argv = [*sys.argv[1:], "--max-steps", "2"]
+for sys.argv[-1] in ("2", "3"):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        assert e.code == 0
+"""
+
+
+def test_training_needs_nothing_that_windows_lacks(tmp_path):
+    """The benchmarks imported resource, a module of POSIX."""
+    (tmp_path / "text.txt").write_text(text_of_words())
+    arguments = [*TINY, "--data", "text.txt", "--device", "cpu", "--exp-name", "a"]
+    process = python("-c", AS_ON_WINDOWS, os.path.join(ROOT, "train_gpt2.py"), *arguments,
+                     cwd=tmp_path, env={"PYTHONPATH": ROOT})
+    assert process.returncode == 0, process.stderr
+    assert "resuming log/a from step 2" in process.stdout
+    assert "saved log/a/model_00003.pt" in process.stdout
