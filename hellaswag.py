@@ -69,16 +69,17 @@ def parse_args():
     add("--device", default="auto",
         help="cuda, xpu, mps or cpu (default: the first that is available)")
     add("--dtype", default="auto", help="autocast dtype: auto, float32, bfloat16 or float16")
-    add("--compile", choices=("on", "off"), default="off",
+    add("--compile", nargs="?", choices=("on", "off"), const="on", default="off",
         help="torch.compile the network, which takes minutes (default off)")
-    add("--json", metavar="FILE", help="write the result to this file, as one JSON object")
+    add("--json", nargs="?", const="-", metavar="FILE",
+        help="write the result to this file, as one JSON object; without FILE, to stdout")
     add("--out", metavar="FILE", help="write log-probabilities and predictions to this .jsonl file")
     args = parser.parse_args()
     if args.source is None and (args.data or args.out or args.json):
         raise ValueError("name a model to score:"
                          f" {command('hellaswag.py', 'MODEL', '--data', 'FILE')}")
     for path in (args.json, args.out):
-        if path is not None:
+        if path not in (None, "-"):
             check_output(path)
     return args
 
@@ -558,12 +559,15 @@ def score_source(args, path, ranks):
     if truncated > 0:
         print(f"note: the contexts of {truncated} examples were truncated to the block_size",
               file=sys.stderr)
+    result = {"source": args.source, **info, "data": path, "n": n,
+              "full": n == HELLASWAG_EXAMPLES, "dtype": dtype, "seconds": round(seconds, 3),
+              "truncated": num_truncated, **results}
     # first: the score is printed even if a file cannot be written
-    print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
-    if args.json:
-        result = {"source": args.source, **info, "data": path, "n": n,
-                  "full": n == HELLASWAG_EXAMPLES, "dtype": dtype, "seconds": round(seconds, 3),
-                  "truncated": num_truncated, **results}
+    if args.json == "-":
+        print(json.dumps(result), flush=True)
+    else:
+        print(f"{summary(results, n)} | {seconds:.1f} s, {dtype}", flush=True)
+    if args.json not in (None, "-"):
         with atomic_write(args.json, "w") as f:
             json.dump(result, f)
     if args.out:

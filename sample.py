@@ -45,7 +45,7 @@ def parse_args():
     add("--device", default="auto",
         help="cuda, xpu, mps or cpu (default: the first that is available)")
     add("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16 or float16")
-    add("--compile", choices=("on", "off"), default="off",
+    add("--compile", nargs="?", choices=("on", "off"), const="on", default="off",
         help="torch.compile the network, which takes minutes (default off)")
     return parser.parse_intermixed_args()  # accepts - after flags, too
 

@@ -41,7 +41,7 @@ def check_args(args):
             raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file"
                              " named *.png")
     for path in (args.json, args.picture):
-        if path is not None:
+        if path not in (None, "-"):
             check_output(path)
 
 
@@ -79,7 +79,8 @@ def parse_args(argv=None):
         help="tokenize: runs to take the median of (default 3)")
     add("--device", default="auto", help="cuda, xpu, mps or cpu (default: the best available)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--json", metavar="FILE", help="write the result to this file")
+    add("--json", nargs="?", const="-", metavar="FILE",
+        help="write the result to this file; without FILE, to stdout")
     add("--compare", metavar="FILE",
         help="an earlier --json file: print how the result changed")
     add("--quick", action="store_true",
@@ -201,7 +202,9 @@ def main():
     machine = runtime.describe_machine(args.device)
     result = {"machine": machine, "settings": settings, "benchmarks": rows}
     try:
-        if args.json:
+        if args.json == "-":
+            print(json.dumps(result))
+        elif args.json:
             with atomic_write(args.json, "w") as f:
                 json.dump(result, f, indent=1)
     finally:

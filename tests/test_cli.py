@@ -72,14 +72,17 @@ def test_help_ends_with_commands_that_the_script_accepts(script, at_least, tmp_p
 def test_compile_and_json_take_the_same_kind_of_value_in_every_script(monkeypatch, tmp_path):
     """Each was a switch in one script and took a value in another."""
     monkeypatch.chdir(tmp_path)
-    for name, flags in {"hellaswag": ["gpt2", "--compile", "on", "--json", "a.json"],
-                        "sample": ["gpt2", "--compile", "on"],
-                        "bench.__main__": ["train", "--json", "a.json"],
-                        "train_gpt2": ["--compile", "on"]}.items():
-        monkeypatch.setattr(sys, "argv", [name, *flags])
+    cases = [("hellaswag", "gpt2 --compile on --json a.json"), ("sample", "gpt2 --compile on"),
+             ("bench.__main__", "train --json a.json"), ("train_gpt2", "--compile on"),
+             # without a value: on, and stdout
+             ("hellaswag", "gpt2 --json --compile"), ("sample", "gpt2 --compile"),
+             ("bench.__main__", "train --json")]
+    for name, flags in cases:
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
         args = importlib.import_module(name).parse_args()
         args = args if isinstance(args, dict) else vars(args)
-        assert args.get("compile", "on") == "on" and args.get("json", "a.json") == "a.json"
+        assert args.get("compile", "on") == "on"
+        assert args.get("json", "-") == ("a.json" if "a.json" in flags else "-")
 
 
 # -----------------------------------------------------------------------------

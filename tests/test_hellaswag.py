@@ -565,6 +565,8 @@ def test_json_and_out_contain_the_scores(command):
     flags = "--json", "result.json", "--out", "scores.jsonl", "--batch-tokens", "300"
     status, out, _ = command(*flags)
     result, = read_jsonl("result.json")
+    _, printed, _ = command("--json")
+    assert {**json.loads(printed), "seconds": 0} == {**result, "seconds": 0}
     dataset = hellaswag.prepare("examples.jsonl")
     results, sums, _ = hellaswag.evaluate(small_model(), dataset, "float32", ONE)
     assert status == 0 and result["n"] == 12 and result["full"] is False and result["step"] == 7
