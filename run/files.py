@@ -4,12 +4,12 @@ Files: checks before one is read or written, atomic writes, and locks.
     check_output(path)                # before the work whose result goes there
     with atomic_write(path) as f:     # path appears when it is complete
         f.write(...)
-    f = lock(path)                    # until f is closed
+    with locked_folder(path, ...):    # for one process at a time
+        ...
 """
 import contextlib
 import glob
 import os
-import shutil
 import socket
 
 
@@ -40,7 +40,7 @@ def check_output(path):
 
 
 def temporary_name(path):
-    """The name beside path of an incomplete file, or folder, of this process.
+    """The name beside path of an incomplete file of this process.
 
     Removes what killed processes of this machine have left under such names of path.
     """
@@ -49,11 +49,8 @@ def temporary_name(path):
         pid = leftover.removeprefix(prefix).removesuffix(".tmp")
         if not pid.isdigit() or is_another(int(pid)):
             continue
-        if os.path.isdir(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                os.remove(leftover)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            os.remove(leftover)
     return f"{prefix}{os.getpid()}.tmp"
 
 
@@ -140,3 +137,36 @@ def lock(path):
         if is_at(f, path):
             return f
         f.close()
+
+
+@contextlib.contextmanager
+def locked_folder(path, program, flag):
+    """Context in which a folder exists and no other process has locked it.
+
+    The lock is that of a file .lock in it. Yields whether the file system has locks; a message is
+    printed if not. At the end .lock is removed, and the folders created for it if they are empty.
+    Raises ValueError if another process has the lock: its program, and the flag that chooses
+    another folder, are in the message.
+    """
+    folder = os.path.abspath(path)  # the process may change its directory
+    lock_path = os.path.join(folder, ".lock")
+    created = []
+    f = None
+    try:
+        make_folders(folder, created)
+        try:
+            f = lock(lock_path)
+        except BlockingIOError as e:
+            raise ValueError(f"{path} is in use by another {program}; wait for it or stop it, or"
+                             f" choose another {flag}") from e
+        if f is None:
+            print(f"{path} cannot be locked on this file system: do not start another {program}"
+                  " in it", flush=True)
+        yield f is not None
+    finally:
+        with contextlib.suppress(OSError):  # rmdir fails for a folder that is not empty
+            if f is not None:
+                os.remove(lock_path)
+                f.close()
+            for folder in created:
+                os.rmdir(folder)

@@ -59,7 +59,7 @@ def run(script, arguments, monkeypatch):
     register = atexit.register
 
     def register_or_unlock(function, *args, **kwargs):
-        if function.__module__ == "run.folder":
+        if function.__module__ == "contextlib":  # the ExitStack of folder.lock_run
             unlocks.append(function)
         else:
             register(function, *args, **kwargs)
@@ -241,7 +241,7 @@ held = []
 
 def lock_folder(folder):
     """Holds the lock of shards/, as a running fineweb.py does, until the next call."""
-    held[:] = [files.lock(folder / "shards" / ".fineweb.lock")]
+    held[:] = [files.lock(folder / "shards" / ".lock")]
 
 
 # -----------------------------------------------------------------------------
