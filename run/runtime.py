@@ -162,11 +162,6 @@ def synchronize(device):
 # -----------------------------------------------------------------------------
 # random number generators
 
-def seed_all(seed):
-    """Seeds torch's generators, of the CPU and of every GPU."""
-    torch.manual_seed(seed)
-
-
 def get_rng_state(device):
     """State of the generators this process uses: {"cpu": uint8 tensor, and "cuda" or "xpu"}."""
     state = {"cpu": torch.get_rng_state()}

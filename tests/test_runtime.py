@@ -152,11 +152,11 @@ def test_deterministic_mode_makes_an_operation_without_an_implementation_raise(m
 
 
 def test_restoring_the_rng_state_repeats_the_random_numbers():
-    runtime.seed_all(1)
+    torch.manual_seed(1)
     torch.rand(3)
     state = get_rng_state("cpu")
     first = torch.rand(5)
-    runtime.seed_all(2)
+    torch.manual_seed(2)
     assert not torch.equal(torch.rand(5), first)
     set_rng_state(state, "cpu")
     assert torch.equal(torch.rand(5), first)
