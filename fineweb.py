@@ -235,16 +235,12 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
 # the pipeline
 
 def tokenize(piece):
-    """(piece, its tokens, number of skipped documents, and of those that are not valid UTF-8).
-
-    Skipped are documents that are empty, not text, or not encodable.
-    """
+    """(piece, its tokens, number of documents skipped: empty, not text, or not encodable)."""
     parts = [np.empty(0, dtype=np.uint16)]
-    skipped = invalid = 0
+    skipped = 0
     for texts in piece.batches:
         kept = [text for text in texts if isinstance(text, str) and text]
         skipped += len(texts) - len(kept)
-        invalid += texts.count(b"")
         if not kept:
             continue
         try:
@@ -255,7 +251,7 @@ def tokenize(piece):
                     parts.append(encode([text], piece.begins))
                 except ValueError:
                     skipped += 1
-    return piece, np.concatenate(parts), skipped, invalid
+    return piece, np.concatenate(parts), skipped
 
 
 class TokenizedSource:
@@ -280,10 +276,7 @@ class TokenizedSource:
     def chunks(self, limit, workers, bar):
         """Yields uint16 arrays, at most limit tokens in all."""
         todo = pieces(self.source, self.text_column, self.first["file"], self.first["number"])
-        for piece, tokens, skipped, invalid in map_in_order(tokenize, todo, workers, workers + 4):
-            if invalid > 0:
-                tqdm.write(f"{self.source.names[piece.file]}: skipped {invalid} rows that are not"
-                           " valid UTF-8", file=sys.stderr)
+        for piece, tokens, skipped in map_in_order(tokenize, todo, workers, workers + 4):
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position += len(tokens)

@@ -125,12 +125,12 @@ def read_footer(open_file, name, column):
 
 
 def values_of(array):
-    """The values of an Arrow array, with b"" for a string that is not valid UTF-8."""
+    """The values of an Arrow array, with None for a string that is not valid UTF-8."""
     try:
         return array.to_pylist()
     except UnicodeDecodeError:
         if len(array) == 1:
-            return [b""]
+            return [None]
         return [value for i in range(len(array)) for value in values_of(array.slice(i, 1))]
 
 

@@ -372,9 +372,7 @@ def test_only_the_rows_of_invalid_utf8_are_skipped(tmp_path, monkeypatch, capsys
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
     run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out", *FLAGS)
     assert read_tokens(tmp_path / "out") == true_tokens(texts)
-    printed = capsys.readouterr()
-    assert printed.err.count("a.parquet: skipped 2 rows that are not valid UTF-8\n") == 1
-    assert "; 3 documents were skipped" in printed.out
+    assert "; 3 documents were skipped" in capsys.readouterr().out
 
 
 def test_one_text_file_of_any_length_is_split_into_val_and_train(tmp_path, monkeypatch):
