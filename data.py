@@ -436,10 +436,7 @@ class DataLoaderLite:
         self.shuffle = shuffle
         self.seed = seed
         self.device = device
-        self.num_windows = max(0, (len(stream) - 1) // T)
-        if self.num_windows < 1:
-            raise ValueError(f"{len(stream):,} tokens are too few for one sequence of {T}; use more"
-                             " text or a smaller T")
+        self.num_windows = (len(stream) - 1) // T
         self.position = 0
         self.fingerprint = stream.fingerprint()
         self._thread = None    # the prefetch thread, started by the first next_batch

@@ -173,10 +173,9 @@ def arrow_pieces(f, name, column):
 def parse_rows(rows, name, first, column):
     """Yields one list: the texts of JSON objects, numbered from first; None for an empty line.
 
-    Raises ValueError if a row is not an object, or if the file's first object lacks the column.
+    Raises ValueError if a row is not an object, or if the file's first row lacks the column.
     """
     texts = []
-    is_checked = first > 1
     for number, line in enumerate(rows, first):
         with damage_as_error(f"row {number} of {name}"):
             row = json.loads(line) if line.strip() else None
@@ -186,9 +185,8 @@ def parse_rows(rows, name, first, column):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} of {name} is not a JSON object; a file has one on each"
                              " line, or one array of them")
-        if not is_checked:
+        if number == 1:
             check_column(name, column, row)
-        is_checked = True
         texts.append(row.get(column))
     yield texts
 

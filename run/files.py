@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import socket
+from pathlib import Path
 
 
 def check_regular(path):
@@ -98,20 +99,6 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-def make_folders(path, created):
-    """Creates a folder and its parents; inserts the new ones into created, the innermost first."""
-    path = os.path.abspath(path)
-    if os.path.isdir(path):
-        return
-    make_folders(os.path.dirname(path), created)
-    try:
-        os.mkdir(path)
-        created.insert(0, path)
-    except FileExistsError as e:
-        if not os.path.isdir(path):  # else another process has just created it
-            raise ValueError(f"{path} is not a folder; choose another name") from e
-
-
 def lock(path):
     """The file at path, created if necessary, open and locked until it is closed.
 
@@ -145,17 +132,20 @@ def locked_folder(path, program, flag):
 
     The lock is that of a file .lock in it. Yields whether the file system has locks; a message is
     printed if not. At the end .lock is removed, and the folders created for it if they are empty.
-    Raises ValueError if another process has the lock: its program, and the flag that chooses
-    another folder, are in the message.
+    Raises ValueError if path is a file, or if another process has the lock; the message has its
+    program, and the flag that chooses another folder.
     """
     folder = os.path.abspath(path)  # the process may change its directory
     lock_path = os.path.join(folder, ".lock")
-    created = []
+    parents = Path(folder).parents  # the innermost first
+    created = [name for name in (folder, *parents) if not os.path.isdir(name)]
     f = None
     try:
-        make_folders(folder, created)
         try:
+            os.makedirs(folder, exist_ok=True)
             f = lock(lock_path)
+        except FileExistsError as e:
+            raise ValueError(f"{path} is not a folder; choose another {flag}") from e
         except BlockingIOError as e:
             raise ValueError(f"{path} is in use by another {program}; wait for it or stop it, or"
                              f" choose another {flag}") from e
@@ -168,5 +158,5 @@ def locked_folder(path, program, flag):
             if f is not None:
                 os.remove(lock_path)
                 f.close()
-            for folder in created:
-                os.rmdir(folder)
+            for new_folder in created:
+                os.rmdir(new_folder)

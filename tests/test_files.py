@@ -115,14 +115,3 @@ def test_a_file_system_without_locks_leaves_no_lock_file(tmp_path, monkeypatch):
         raise OSError("no locks")
     monkeypatch.setattr(fcntl, "flock", flock)
     assert files.lock(tmp_path / "lock") is None and os.listdir(tmp_path) == []
-
-
-def test_make_folders_tells_which_folders_it_created(tmp_path):
-    os.makedirs(tmp_path / "a")
-    created = []
-    files.make_folders(tmp_path / "a" / "b" / "c", created)
-    assert created == [str(tmp_path / "a" / "b" / "c"), str(tmp_path / "a" / "b")]
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is not a folder"):
-        files.make_folders(tmp_path / "file" / "sub", created)
-    assert len(created) == 2
