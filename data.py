@@ -23,7 +23,6 @@ https://github.com/karpathy/llm.c (dev/data/data_common.py), https://github.com/
 """
 import base64
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -323,7 +322,7 @@ class TokenStream:
                 if wait is None:
                     raise OSError(f"{message}, after {len(self.RETRY_WAITS)} retries") from e
                 print_error(f"{message}; trying again in {wait} s")
-                self._close_files(e.errno == errno.EMFILE)
+                self._close_files()
                 time.sleep(wait)
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"{shard.path} has the id {tokens.max()} among its tokens {begin:,} to"
@@ -346,11 +345,9 @@ class TokenStream:
             self.files[shard.path] = f
         return self.files[shard.path]
 
-    def _close_files(self, too_many):
-        """Closes all files, to open them again; if they were too_many, only half as many."""
+    def _close_files(self):
+        """Closes all files: on a network file system an open one may stay stale."""
         with self.lock:
-            if too_many:
-                self.max_open = max(1, len(self.files) // 2)
             for f in self.files.values():
                 f.close()
             self.files.clear()
@@ -439,10 +436,7 @@ class DataLoaderLite:
         self.shuffle = shuffle
         self.seed = seed
         self.device = device
-        self.num_windows = max(0, (len(stream) - 1) // T)
-        if self.num_windows < 1:
-            raise ValueError(f"{len(stream):,} tokens are too few for one sequence of {T}; use more"
-                             " text or a smaller T")
+        self.num_windows = (len(stream) - 1) // T
         self.position = 0
         self.fingerprint = stream.fingerprint()
         self._thread = None    # the prefetch thread, started by the first next_batch
@@ -545,10 +539,8 @@ def iterate_batches(stream, B, T, max_tokens, process_rank=0, num_processes=1, d
     most = math.ceil(num_windows / num_processes)  # windows of the rank that has most
     for first in range(start, start + most, B):
         windows = [stream.read(w * T, T + 1) for w in range(first, min(first + B, end))]
-        if windows:
-            yield to_batch(np.stack(windows), device)
-        else:
-            yield to_batch(np.empty((0, T + 1), dtype=np.uint16), device)
+        rows = np.array(windows, dtype=np.uint16).reshape(-1, T + 1)
+        yield to_batch(rows, device)
 
 
 def bits_per_byte(stream, T, max_tokens):

@@ -35,8 +35,6 @@ interpreter lock, so one process uses all cores.
 The folder is locked while a process writes to it. Shards that the manifest does not list are an
 error, and never overwritten.
 """
-import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -119,9 +117,6 @@ from data import (END_OF_TEXT, EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, loa
 from run import files
 from sources import (check_files, estimate_tokens, hub_source, local_source, map_in_order,
                      pieces)
-
-LOCK = ".fineweb.lock"    # in the output folder, while a process writes there
-
 
 # -----------------------------------------------------------------------------
 # tokens
@@ -240,16 +235,12 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
 # the pipeline
 
 def tokenize(piece):
-    """(piece, its tokens, number of skipped documents, and of those that are not valid UTF-8).
-
-    Skipped are documents that are empty, not text, or not encodable.
-    """
+    """(piece, its tokens, number of documents skipped: empty, not text, or not encodable)."""
     parts = [np.empty(0, dtype=np.uint16)]
-    skipped = invalid = 0
+    skipped = 0
     for texts in piece.batches:
         kept = [text for text in texts if isinstance(text, str) and text]
         skipped += len(texts) - len(kept)
-        invalid += texts.count(b"")
         if not kept:
             continue
         try:
@@ -260,7 +251,7 @@ def tokenize(piece):
                     parts.append(encode([text], piece.begins))
                 except ValueError:
                     skipped += 1
-    return piece, np.concatenate(parts), skipped, invalid
+    return piece, np.concatenate(parts), skipped
 
 
 class TokenizedSource:
@@ -285,10 +276,7 @@ class TokenizedSource:
     def chunks(self, limit, workers, bar):
         """Yields uint16 arrays, at most limit tokens in all."""
         todo = pieces(self.source, self.text_column, self.first["file"], self.first["number"])
-        for piece, tokens, skipped, invalid in map_in_order(tokenize, todo, workers, workers + 4):
-            if invalid > 0:
-                tqdm.write(f"{self.source.names[piece.file]}: skipped {invalid} rows that are not"
-                           " valid UTF-8", file=sys.stderr)
+        for piece, tokens, skipped in map_in_order(tokenize, todo, workers, workers + 4):
             self.starts.append((self.position, piece, self.skipped))
             chunk = tokens[max(0, -self.position):][:limit]
             self.position += len(tokens)
@@ -310,35 +298,6 @@ class TokenizedSource:
 
 # -----------------------------------------------------------------------------
 # the output folder
-
-@contextlib.contextmanager
-def output_folder(out):
-    """Context in which folder out exists and no other fineweb.py writes to it.
-
-    Raises ValueError if another one does. Folders created here are removed at the end if they are
-    still empty.
-    """
-    created = []
-    lock = None
-    try:
-        files.make_folders(out, created)
-        try:
-            lock = files.lock(os.path.join(out, LOCK))
-        except BlockingIOError as e:
-            raise ValueError(f"{out} is in use by another fineweb.py; wait for it or stop it,"
-                             " or choose another --out") from e
-        if lock is None:
-            print(f"{out} cannot be locked on this file system:"
-                  " do not run another fineweb.py in it")
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty
-            if lock is not None:
-                os.remove(os.path.join(out, LOCK))
-                lock.close()
-            for folder in created:
-                os.rmdir(folder)
-
 
 def save_manifest(out, manifest):
     """Writes manifest.json atomically."""
@@ -432,13 +391,10 @@ def make_shards(source, settings, out, workers):
         data.check_unlisted(out, manifest)
         return manifest
 
-    # a killed process may have left the next shard, which add_shard compares, and temporary files
+    # a killed process may have left the next shard, which add_shard compares
     index = len(manifest["shards"])
     following = [shard_name(out, manifest, split, index) for split in ("train", "val")]
     data.check_unlisted(out, manifest, following)
-    for name in (MANIFEST, *following):
-        for path in glob.glob(glob.escape(os.path.join(out, name)) + ".*.tmp"):
-            os.remove(path)
 
     done = sum(shard["tokens"] for shard in manifest["shards"])
     free = shutil.disk_usage(out).free
@@ -526,7 +482,7 @@ def main():
     args = parse_args()
     if args.verify is not None:
         return verify(args.verify)
-    with output_folder(args.out):
+    with files.locked_folder(args.out, "fineweb.py", "--out"):
         source = open_source(args)
         settings = {"tokenizer": {"name": "gpt2", "sha256": TOKENIZER_SHA256},
                     "source": source.description, "shard_size": args.shard_size, "val": args.val,

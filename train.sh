@@ -18,21 +18,16 @@ if [[ "$*" =~ $one_device ]]; then
   echo "train.sh: training on one device, ${BASH_REMATCH[1]}"
   exec "$python" "$here/train_gpt2.py" "$@"
 fi
-# a build of PyTorch without CUDA would train on the CPU, unnoticed
-if nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  if ! "$python" -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then
-    echo "error: this machine has an NVIDIA GPU, but PyTorch was built without CUDA: install another" \
-         "build (pytorch.org/get-started), or use --device cpu" >&2
+# a build of PyTorch for another device would train on the CPU, unnoticed
+require_build() {  # name in torch.version, device, name of the build
+  if ! "$python" -c "import sys, torch; sys.exit(torch.version.$1 is None)"; then
+    echo "error: this machine has $2, but PyTorch was built without $3: use the pip command for $3 of" \
+         "pytorch.org/get-started with $python -m pip, or --device cpu" >&2
     exit 2
   fi
-fi
-if command -v rocm-smi >/dev/null; then
-  if ! "$python" -c "import sys, torch; sys.exit(torch.version.hip is None)"; then
-    echo "error: this machine has AMD's ROCm, but PyTorch was built without it: run the pip command for ROCm" \
-         "of pytorch.org/get-started with $python -m pip, or use --device cpu" >&2
-    exit 2
-  fi
-fi
+}
+if nvidia-smi -L 2>/dev/null | grep -q GPU; then require_build cuda "an NVIDIA GPU" CUDA; fi
+if command -v rocm-smi >/dev/null; then require_build hip "AMD's ROCm" ROCm; fi
 gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -gt 1 ]; then
   echo "train.sh: training on $gpus GPUs"

@@ -36,8 +36,7 @@ from model import GPT
 from plots import plot_run
 from run import checkpoint, folder, parallel, reference
 from run.runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
-                         matmul_flops, peak_flops, seed_all, set_rng_state,
-                         use_deterministic_algorithms)
+                         matmul_flops, peak_flops, set_rng_state, use_deterministic_algorithms)
 from run.settings import (LOSS_CHUNKS, check_same_on_all_ranks, config_from_flags, how_to_resume,
                           make_plan)
 from run.weights import load_model
@@ -69,10 +68,6 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd
     return min_lr + coeff * (max_lr - min_lr)
 
 
-class NonFinite(ValueError):
-    """The loss, the gradient norm or a weight is NaN or infinite; no such weight is saved."""
-
-
 # some versions of cuDNN's attention, torch's choice on these GPUs, have returned NaN
 RUINED = ("Resume from the last checkpoint with a lower --lr or with --dtype float32 --force; on an"
           " H100 or newer, first with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 in the environment")
@@ -83,7 +78,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     """One optimizer step; returns (loss, gradient norm, stop request), the same on every rank.
 
     Loss and norm are floats, before the update; the stop request is a signal's name or None. model
-    is raw_model, compiled and wrapped in DDP. Raises NonFinite instead of updating the weights if
+    is raw_model, compiled and wrapped in DDP. Raises ValueError instead of updating the weights if
     the loss or the norm is NaN or infinite; a float16 overflow only skips the update.
     """
     first_window = loader.position
@@ -132,9 +127,9 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         losses = parallel.all_gather(loss_accum.item(), ranks)
         bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
         where = f", from rank {bad_ranks}" if bad_ranks else ""
-        raise NonFinite(f"step {step}: non-finite loss {loss} or gradient norm {norm}{where}, in"
-                        f" windows {first_window} to {loader.position - 1} of the data's order; the"
-                        f" weights were not updated. {RUINED}")
+        raise ValueError(f"step {step}: non-finite loss {loss} or gradient norm {norm}{where}, in"
+                         f" windows {first_window} to {loader.position - 1} of the data's order;"
+                         f" the weights were not updated. {RUINED}")
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
@@ -306,7 +301,7 @@ def build_model(config, saved, ranks, loss_chunks=1):
     else:
         raw_model = GPT(config.gpt_config(), config.init)  # on the CPU, as in the lecture
         if saved:
-            raw_model.load_state_dict(saved.model["model"])  # load_pair has checked that they fit
+            raw_model.load_state_dict(saved.model["model"])
     raw_model.loss_chunks = loss_chunks
     return raw_model.train().to(device)
 
@@ -314,12 +309,13 @@ def build_model(config, saved, ranks, loss_chunks=1):
 def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     """(model, state): contents of a checkpoint's two files, on rank 0's CPU; see checkpoint.py.
 
-    A run resumed from them is bitwise identical. Every rank must call it. Raises NonFinite if a
-    weight is: the loss would show it one step later, and the last good checkpoint might be removed.
+    A run resumed from them is bitwise identical. Every rank must call it. Raises ValueError if a
+    weight is NaN or infinite: the loss would show it one step later, and the last good checkpoint
+    might be removed.
     """
     norm = torch.nn.utils.get_total_norm(raw_model.parameters())
     if not math.isfinite(parallel.unsharded_tensor(norm).item()):
-        raise NonFinite(f"the weights are non-finite; they are not saved. {RUINED}")
+        raise ValueError(f"the weights are non-finite; they are not saved. {RUINED}")
     weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
     # dropout's random numbers differ between ranks; all other state is the same on every rank
     rng = parallel.all_gather(get_rng_state(ranks.device), ranks)
@@ -402,7 +398,7 @@ def main():
         return
 
     # model: raw_model holds the only parameters; model is raw_model, compiled and wrapped in DDP
-    seed_all(config.seed)  # every rank draws the same initial weights
+    torch.manual_seed(config.seed)  # every rank draws the same initial weights
     raw_model = build_model(config, saved, ranks, config.loss_chunks)
     model = parallel.wrap(raw_model, config, B, ranks)
 
@@ -410,7 +406,7 @@ def main():
     optimizers = parallel.make_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     # from here on only dropout draws random numbers, different ones on each rank
-    seed_all(config.seed + 1 + ranks.rank)
+    torch.manual_seed(config.seed + 1 + ranks.rank)
     if saved:
         restore(saved, optimizers, scaler, config, ranks)
         saved = None  # frees its memory

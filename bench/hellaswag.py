@@ -66,7 +66,7 @@ def bench_hellaswag(args):
     The lecture's scoring, also with freed memory kept, and ours. differ: predictions that differ
     from those in float32.
     """
-    runtime.seed_all(1337)
+    torch.manual_seed(1337)
     model = GPT(config_for(args.size, vocab_size=50304)).to(args.device).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = args.data or os.path.join(folder, "examples.jsonl")

@@ -4,13 +4,14 @@ Files: checks before one is read or written, atomic writes, and locks.
     check_output(path)                # before the work whose result goes there
     with atomic_write(path) as f:     # path appears when it is complete
         f.write(...)
-    f = lock(path)                    # until f is closed
+    with locked_folder(path, ...):    # for one process at a time
+        ...
 """
 import contextlib
 import glob
 import os
-import shutil
 import socket
+from pathlib import Path
 
 
 def check_regular(path):
@@ -40,7 +41,7 @@ def check_output(path):
 
 
 def temporary_name(path):
-    """The name beside path of an incomplete file, or folder, of this process.
+    """The name beside path of an incomplete file of this process.
 
     Removes what killed processes of this machine have left under such names of path.
     """
@@ -49,11 +50,8 @@ def temporary_name(path):
         pid = leftover.removeprefix(prefix).removesuffix(".tmp")
         if not pid.isdigit() or is_another(int(pid)):
             continue
-        if os.path.isdir(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                os.remove(leftover)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            os.remove(leftover)
     return f"{prefix}{os.getpid()}.tmp"
 
 
@@ -101,20 +99,6 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-def make_folders(path, created):
-    """Creates a folder and its parents; inserts the new ones into created, the innermost first."""
-    path = os.path.abspath(path)
-    if os.path.isdir(path):
-        return
-    make_folders(os.path.dirname(path), created)
-    try:
-        os.mkdir(path)
-        created.insert(0, path)
-    except FileExistsError as e:
-        if not os.path.isdir(path):  # else another process has just created it
-            raise ValueError(f"{path} is not a folder; choose another name") from e
-
-
 def lock(path):
     """The file at path, created if necessary, open and locked until it is closed.
 
@@ -140,3 +124,39 @@ def lock(path):
         if is_at(f, path):
             return f
         f.close()
+
+
+@contextlib.contextmanager
+def locked_folder(path, program, flag):
+    """Context in which a folder exists and no other process has locked it.
+
+    The lock is that of a file .lock in it. Yields whether the file system has locks; a message is
+    printed if not. At the end .lock is removed, and the folders created for it if they are empty.
+    Raises ValueError if path is a file, or if another process has the lock; the message has its
+    program, and the flag that chooses another folder.
+    """
+    folder = os.path.abspath(path)  # the process may change its directory
+    lock_path = os.path.join(folder, ".lock")
+    parents = Path(folder).parents  # the innermost first
+    created = [name for name in (folder, *parents) if not os.path.isdir(name)]
+    f = None
+    try:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            f = lock(lock_path)
+        except FileExistsError as e:
+            raise ValueError(f"{path} is not a folder; choose another {flag}") from e
+        except BlockingIOError as e:
+            raise ValueError(f"{path} is in use by another {program}; wait for it or stop it, or"
+                             f" choose another {flag}") from e
+        if f is None:
+            print(f"{path} cannot be locked on this file system: do not start another {program}"
+                  " in it", flush=True)
+        yield f is not None
+    finally:
+        with contextlib.suppress(OSError):  # rmdir fails for a folder that is not empty
+            if f is not None:
+                os.remove(lock_path)
+                f.close()
+            for new_folder in created:
+                os.rmdir(new_folder)

@@ -15,7 +15,7 @@ import re
 import sys
 
 from run.cli import first_line, interpreter, print0
-from run.files import atomic_write, is_at, lock, make_folders
+from run.files import atomic_write, is_at, locked_folder
 from run.runtime import describe_machine
 
 # -----------------------------------------------------------------------------
@@ -44,38 +44,17 @@ def saved_steps(run_dir):
 def lock_run(run_dir):
     """Locks a run folder, created if necessary, until this process ends.
 
-    It is a kernel lock on the file .lock, released however the process ends. Temporary files that a
-    killed process left are removed. At exit, .lock is removed, and the folders created for it if
-    they are empty. Raises ValueError if another process has the lock, or if config.json is not of a
-    run, which would overwrite it.
+    Temporary files that a killed process left are removed. Raises ValueError if another process has
+    the lock, or if config.json is not of a run, which would overwrite it.
     """
-    folder = os.path.abspath(run_dir)  # the process may change its directory
-    # not log.txt: an editor replaces that by another file, which would not be locked
-    lock_path = os.path.join(folder, ".lock")
     read_config(run_dir)
-    created = []
-    make_folders(folder, created)
-    try:
-        f = lock(lock_path)
-    except BlockingIOError as e:
-        raise ValueError(f"{run_dir} is in use by another training process; wait for it or stop it,"
-                         " or choose another --exp-name") from e
-    if f is None:
-        print0(f"{run_dir} cannot be locked on this file system: do not start a second run in it")
-    else:
-        for name in os.listdir(folder):
+    stack = contextlib.ExitStack()
+    is_locked = stack.enter_context(locked_folder(run_dir, "training process", "--exp-name"))
+    atexit.register(stack.close)
+    if is_locked:
+        for name in os.listdir(run_dir):
             if re.fullmatch(r"((model|state)_\d+\.pt|config\.json|log\.txt)\..*\.tmp", name):
-                os.remove(os.path.join(folder, name))
-
-    def unlock():
-        with contextlib.suppress(OSError):  # rmdir fails for a folder that is not empty
-            if f is not None:
-                os.remove(lock_path)
-                f.close()
-            for path in created:
-                os.rmdir(path)
-
-    atexit.register(unlock)
+                os.remove(os.path.join(run_dir, name))
 
 
 def write_config(run_dir, config, ranks):

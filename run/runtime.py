@@ -167,11 +167,6 @@ def synchronize(device):
 # -----------------------------------------------------------------------------
 # random number generators
 
-def seed_all(seed):
-    """Seeds torch's generators, of the CPU and of every GPU."""
-    torch.manual_seed(seed)
-
-
 def get_rng_state(device):
     """State of the generators this process uses: {"cpu": uint8 tensor, and "cuda" or "xpu"}."""
     state = {"cpu": torch.get_rng_state()}
@@ -231,7 +226,9 @@ def matmul_flops(device, dtype, size=4096):
 
     What a GPU reaches whose peak is not known.
     """
-    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    # its own generator: the device's has the state of the checkpoint that a run resumes from
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype], generator=generator)
     for repeats in (2, 10):  # the first ones load the kernel
         synchronize(device)
         start = time.perf_counter()

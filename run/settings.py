@@ -228,8 +228,6 @@ def config_from_flags(argv=None):
 def resumed_config(saved, given, place):
     """The TrainConfig of a resumed run: the checkpoint's settings, as changed by the flags."""
     stored = {**saved.state["train_config"], **saved.model["config"]}
-    if stored["parallel"] == "zero":  # of an older version; it sharded what ddp does not
-        stored["parallel"] = "ddp"
     if os.path.basename(stored["data"]) == "input.txt" and not os.path.exists(stored["data"]):
         stored["data"] = INPUT_TXT  # this clone has been moved; fingerprints are compared later
     names = TrainConfig.__dataclass_fields__.keys()
@@ -360,7 +358,6 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu):
         raise ValueError(f"{sequences} sequences per step cannot be split over {world_size}"
                          f" processes; numbers that would fit: {fits}")
     per_rank = sequences // world_size
-    divisors = [B for B in range(1, min(per_rank, 65536) + 1) if per_rank % B == 0]
 
     def needed(B, loss_chunks):
         return sum(estimate_memory(config, num_params, B, world_size, loss_chunks).values())
@@ -375,9 +372,9 @@ def choose_batch_size(config, num_params, world_size, memory, on_cpu):
     if wanted and not config.loss_chunks:
         sizes = sizes_in_chunks = [wanted]
     else:
-        most = (4096 if on_cpu else 65536) // T
+        most = min(per_rank, (4096 if on_cpu else 65536) // T)
         enough = math.ceil(4096 / T)
-        sizes = [B for B in divisors if B <= most]
+        sizes = [B for B in range(1, most + 1) if per_rank % B == 0]
         sizes_in_chunks = [B for B in sizes if B <= enough]
     whole = largest(sizes, 1)
     chunked = largest(sizes_in_chunks, LOSS_CHUNKS)

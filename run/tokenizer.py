@@ -88,11 +88,12 @@ def read_tokenizer(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     config = {**read_fields(folder, "special_tokens_map.json"),
               **read_fields(folder, "tokenizer_config.json")}
-    fast, vocab, merges = (os.path.join(folder, name)
-                           for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    fast = os.path.join(folder, "tokenizer.json")
     if os.path.isfile(fast):
         tokenizer = Tokenizer.from_file(fast)
     else:
+        vocab = os.path.join(folder, "vocab.json")
+        merges = os.path.join(folder, "merges.txt")
         tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(config.get("add_prefix_space", False))
         tokenizer.decoder = decoders.ByteLevel()

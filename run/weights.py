@@ -224,15 +224,15 @@ def is_transposed(name):
 
 def tie_lm_head(weights, source):
     """weights with wte and the lm_head, of which files may omit one; ValueError if they differ."""
-    names = "transformer.wte.weight", "lm_head.weight"
-    wte, *others = [weights[name] for name in names if name in weights] or [None]
-    if wte is None:
+    names = ("transformer.wte.weight", "lm_head.weight")
+    found = [weights[name] for name in names if name in weights]
+    if not found:
         return weights  # check_weights names what is missing
     # as bytes, because NaN is not equal to itself
-    if others and not torch.equal(others[0].view(torch.uint8), wte.view(torch.uint8)):
+    if not torch.equal(found[0].view(torch.uint8), found[-1].view(torch.uint8)):
         raise ValueError(f"lm_head.weight and wte.weight of {source} differ (an untied lm_head):"
                          " not a GPT-2")
-    return {**weights, **dict.fromkeys(names, wte)}
+    return {**weights, **dict.fromkeys(names, found[0])}
 
 
 def from_hf_names(hf_state_dict, source="the state dict"):

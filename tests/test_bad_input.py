@@ -59,7 +59,7 @@ def run(script, arguments, monkeypatch):
     register = atexit.register
 
     def register_or_unlock(function, *args, **kwargs):
-        if function.__module__ == "run.folder":
+        if function.__module__ == "contextlib":  # the ExitStack of folder.lock_run
             unlocks.append(function)
         else:
             register(function, *args, **kwargs)
@@ -241,7 +241,7 @@ held = []
 
 def lock_folder(folder):
     """Holds the lock of shards/, as a running fineweb.py does, until the next call."""
-    held[:] = [files.lock(folder / "shards" / ".fineweb.lock")]
+    held[:] = [files.lock(folder / "shards" / ".lock")]
 
 
 # -----------------------------------------------------------------------------
@@ -390,7 +390,7 @@ FINEWEB = [
     (f"{IN} --text_colum body", "unknown flag --text-colum: did you mean --text-column?"),
     (f"--dataset a/b/c --name x {NEW}", "Repo id"),
     # the output folder
-    ("--input in.txt --out in.txt", "in.txt is not a folder; choose another name"),
+    ("--input in.txt --out in.txt", "in.txt is not a folder; choose another --out"),
     ("--input in.txt --out /proc/new", "No such file or directory: '/proc/new'"),
     ("--input nowhere --out x/y/z", "no input at nowhere"),
     (AGAIN, "shards is in use by another fineweb.py", lock_folder),
@@ -446,7 +446,7 @@ FINEWEB = [
         ("[{'text': 1}]", "a.jsonl is damaged or truncated (Expecting property name"),
         ("[]", "contains no text"),
         ("plain text\n", "row 1 of a.jsonl is damaged or truncated (Expecting value"),
-        ('\n \n{"body": "a"}\n', "has no column 'text'; it has body"),
+        ('{"body": "a"}\n', "has no column 'text'; it has body"),
         ('{"text": null}\n{"text": ["a"]}\n{"text": {"text": "a"}}\n\n', "contains no text")]),
     (f"{LINES} --text-column body", "has no column 'body'; it has text", write("a.jsonl", JSON)),
     (f"--input a.jsonl.gz {NEW}", "a.jsonl.gz is damaged or truncated (",

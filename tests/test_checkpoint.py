@@ -431,20 +431,6 @@ def test_a_run_that_wrote_nothing_removes_only_the_empty_folders_that_it_created
         "two/other/model_00001.pt"]
 
 
-def test_a_folder_that_another_process_creates_at_the_same_time_is_not_removed(
-        tmp_path, lock, monkeypatch):
-    mkdir = os.mkdir
-
-    def mkdir_twice(path):
-        mkdir(path)  # by the other process
-        mkdir(path)
-
-    monkeypatch.setattr(os, "mkdir", mkdir_twice)
-    lock(tmp_path / "log" / "a")
-    lock()
-    assert names_in(tmp_path) == ["log", "log/a"]
-
-
 def test_config_json_has_the_settings_the_command_the_versions_and_the_hardware(tmp_path):
     assert folder.read_config(str(tmp_path)) == {}
     folder.write_config(str(tmp_path), {"lr": 0.1}, Ranks(0, 0, 2, "cpu", True))

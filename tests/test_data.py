@@ -531,14 +531,10 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_too_many_open_files_are_closed_or_named(few_files, tmp_path, capsys, monkeypatch):
+def test_too_many_open_files_are_named(few_files, tmp_path, monkeypatch):
     """They were "it has changed since training started"."""
     monkeypatch.setattr(TokenStream, "RETRY_WAITS", (0, 0, 0), raising=False)
-    stream, tokens = make_stream(str(tmp_path), [50] * 30)
-    for _ in range(2):
-        assert stream.read(0, 1500).tolist() == tokens.tolist()
-    assert capsys.readouterr().err.count("Too many open files; trying again") == 1
-    stream = TokenStream([shard.path for shard in stream.shards[:1]])
+    stream, _ = make_stream(str(tmp_path), [50])
     others = []  # of another part of the program
     with pytest.raises(OSError):
         while True:

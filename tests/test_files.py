@@ -77,11 +77,11 @@ def test_the_next_writer_removes_what_a_killed_one_has_left_and_nothing_else(tmp
     assert writers[1].returncode == 0 and path.read_bytes() == b"x"
 
 
-def test_the_name_of_an_incomplete_folder_removes_what_a_killed_process_has_left(tmp_path):
+def test_a_name_that_a_killed_process_of_the_same_id_has_left_is_removed(tmp_path):
     """In a container the next process may have the same id."""
-    name = files.temporary_name(tmp_path / "hf")
-    os.makedirs(os.path.join(name, "a"))
-    assert files.temporary_name(tmp_path / "hf") == name and os.listdir(tmp_path) == []
+    name = files.temporary_name(tmp_path / "a.png")
+    open(name, "w").close()
+    assert files.temporary_name(tmp_path / "a.png") == name and os.listdir(tmp_path) == []
 
 
 def test_a_lock_excludes_other_processes_until_it_is_closed(tmp_path):
@@ -115,14 +115,3 @@ def test_a_file_system_without_locks_leaves_no_lock_file(tmp_path, monkeypatch):
         raise OSError("no locks")
     monkeypatch.setattr(fcntl, "flock", flock)
     assert files.lock(tmp_path / "lock") is None and os.listdir(tmp_path) == []
-
-
-def test_make_folders_tells_which_folders_it_created(tmp_path):
-    os.makedirs(tmp_path / "a")
-    created = []
-    files.make_folders(tmp_path / "a" / "b" / "c", created)
-    assert created == [str(tmp_path / "a" / "b" / "c"), str(tmp_path / "a" / "b")]
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is not a folder"):
-        files.make_folders(tmp_path / "file" / "sub", created)
-    assert len(created) == 2

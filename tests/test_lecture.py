@@ -23,7 +23,7 @@ import train_gpt2
 from common import ONE, ROOT, python
 from data import DataLoaderLite, TokenStream
 from model import GPT, GPTConfig
-from run import cli, reference, runtime
+from run import cli, reference
 from run.config import TrainConfig, preset_settings
 from run.folder import read_log
 
@@ -276,7 +276,7 @@ def test_on_shards_of_100M_tokens_the_batches_are_the_lectures_for_190_steps(B, 
 def test_the_124M_model_starts_as_the_lectures():
     """The numbers are those of build-nanogpt's script with seed 1337 and torch 2.13."""
     config = TrainConfig(**preset_settings("gpt2-124M-lecture"))
-    runtime.seed_all(config.seed)
+    torch.manual_seed(config.seed)
     model = train_gpt2.build_model(config, None, ONE)
     found = {name: [*p[0, :3].tolist(), p.double().norm().item()]
              for name, p in model.transformer.named_parameters() if p.dim() == 2}

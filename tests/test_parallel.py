@@ -460,7 +460,7 @@ cli.run_main(train_gpt2.main)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, printed", [
     ("all", "error: no data at nowhere;"), ("rank 1", "error: damaged shard"),
-    ("stale", "error: rank 0 starts from step 0, rank 1 from step 2"),
+    ("stale", "error: step is 0 on rank 0 and 2 on rank 1"),
     ("locked", "error: log/shakespeare is in use by another"), ("killed", None),
     ("bug", "AssertionError: a bug")])
 def test_an_error_of_ranks_is_printed_once_and_is_the_root_cause_in_torchruns_summary(
@@ -476,8 +476,8 @@ def test_an_error_of_ranks_is_printed_once_and_is_the_root_cause_in_torchruns_su
     with contextlib.ExitStack() as stack:
         if kind == "locked":
             os.makedirs(tmp_path / "log" / "shakespeare")
-            log = stack.enter_context(open(tmp_path / "log" / "shakespeare" / "log.txt", "w"))
-            fcntl.flock(log, fcntl.LOCK_EX)
+            lock = stack.enter_context(open(tmp_path / "log" / "shakespeare" / ".lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         process = torchrun("with_error.py", *flags, cwd=tmp_path, timeout=120)  # none hangs
     assert process.returncode == 1
     err = process.stderr

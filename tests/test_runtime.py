@@ -165,11 +165,11 @@ def test_deterministic_mode_makes_an_operation_without_an_implementation_raise(m
 
 
 def test_restoring_the_rng_state_repeats_the_random_numbers():
-    runtime.seed_all(1)
+    torch.manual_seed(1)
     torch.rand(3)
     state = get_rng_state("cpu")
     first = torch.rand(5)
-    runtime.seed_all(2)
+    torch.manual_seed(2)
     assert not torch.equal(torch.rand(5), first)
     set_rng_state(state, "cpu")
     assert torch.equal(torch.rand(5), first)
@@ -214,13 +214,18 @@ def test_peak_flops_is_that_of_the_exact_chip_or_none(name, tflops, monkeypatch)
 
 
 def test_the_speed_of_a_matmul_is_its_flops_over_its_seconds(monkeypatch):
-    """For the GPUs without a known peak; here a clock that ticks once, and a CPU."""
+    """For the GPUs without a known peak; here a clock that ticks once, and a CPU.
+
+    It drew from the device's generator, so a resumed run had other dropout than an unbroken one.
+    """
     clock = iter([0.0, 1.0, 5.0, 7.0])
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
     sizes = []
     monkeypatch.setattr(torch, "matmul", lambda a, b: sizes.append((a.shape, a.dtype)))
+    state = torch.get_rng_state()
     assert runtime.matmul_flops("cpu", "bfloat16", size=16) == 10 * 2 * 16**3 / 2.0
     assert sizes == [((16, 16), torch.bfloat16)] * 12
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("platform, expected", [("linux", [(-4, 0), (-1, -1)]), ("darwin", [])])
