@@ -86,6 +86,9 @@ def damage_as_error(name):
         if isinstance(e, UnicodeDecodeError):
             raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
                              " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
+        if re.search("crypt|LZO", reason):
+            raise ValueError(f"{name} is encrypted or compressed by LZO, which pyarrow does not"
+                             f" read ({reason}); write it again") from e
         raise ValueError(f"{name} is damaged or truncated ({reason}); copy it again") from e
 
 
@@ -121,6 +124,8 @@ def read_footer(open_file, name, column):
     with open_file() as f:
         file = pq.ParquetFile(f, buffer_size=BLOCK_BYTES)
         check_schema(name, column, file.metadata.schema.to_arrow_schema())
+        # raises an error if the column is encrypted, whose size would abort the process
+        next(file.iter_batches(1, columns=[column], use_threads=False), None)
     return file.metadata
 
 
@@ -464,22 +469,41 @@ def hub_source(dataset, name, split, revision, commit=None):
 # the number of tokens
 
 def estimate_tokens(source, column):
-    """Estimated number of tokens in a source, from its first files with a megabyte of text.
+    """Estimated number of tokens in a source, from its first files with about a megabyte of text.
 
     A low estimate.
     """
-    text = size = 0  # of these files, bytes uncompressed and as stored
+    tokens = 0
+    size = 0  # of these files, bytes
     for name, file_size in zip(source.names, source.sizes):
         if name.endswith(".parquet"):
             with damage_as_error(name):
-                metadata = read_footer(functools.partial(source.open, name), name, column)
-            for i in range(metadata.num_row_groups):
-                text += text_bytes(metadata, column, i)
+                tokens += estimate_parquet(functools.partial(source.open, name), name, column)
         elif name.endswith(CODECS):  # text compresses to half its size or less
-            text += 2 * file_size
+            tokens += TOKENS_PER_BYTE * file_size * 2
         else:
-            text += file_size
+            tokens += TOKENS_PER_BYTE * file_size
         size += file_size
-        if text > BLOCK_BYTES:
+        if tokens > TOKENS_PER_BYTE * BLOCK_BYTES:
             break
-    return int(TOKENS_PER_BYTE * text / max(1, size) * sum(source.sizes))
+    return int(tokens / max(1, size) * sum(source.sizes))
+
+
+def estimate_parquet(open_file, name, column):
+    """Estimated number of tokens in a parquet file.
+
+    If it has FineWeb's column token_count (GPT-2's tokens), its first row group gives the rate.
+    """
+    metadata = read_footer(open_file, name, column)
+    sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
+    schema = metadata.schema.to_arrow_schema()
+    tokens_per_byte = TOKENS_PER_BYTE
+    if sizes and "token_count" in schema.names:
+        if pa.types.is_integer(schema.field("token_count").type):
+            with open_file() as f:
+                group = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])
+            counts = group["token_count"].to_pylist()
+            total = sum(count for count in counts if count is not None)
+            if 0 < total <= sizes[0]:  # a token has at least one byte: else they are not GPT-2's
+                tokens_per_byte = total / sizes[0]
+    return tokens_per_byte * sum(sizes)

@@ -8,6 +8,7 @@ Needs no network: texts are created in tmp_path, and the Hub is an HTTP server i
 127.0.0.1. The results are compared with tiktoken, one document at a time, and with a naive packing
 of Python lists. tests/test_bad_input.py has the errors of flags and inputs.
 """
+import base64
 import contextlib
 import errno
 import functools
@@ -454,6 +455,20 @@ def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # the estimated number of tokens
 
+@pytest.mark.parametrize("counts, expected", [
+    ([7] * 9, 63), ([None] * 9, None), ([5, None] * 4 + [7], 27), (["5"] * 9, None),
+    ([2.5] * 9, None), ([-7] * 9, None), ([700] * 9, None)])
+def test_the_estimate_is_that_of_token_count_if_it_can_be_of_gpt2(tmp_path, counts, expected):
+    """A column of nulls once refused the file: "cannot convert float NaN to integer"."""
+    kind = pa.int64() if None in counts else None
+    texts = ["a text of 21 characters"] * 9
+    write_parquet(tmp_path / "a.parquet", texts, token_count=pa.array(counts, kind))
+    source = sources.local_source([str(tmp_path / "a.parquet")])
+    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    by_size = int(sources.TOKENS_PER_BYTE * sources.text_bytes(metadata, "text", 0))
+    assert sources.estimate_tokens(source, "text") == pytest.approx(expected or by_size, abs=1)
+
+
 @pytest.mark.parametrize("first", [[], ["", None]], ids=["no rows", "empty texts"])
 def test_a_first_file_without_text_does_not_make_the_estimate_zero(tmp_path, monkeypatch, first):
     """The estimate was 0 tokens: the val split was one document, and the disk seemed to suffice."""
@@ -511,6 +526,27 @@ def test_the_last_file_is_checked_before_the_first_token(corpus, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_an_encrypted_file_is_named_with_the_remedy(tmp_path, monkeypatch, plaintext_footer):
+    """It was "damaged or truncated; copy it again"."""
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Client(encryption.KmsClient):
+        def __init__(self, config):
+            super().__init__()
+
+        def wrap_key(self, key, name):
+            return base64.b64encode(key)
+    factory = encryption.CryptoFactory(Client)
+    config = encryption.EncryptionConfiguration(footer_key="a", column_keys={"b": ["text"]},
+                                                plaintext_footer=plaintext_footer)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
+    table = pa.table({"text": make_texts(30)})
+    pq.write_table(table, tmp_path / "a.parquet", encryption_properties=properties)
+    with pytest.raises(ValueError, match="a.parquet is encrypted or"):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
+
+
 def test_zstd_windows_of_two_gigabytes_are_read(tmp_path, monkeypatch):
     """Files of `zstd --long=31` were "damaged or truncated; copy it again"."""
     line = json_lines(["a text"])
@@ -520,6 +556,17 @@ def test_zstd_windows_of_two_gigabytes_are_read(tmp_path, monkeypatch):
     run(monkeypatch, "--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out",
         "--val-tokens", 1)
     assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
+
+
+def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": make_texts(30)}), tmp_path / "a.parquet", compression="snappy")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    # the codec in the footer, a Thrift enumeration before the number of values: 1 is Snappy, 3 LZO
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"\x15\x02\x16", b"\x15\x06\x16"))
+    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    assert metadata.row_group(0).column(0).compression == "LZO"
+    with pytest.raises(ValueError, match="a.parquet is .* compressed by LZO"):
+        run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 
 def test_a_disk_error_is_not_called_damage():
