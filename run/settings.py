@@ -392,7 +392,7 @@ def print_disk_space(config, num_params):
     # an older one is removed after the next one is written
     count = config.keep_last + 1 + config.keep_best
     path = os.path.abspath(config.run_dir)
-    while not os.path.isdir(path):
+    while not os.path.isdir(path) and path != os.path.dirname(path):  # Windows: no such drive
         path = os.path.dirname(path)
     free = shutil.disk_usage(path).free
     line = f"disk: up to {count} checkpoints of {size / 1e9:.2f} GB, {free / 1e9:,.1f} GB free"
