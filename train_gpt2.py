@@ -403,7 +403,9 @@ def main():
     model = parallel.wrap(raw_model, config, B, ranks)
 
     # optimizer, with the checkpoint's state
-    optimizers = parallel.make_optimizers(raw_model, config)
+    optimizers = raw_model.configure_optimizers(
+        config.lr, config.weight_decay, (config.beta1, config.beta2), config.optimizer,
+        config.embd_lr_ratio)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     # from here on only dropout draws random numbers, different ones on each rank
     torch.manual_seed(config.seed + 1 + ranks.rank)

@@ -359,13 +359,6 @@ def shard(raw_model, ranks):
             module.set_force_sum_reduction_for_comms(True)
 
 
-def make_optimizers(raw_model, config):
-    """The list of raw_model's optimizers."""
-    return raw_model.configure_optimizers(config.lr, config.weight_decay,
-                                          (config.beta1, config.beta2), config.optimizer,
-                                          config.embd_lr_ratio)
-
-
 def clip_grad_norm(raw_model, max_norm):
     """Clips the gradient's norm to max_norm (0: not), in place; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm or float("inf"))

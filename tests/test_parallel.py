@@ -61,7 +61,9 @@ def start(ranks, saved=None, step=0, **changes):
         raw_model.load_state_dict(saved[0])
     config.compile = parallel.choose_compile(config, 20, False, ranks)
     model = parallel.wrap(raw_model, config, 2, ranks)
-    optimizers = parallel.make_optimizers(raw_model, config)
+    optimizers = raw_model.configure_optimizers(
+        config.lr, config.weight_decay, (config.beta1, config.beta2), config.optimizer,
+        config.embd_lr_ratio)
     if saved:
         parallel.load_full_optimizer_state(optimizers, saved[1])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=config.dtype == "float16")

@@ -270,7 +270,9 @@ def test_optimizer_settings_and_dropout_of_a_resumed_run_are_the_flags(saved, tm
         "--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.9", "--embd-lr-ratio", "3",
         "--dropout", "0.2", "--force"])
     raw_model = train_gpt2.build_model(config, saved, ONE)
-    muon, adamw = optimizers = parallel.make_optimizers(raw_model, config)
+    muon, adamw = optimizers = raw_model.configure_optimizers(
+        config.lr, config.weight_decay, (config.beta1, config.beta2), config.optimizer,
+        config.embd_lr_ratio)
     train_gpt2.restore(saved, optimizers, torch.amp.GradScaler("cpu", enabled=False), config, ONE)
     assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.3, 0.3, 0.0]
     assert [g["betas"] for g in adamw.param_groups] == [(0.8, 0.9)] * 2

@@ -99,7 +99,9 @@ def training(dtype, optimizer):
     with fake_cuda() as mode:
         config = TrainConfig(**SIZES, optimizer=optimizer)
         model = on_gpu(config, mode)
-        optimizers = parallel.make_optimizers(model, config)
+        optimizers = model.configure_optimizers(
+            config.lr, config.weight_decay, (config.beta1, config.beta2), config.optimizer,
+            config.embd_lr_ratio)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
         train_gpt2.train_step(0, model, model, optimizers, scaler, Loader(), 1e-3, 2, 1.0, dtype,
                               RANKS)
