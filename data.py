@@ -646,10 +646,13 @@ def read_text(path):
     """The text of a UTF-8 file; a byte order mark is not part of it."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            return f.read()
+            text = f.read()
+        if "\0" in text[:4]:
+            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16 has such bytes")
+        return text
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it,"
-                         " perhaps with iconv -f LATIN1 -t UTF-8") from e
+        raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it: iconv"
+                         " -f ENCODING -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
 
 
 def encode_documents(texts):

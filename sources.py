@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data import END_OF_TEXT
+from run.files import check_regular
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -49,8 +50,10 @@ SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst",
 # in a folder: hidden files, a manifest of fineweb.py, and metadata of the datasets library
 NO_TEXT = re.compile(r"\..*|(manifest|dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")
 # where GPT-2's pattern splits any text: before whitespace that ends a word, and between a letter or
-# digit and a punctuation mark (some of each: re's classes are not quite those of the pattern)
-BORDER = re.compile(r"(?<=\S)[ \t\r\n\u3000]|(?<=[0-9A-Za-z\u4e00-\u9fa5])[,.;:!?\u3002\uff0c]")
+# digit (Latin, Japanese, Chinese, Korean) and a punctuation mark: re's own classes are not quite
+# those of the pattern
+BORDER = re.compile(r"(?<=\S)[ \t\r\n\u3000]|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
+                    r"\uac00-\ud7a3])[,.;:!?\u3001\u3002\u3008-\u300f\uff01\uff0c\uff1a\uff1b\uff1f]")
 # what decoders raise; an OSError of pyarrow has no errno, unlike one of the file system
 DAMAGE = (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError, RecursionError, EOFError,
           OSError, zstd.ZstdError)
@@ -214,6 +217,8 @@ def array_rows(f):
             yield text[:end]
             text = text[end:]
         text = text.lstrip(", \t\r\n")
+    if text[1:].strip() or f.read().strip():
+        raise json.JSONDecodeError("text follows the array", "", 0)
 
 
 def json_pieces(f, name, column):
@@ -371,6 +376,7 @@ def local_source(paths):
         labels += [os.path.relpath(name, root).replace(os.sep, "/") for name in found]
     places = set()
     for name in names:
+        check_regular(name)
         place = os.path.realpath(name)
         if place in places:
             raise ValueError(f"--input {name} is given twice (as {place}); each file is read once")

@@ -184,7 +184,7 @@ class ArgumentParser(argparse.ArgumentParser):
         invalid = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if invalid:
             choices = re.findall(r"[\w.-]+", invalid[2])
-            similar = [choice for choice in choices if invalid[1] in choice]
+            similar = [choice for choice in choices if invalid[1].lower() in choice.lower()]
             if similar:
                 message += f": did you mean {similar[0]}?"
         raise ValueError(f"{message}; --help lists what is allowed")
@@ -219,7 +219,7 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     limits = []
     if above > -math.inf:
         limits.append(f"above {above:g}")
-    if low > -math.inf:
+    if low > above:
         limits.append(f"{low:g} or more")
     if high < math.inf:
         limits.append(f"at most {high:g}")

@@ -258,6 +258,8 @@ def resumed_config(saved, given, place):
     for name in changed:
         if name not in STARTED and name not in place:
             print0(f"  changed: {name} was {getattr(before, name)!r}, is {getattr(config, name)!r}")
+    if "max_steps" in changed:
+        print0("  the learning rate continues on the schedule of the new number of steps")
     return config
 
 
@@ -404,8 +406,8 @@ def print_disk_space(config, num_params):
 def make_plan(config, num_tokens, ranks, resumed=False):
     """(B, grad_accum_steps, max_steps) of the run; prints its plan.
 
-    Sets what config leaves open: compile, batch_size and loss_chunks; and limits warmup_steps.
-    num_tokens: size of the training data.
+    Sets what config leaves open: compile, batch_size and loss_chunks. num_tokens: size of the
+    training data.
     """
     before = asdict(config)
     model = config.gpt_config()
@@ -423,10 +425,6 @@ def make_plan(config, num_tokens, ranks, resumed=False):
                          " or --max-steps, or a smaller --total-batch-size")
     # over 1: data is repeated
     epochs = max_steps * total_batch_size / epoch_tokens
-    if config.warmup_steps > max_steps / 2:
-        config.warmup_steps = max_steps // 10
-        print0(f"warmup: {config.warmup_steps} steps, 10% of the run, instead of"
-               f" {before['warmup_steps']}, more than half of it")
 
     memory = free_memory(ranks.device) or math.inf
     on_cpu = ranks.device == "cpu"
@@ -453,8 +451,13 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     chunks = f", the loss in {loss_chunks} chunks to save memory" if loss_chunks > 1 else ""
     print0(f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
            f" {ranks.device_type}, {config.dtype}{chunks}")
-    print0(f"learning rate: {config.lr:g} after a warmup of {config.warmup_steps:,} steps,"
-           f" {config.schedule} to {config.lr * config.min_lr_ratio:g} at step {max_steps:,}")
+    line = f"learning rate: {config.lr:g} after a warmup of {config.warmup_steps:,} steps"
+    if config.warmup_steps < max_steps:
+        line += f", {config.schedule} to {config.lr * config.min_lr_ratio:g} at step {max_steps:,}"
+    else:
+        line += (f", WHICH THE RUN OF {max_steps:,} DOES NOT REACH: it never decays;"
+                 f" --warmup-steps {max_steps // 10} is 10% of the run")
+    print0(line)
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"
     if memory < math.inf:

@@ -125,7 +125,7 @@ def config_of(values, path):
 def read_pt(path):
     """read_model's result for a file of torch.save."""
     contents = load_file(path, mmap=True)
-    is_model = isinstance(contents, dict) and "model" in contents
+    is_model = isinstance(contents, dict) and isinstance(contents.get("model"), dict)
     if is_model and "model_args" in contents:
         kind = "nanoGPT"
         config = contents["model_args"]
@@ -346,6 +346,10 @@ def model_file(source):
 
 def check_weights(config, weights, path):
     """Raises ValueError, naming up to three tensors, unless weights fit a GPT of this config."""
+    others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"{path} is not a state dict of a GPT-2: it has other values than tensors,"
+                         f" {', '.join(others[:3])}")
     found = sum(t.numel() for t in weights.values())
     # a damaged config may describe a GPT that is too large even for the meta device
     if config.num_params() > 2 * found:

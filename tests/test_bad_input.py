@@ -374,6 +374,7 @@ AGAIN = "--input in.txt --out shards"
 JSON = '{"text": "a document"}\n'
 LINES = f"--input a.jsonl {NEW}"
 PARQUET = f"--input a.parquet {NEW}"
+GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"  # of a clone without it
 FINEWEB = [
     # flags
     ("--input in.txt", "--out is missing"),
@@ -445,6 +446,9 @@ FINEWEB = [
         (f"[{JSON},{JSON[:-3]}", "a.jsonl is damaged or truncated (Unterminated string"),
         ("[{'text': 1}]", "a.jsonl is damaged or truncated (Expecting property name"),
         ("[]", "contains no text"),
+        # all but the first line was dropped
+        (f"[{JSON}]\n[{JSON}]\n", "a.jsonl is damaged or truncated (text follows the array"),
+        (GIT_LFS, "a.jsonl is a Git LFS pointer, not the file itself"),
         ("plain text\n", "row 1 of a.jsonl is damaged or truncated (Expecting value"),
         ('{"body": "a"}\n', "has no column 'text'; it has body"),
         ('{"text": null}\n{"text": ["a"]}\n{"text": {"text": "a"}}\n\n', "contains no text")]),
@@ -483,6 +487,7 @@ DATA = [
     # text
     ("a.txt", "a.txt is empty: there is nothing to train on", write("a.txt", b"\xef\xbb\xbf")),
     ("a.txt", "a.txt is not UTF-8 text: byte 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
+    ("a.txt", "a.txt is not UTF-8 text", write("a.txt", "plain text".encode("utf-16-le"))),
     ("a.txt", "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
     ("/dev/stdin", "/dev/stdin is not a regular file"),
     ("texts", "texts holds neither shards", write("texts/a.md", "text")),
@@ -717,7 +722,6 @@ def compressed(folder):
 
 
 HF_FILE = "hf/model.safetensors"
-GIT_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"  # of a clone without it
 INDEX = "hf/model.safetensors.index.json"
 LARGER = GPT(GPTConfig(**{**SIZES, "n_layer": 2})).state_dict()
 CONVERT = [
@@ -749,6 +753,9 @@ CONVERT = [
     ("info a.pt", "it contains posix.system, not only tensors and plain values, and could run"
      " code", pt(optimizer=os.system)),
     ("info run/state_00002.pt", "run/state_00002.pt is not a model checkpoint"),
+    ("info a.pt", "a.pt is not a state dict of a GPT-2: it has other values than tensors, epoch",
+     pt(weights={"epoch": 3})),
+    ("info a.pt", "a.pt is not a model checkpoint", pt(model=[1])),
     ("info a.pt", "n_embd=8 is not a multiple of n_head=3", pt({"n_head": 3})),
     ("info a.pt", "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
     ("info a.pt", "the checkpoint may have another n_layer", pt(model=LARGER)),

@@ -382,7 +382,7 @@ def test_another_text_is_not_an_integer(text):
     (number(int, 1), "0", "0: must be an integer, 1 or more"),
     (number(float), "nan", "nan: must be a number"), (number(float), "-inf", "a number"),
     (number(float), None, "None: must be a number"),
-    (number(float, above=0, high=1), "0", "0: must be a number, above 0 and at most 1")])
+    (number(float, low=0, above=0, high=1), "0", "0: must be a number, above 0 and at most 1")])
 def test_a_number_outside_of_its_range_is_an_error_that_says_what_is_allowed(parse, value, message):
     assert number(float, above=0, high=1)(1) == 1.0
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message) + "$"):

@@ -246,7 +246,8 @@ def pieces_of(text, block_bytes=7):
 
 
 FRAGMENTS = ["a", "b1", "'s", "'", " ", "  ", "\n", "\r\n", "\t", ".", ",", "。", "，", "\u3000",
-             "北京", "é", "\u0301", "\u00a0", "\u2003", "\x1c", "\x85", "½", "٣",
+             "北京", "です", "、", "「", "！", "한", "é",
+             "\u0301", "\u00a0", "\u2003", "\x1c", "\x85", "½", "٣",
              "<|", "<|endoftext|>"]
 
 
@@ -261,7 +262,8 @@ def test_a_text_file_read_in_blocks_has_the_tokens_of_the_file_read_at_once(text
     assert tokens.tolist() == true_tokens(documents_of(text))
 
 
-@pytest.mark.parametrize("line", ["北京的一个句子\n", "一句话，又一句话。", "word\n", "ab.cd,",
+@pytest.mark.parametrize("line", ["北京的一个句子\n", "一句话，又一句话。", "これは本です。",
+                                  "word\n", "ab.cd,",
                                   "12\tab\tc\r\n", "a\n\nb  \n"])
 def test_text_without_spaces_between_words_is_read_in_blocks(line):
     """A piece was the whole file: 3 GB of memory for 390 MB of Chinese."""
