@@ -15,13 +15,13 @@ import textwrap
 from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import dataclass, field, fields
 
-from run.cli import ArgumentParser, number
+from run.cli import ROOT, ArgumentParser, number
 
 FINEWEB_DIR = "edu_fineweb10B"  # where fineweb.py puts its shards
 # Tokens of their train split, for --dry-run, which needs no shards. Approximate: published counts
 # of FineWeb-Edu's sample differ, since the dataset has changed.
 FINEWEB_TOKENS = 9_850_000_000
-INPUT_TXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "input.txt")
+INPUT_TXT = os.path.join(ROOT, "input.txt")
 # corpora of published results; their samples of 10B tokens
 CORPORA = {"edu": "FineWeb-Edu", "fineweb": "FineWeb"}
 TRACKERS = ("none", "tensorboard", "wandb")  # the last two are names of packages

@@ -5,9 +5,9 @@ The value of a setting comes from the first source that has it: the command line
 that the run resumes from, the weights of --init-from, the preset, the default in config.py. When a
 run resumes, FIXED settings cannot change, FORCED ones only with --force; all others take effect.
 
-The plan determines what these leave open: the number of steps, what fits into memory (the
-micro-batch size B, and with it the number of micro-steps), and whether to compile. It is stored
-with the settings, so a resumed run keeps it.
+The plan determines what these leave open: the number of steps, the dtype, whether to compile, and
+what fits into memory: the micro-batch size B, and with it the number of micro-steps. All but the
+first become settings, so a resumed run keeps them.
 """
 import glob
 import hashlib
@@ -21,7 +21,7 @@ import torch
 
 import data
 from run import checkpoint, folder, parallel, weights
-from run.cli import command, is_rank0, print0
+from run.cli import ROOT, command, is_rank0, print0
 from run.config import FINEWEB_DIR, INPUT_TXT, TrainConfig, parse_args, preset_settings
 from run.runtime import device_name, free_memory, peak_flops
 from run.tokenizer import find_tokenizer
@@ -168,10 +168,9 @@ def check_same_on_all_ranks(config, saved, ranks):
     """
     facts = {**asdict(config), "step": saved.step if saved else 0, "torch": torch.__version__}
     facts = {name: value for name, value in facts.items() if name not in LOCAL}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for path in glob.glob(f"{root}/*.py") + glob.glob(f"{root}/run/*.py"):
-        with open(path, "rb") as f:
-            facts[os.path.relpath(path, root)] = hashlib.sha256(f.read()).hexdigest()[:8]
+    for path in glob.glob("*.py", root_dir=ROOT) + glob.glob("run/*.py", root_dir=ROOT):
+        with open(os.path.join(ROOT, path), "rb") as f:
+            facts[path] = hashlib.sha256(f.read()).hexdigest()[:8]
     facts_of_ranks = parallel.all_gather(facts, ranks)
     for rank, found in enumerate(facts_of_ranks):
         for name, value in facts_of_ranks[0].items():
