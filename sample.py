@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 
-from run.cli import ArgumentParser, number, run_main, start
+from run.cli import ArgumentParser, first_line, number, print_error, run_main, start
 
 
 def parse_args():
@@ -186,8 +186,8 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
     prompts: B non-empty lists of token ids, of any lengths. At most max_new_tokens are generated.
     The logits of a row do not depend on the other rows. After <|endoftext|> a row yields only
     <|endoftext|>. The model should be in eval mode, the generator on its device. hidden:
-    model.hidden (the default), or a compiled version of it. Raises ValueError for an empty prompt
-    and if the logits are non-finite.
+    model.hidden (the default), or what prepare_for_sampling returned. Raises ValueError for an
+    empty prompt and if the logits are non-finite.
     """
     if not all(prompts):
         raise ValueError(f"a prompt is empty; to start a document use [{tokenizer.eot}],"
@@ -278,7 +278,7 @@ def generate_text(model, prompt, num_samples, max_new_tokens, seed, temperature=
 
 
 # -----------------------------------------------------------------------------
-# packed weights
+# faster: packed weights on a CPU, a CUDA graph on a GPU
 
 class PackedLinear(nn.Module):
     """A Linear for inference on the CPU, its weight in the layout that oneDNN reads fastest.
@@ -308,21 +308,86 @@ def can_pack(device, dtype):
     return dtype == "float32"
 
 
+def cuda_graph(function):
+    """(replay, result): replay() runs the kernels of function() on the same tensors again.
+
+    They are captured once in a CUDA graph. function must not wait for the GPU.
+    """
+    # libraries allocate their workspaces in the first calls, outside of the capture
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
+class GraphedHidden:
+    """model.hidden for sampling on a GPU, with a CUDA graph of the decoding of one token per row.
+
+    Launching a token's kernels one by one takes the CPU ten times as long as they take the GPU
+    (docs/speed.md); a graph launches all of them at once. Its tensors and their shapes are fixed:
+    the new tokens are copied into it, and they attend to the whole cache, masked.
+    """
+
+    def __init__(self, hidden):
+        self.hidden = hidden
+        self.caches = None  # those that the graph reads and writes
+
+    def __call__(self, idx, pos, caches):
+        if caches[0].attn_mask is None:  # the first tokens of a text
+            return self.hidden(idx, pos, caches)
+        if caches is not self.caches:
+            self._capture(idx, pos, caches)
+        if self.replay is None:
+            return self.hidden(idx, pos, caches)
+        self.idx.copy_(idx)
+        self.pos.copy_(pos)
+        self.replay()
+        return self.x
+
+    def _capture(self, idx, pos, caches):
+        self.caches = caches
+        self.idx, self.pos = idx.clone(), pos.clone()                   # (B, 1), (B, 1)
+        columns = torch.arange(caches[0].k.size(2), device=idx.device)  # (max_T)
+
+        def decode_one():
+            attn_mask = (columns <= self.pos)[:, None, None, :]         # (B, 1, 1, max_T)
+            for cache in caches:
+                cache.pos = self.pos
+                cache.attn_mask = attn_mask
+            return self.hidden(self.idx, self.pos, caches)
+
+        try:
+            self.replay, self.x = cuda_graph(decode_one)
+        except RuntimeError as e:  # perhaps of an old driver
+            print_error(f"sampling slowly, without a CUDA graph: {first_line(e)}")
+            self.replay = None
+
+
 @torch.no_grad()
 def prepare_for_sampling(model, dtype, num_samples=1, compiled=False):
-    """Casts the model to dtype (a name in DTYPES), packs its weights where can_pack; returns it.
+    """Casts the model to dtype (a name in DTYPES), in place; returns the fastest model.hidden.
 
-    In place. compiled: the model will be compiled, so it is not packed: torch.compile supports
-    these operators only with constant weights. Use the result only for sampling.
+    On a CPU the weights are packed where can_pack, on an NVIDIA or AMD GPU decoding is a CUDA
+    graph; or all of it is compiled. Use the result, and the model, only for sampling.
     """
     model.to(DTYPES[dtype])
-    if compiled or not can_pack(model.transformer.wte.weight.device.type, dtype):
-        return model
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Linear):
-                setattr(parent, name, PackedLinear(module.weight, module.bias, num_samples))
-    return model
+    device_type = model.transformer.wte.weight.device.type
+    if compiled:  # torch.compile supports packed weights only as constants
+        return torch.compile(model.hidden, dynamic=True)
+    if device_type == "cuda":
+        return GraphedHidden(model.hidden)
+    if can_pack(device_type, dtype):
+        for parent in list(model.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(parent, name, PackedLinear(module.weight, module.bias, num_samples))
+    return model.hidden
 
 
 # -----------------------------------------------------------------------------
@@ -424,9 +489,7 @@ def main():
         val_loss = "" if info["val_loss"] is None else f", val loss {info['val_loss']:.4f}"
         print(f"{info['path']}: step {info['step']}{val_loss}", file=sys.stderr)
     num_rows = 1 if args.stream or args.interactive else args.num_samples
-    compiled = args.compile == "on"
-    prepare_for_sampling(model, dtype, num_rows, compiled)
-    hidden = torch.compile(model.hidden, dynamic=True) if compiled else model.hidden
+    hidden = prepare_for_sampling(model, dtype, num_rows, args.compile == "on")
     generator = torch.Generator(device=device).manual_seed(args.seed)
     if args.interactive:
         interact(model, generator, hidden, tokenizer, args)

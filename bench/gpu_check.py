@@ -6,18 +6,15 @@ sampling and the optimizers are.
     python -m bench gpu_check                        # every GPU of this machine, nine minutes
     python -m bench gpu_check --device cpu --quick   # every stage at small sizes: a rehearsal
 
-Prints ok or FAIL and a measurement for each check, the most valuable first, and writes
+Prints ok or FAIL (status 1) and a measurement for each check, the most valuable first; writes
 gpu_check.json and gpu_check_profile.txt (the kernels of a training step) into the current folder.
-Exit status 1 if a check fails.
 """
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from types import SimpleNamespace
@@ -31,11 +28,11 @@ import train_gpt2
 from bench.measure import in_fresh_process, timed
 from model import GPT, config_for
 from run import parallel, runtime
-from run.cli import first_line
+from run.cli import ROOT, first_line
 from run.config import TrainConfig, preset_settings
+from run.folder import read_log
 from run.settings import estimate_memory
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LIMIT = 540  # seconds; a stage that would begin later is skipped
 
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
@@ -56,22 +53,14 @@ def random_model(args):
 
 def profiled(function, device, path):
     """The result of function(); writes its kernels, on a CPU its operators, slowest first."""
+    activity, kind = torch.profiler.ProfilerActivity.CPU, "cpu"
     if device.startswith("cuda"):
-        activity = torch.profiler.ProfilerActivity.CUDA
-        attribute = "self_device_time_total"
-    else:
-        activity = torch.profiler.ProfilerActivity.CPU
-        attribute = "self_cpu_time_total"
+        activity, kind = torch.profiler.ProfilerActivity.CUDA, "device"
     with torch.profiler.profile(activities=[activity]) as profile:
         result = function()
         runtime.synchronize(device)
-    kernels = [(getattr(event, attribute), event.count, event.key)
-               for event in profile.key_averages()]
-    total = sum(micros for micros, _, _ in kernels)
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"{total / 1000:.2f} ms in all\n")
-        for micros, count, name in sorted(kernels, reverse=True)[:100]:
-            f.write(f"{micros / 1000:10.3f} ms {micros / total:6.1%} {count:6d} x  {name[:150]}\n")
+        f.write(profile.key_averages().table(f"self_{kind}_time_total", max_name_column_width=100))
     return result
 
 
@@ -123,16 +112,11 @@ def training(args):
 # is it right?
 
 def environment(args):
-    """Yields versions, and whether Triton finds a C compiler and Python's headers."""
-    device = runtime.device_name(args.device)
-    if not args.device.startswith("cuda"):
-        yield "environment", True, f"torch {torch.__version__}, {device}"
-        return
-    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
-    yield "environment", bool(compiler and headers), (
-        f"{torch.cuda.device_count()} x {device}, torch {torch.__version__}, cuDNN"
-        f" {torch.backends.cudnn.version()}, compiler {compiler}, Python's headers {headers}")
+    """Yields the hardware and the versions, and whether torch.compile works."""
+    reason = parallel.compile_error(args.device)
+    yield "environment", not reason, (
+        f"{max(1, torch.cuda.device_count())} x {runtime.device_name(args.device)}, torch"
+        f" {torch.__version__}, cuDNN {torch.backends.cudnn.version()} {reason}")
 
 
 def losses(args):
@@ -166,46 +150,37 @@ def losses(args):
                                           f" {largest:.1e}, allowed {tolerance:.0e}")
 
 
-class Runs:
-    """Runs train_gpt2.py on a small text, in a folder, and reads its log."""
+def run(folder, name, device, sequences, *flags, ranks=1):
+    """{(step, stream): value} of the losses and norms of a small run of train_gpt2.py.
 
-    def __init__(self, folder, args, world_size):
-        self.folder, self.args, self.world_size = folder, args, world_size
-        with open(os.path.join(folder, "t.txt"), "w") as f:
-            f.write("the king and his queen will not come to this house tonight\n" * 4000)
-
-    def run(self, name, *flags, ranks=1):
-        """{(step, stream): text} of the losses and norms of a run; RuntimeError if it fails."""
-        launcher = []
-        if ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"),
-                   "--data", "t.txt", "--preset", "shakespeare", "--n-embd", "64",
-                   "--block-size", "64", "--device", self.args.device, "--sample-every", "0",
-                   "--save-every", "4", "--val-every", "4", "--val-tokens", "704",
-                   "--batch-size", "1", "--total-batch-size", str(128 * self.world_size),
-                   "--schedule", "wsd", "--exp-name", name, *flags]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True,
-                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode != 0:
-            reason = done.stderr.strip()[-200:]
-            raise RuntimeError(f"{name}: status {done.returncode}, {reason}")
-        with open(os.path.join(self.folder, "log", name, "log.txt"), encoding="utf-8") as f:
-            lines = [line.split() for line in f]
-        return {(step, stream): value for step, stream, value in lines
-                if stream in ("train", "val", "norm")}
+    folder: of all runs. sequences: per step. Raises RuntimeError if the run fails.
+    """
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, os.path.join(ROOT, "train_gpt2.py"), "--preset",
+               "shakespeare", "--n-embd", "64", "--block-size", "64", "--device", device,
+               "--sample-every", "0", "--save-every", "4", "--val-every", "4", "--val-tokens",
+               "704", "--batch-size", "1", "--total-batch-size", str(64 * sequences),
+               "--schedule", "wsd", "--exp-name", name, *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: status {done.returncode}, {done.stderr.strip()[-200:]}")
+    streams = read_log(os.path.join(folder, "log", name, "log.txt"))
+    return {(step, stream): value for stream in ("train", "val", "norm")
+            for step, value in streams[stream]}
 
 
 def resume(args):
     """Yields whether a stopped and resumed run equals the uninterrupted one in every digit."""
     for optimizer in ("adamw", "muon"):
         with tempfile.TemporaryDirectory() as folder:
-            runs = Runs(folder, args, 1)
             compiled = "off" if args.quick else "on"
             flags = ["--deterministic", "--optimizer", optimizer, "--compile", compiled]
-            whole = runs.run("whole", "--max-steps", "8", *flags)
-            runs.run("resumed", "--max-steps", "4", *flags)
-            resumed = runs.run("resumed", "--max-steps", "8", *flags)
+            whole = run(folder, "whole", args.device, 2, "--max-steps", "8", *flags)
+            run(folder, "resumed", args.device, 2, "--max-steps", "4", *flags)
+            resumed = run(folder, "resumed", args.device, 2, "--max-steps", "8", *flags)
             equal = whole == resumed and len(whole) == 19
             yield f"resume, {optimizer}", equal, f"{len(whole)} losses and norms, equal: {equal}"
 
@@ -217,13 +192,13 @@ def ranks(args):
         yield "several ranks", True, "not checked: one device"
         return
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(folder, args, world_size)
         flags = ["--max-steps", "8", "--optimizer", "adamw", "--dtype", "float32",
                  "--compile", "off"]
-        one = runs.run("one", *flags)
+        one = run(folder, "one", args.device, 2 * world_size, *flags)
         for mode in ("ddp", "fsdp"):
-            other = runs.run(mode, *flags, "--parallel", mode, ranks=world_size)
-            largest = max(abs(float(one[key]) - float(other[key])) for key in one)
+            other = run(folder, mode, args.device, 2 * world_size, *flags, "--parallel", mode,
+                        ranks=world_size)
+            largest = max(abs(one[key] - other[key]) for key in one)
             yield (f"{world_size} ranks, {mode}", largest < 1e-2,
                    f"losses and norms differ by {largest:.1e}")
 
@@ -249,15 +224,23 @@ def evaluations(args):
     equal = all((sums[0][style] == sums[1][style]).all() for style in sums[0])
     speed = len(dataset.examples) / seconds  # of the second pass
     yield "HellaSwag", equal, f"{speed:,.0f} short examples/s in both styles"
-    model = sample.prepare_for_sampling(model, args.dtype, 1)
     tokens = 16 if args.quick else 256
 
-    def generate():
-        generator = torch.Generator(device=args.device).manual_seed(1)
-        return list(sample.stream(model, [[50256]], tokens, generator))
+    def generate(hidden, temperature):
+        """The tokens, and their number per second."""
+        seconds, made = timed(
+            lambda: list(sample.stream(model, [[50256]], tokens, None, temperature, hidden=hidden)),
+            args.device, 1, 1)
+        return torch.cat(made).tolist(), len(made) / seconds
 
-    seconds, made = timed(generate, args.device, 1, 1)
-    yield "sampling", True, f"{len(made) / seconds:,.0f} tok/s, one text"
+    # in float32, where rounding decides between no two tokens
+    plain, plain_speed = generate(model.hidden, 0)
+    faster, _ = generate(sample.prepare_for_sampling(model, "float32"), 0)
+    model = random_model(args).eval()
+    hidden = sample.prepare_for_sampling(model, args.dtype)
+    _, speed = generate(hidden, 1.0)
+    yield "sampling", plain == faster, (
+        f"{speed:,.0f} tok/s, one text; {plain_speed:,.0f} in float32 without preparation")
 
 
 def optimizers(args):

@@ -75,12 +75,14 @@ def time_transformers(args, B, num_tokens):
 def time_ours(args, B, num_tokens):
     """(seconds, tokens) of our stream, as sample.py uses it."""
     runtime.keep_freed_memory()
-    model = prepare_for_sampling(random_model(args), args.dtype, B)
+    model = random_model(args)
+    hidden = prepare_for_sampling(model, args.dtype, B)
     generator = torch.Generator(device=args.device).manual_seed(42)
     prompts = random_prompts(B).tolist()
 
     def run(n):
-        return sum(len(tokens.tolist()) for tokens in stream(model, prompts, n, generator))
+        new = stream(model, prompts, n, generator, hidden=hidden)
+        return sum(len(tokens) for tokens in new)
 
     run(8)  # warm-up
     return timed(lambda: run(num_tokens), args.device)

@@ -57,7 +57,7 @@ def test_no_cpu_tensor_meets_a_cuda_tensor(fake):
     assert all("at least two devices, cuda:0 and cpu" in error for error in planted)
     # a number read from the device is 1: the sum of the losses of 37 windows of 16 tokens
     expected = {"train_step": [["cuda:0"], ["torch.float32"]], "evaluate_loss": 1 / (37 * 16),
-                "score": 12, "sample": [4, "cuda:0"]}
+                "score": 12, "sample": [8, "cuda:0"]}
     assert len(fake) == 18
     for name, result in fake.items():
         assert result == expected[name.split()[0]], name

@@ -17,6 +17,7 @@ import sys
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
@@ -360,7 +361,8 @@ HAS_ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn
 
 def pack(model, dtype, num_samples):
     """A copy prepared for sampling, whose weights are packed."""
-    packed = prepare_for_sampling(copy.deepcopy(model), dtype, num_samples)
+    packed = copy.deepcopy(model)
+    prepare_for_sampling(packed, dtype, num_samples)
     assert not [m for m in packed.modules() if isinstance(m, torch.nn.Linear)]
     return packed
 
@@ -387,13 +389,15 @@ def test_packed_bfloat16_weights_give_the_float32_logits_up_to_rounding():
 
 def test_only_the_cpu_and_its_dtypes_are_packed():
     assert not can_pack("cuda:0", "float32") and not can_pack("cpu", "float16")
-    model = prepare_for_sampling(make_model(211), "float32", compiled=True)
+    model = make_model(211)
+    prepare_for_sampling(model, "float32", compiled=True)
     assert isinstance(model.lm_head, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_prepared_model_has_the_dtype_and_generates(dtype):
-    model = prepare_for_sampling(make_model(50304), dtype)
+    model = make_model(50304)
+    prepare_for_sampling(model, dtype)
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
     assert len(greedy(model, [[1, 2, 3]], 40)[0]) == 40
 
@@ -404,7 +408,7 @@ def test_a_compiled_model_generates_the_same_tokens_with_few_graphs(monkeypatch,
     # a shared cache may have kernels of a machine with another instruction set
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()  # or the graphs of earlier tests in this process count, too
-    model = prepare_for_sampling(make_model(211), "float32", 3, compiled=True)
+    model = make_model(211)
     rows, logits = random_rows([3, 9, 1]), []
 
     def recorded(x, *args):
@@ -421,6 +425,57 @@ def test_a_compiled_model_generates_the_same_tokens_with_few_graphs(monkeypatch,
     assert (top[:, :, 0] - top[:, :, 1]).min() > 0.01
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.stack(steps, dim=1).tolist() == eager and counter.frame_count <= 4
+
+
+# -----------------------------------------------------------------------------
+# the CUDA graph
+
+def traced(function):
+    """cuda_graph on a CPU: a traced function, too, repeats the same operators on the same tensors,
+    whatever Python would do now."""
+    for _ in range(3):
+        function()
+    trace, result = make_fx(function)(), function()
+    return lambda: result.copy_(trace()), result
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Replaces CUDA graphs by traced functions; a list of what was captured."""
+    captured = []
+
+    def cuda_graph(function):
+        captured.append(function)
+        return traced(function)
+    monkeypatch.setattr(sample, "cuda_graph", cuda_graph)
+    return captured
+
+
+def test_a_replayed_graph_gives_the_same_logits_and_tokens(graphs, capsys):
+    model, rows = make_model(211), random_rows([3, 9, 1])
+    hidden = sample.GraphedHidden(model.hidden)
+    for max_new_tokens in (60, 5):  # 60: the context of 32 is full twice
+        expected = greedy(model, rows, max_new_tokens)
+        steps = stream(model, rows, max_new_tokens, temperature=0, hidden=hidden)
+        assert torch.stack(list(steps), dim=1).tolist() == expected
+    assert len(graphs) == 2 and capsys.readouterr().err == ""  # one per text, for all of its tokens
+    idx = torch.tensor(random_rows([12, 12, 12]))
+    expected = cached_logits(model, idx, [3, 9, 1])
+    model.hidden = hidden
+    for (_, ours), (_, theirs) in zip(cached_logits(model, idx, [3, 9, 1]), expected):
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_without_a_graph_sampling_is_only_slower(monkeypatch, capsys):
+    def broken(function):
+        function()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    monkeypatch.setattr(sample, "cuda_graph", broken)
+    model, rows = make_model(211), random_rows([3, 9, 1])
+    hidden = sample.GraphedHidden(model.hidden)
+    steps = stream(model, rows, 60, temperature=0, hidden=hidden)
+    assert torch.stack(list(steps), dim=1).tolist() == greedy(model, rows, 60)
+    assert capsys.readouterr().err.count("sampling slowly, without a CUDA graph: RuntimeError") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -543,7 +598,8 @@ def test_the_flags_of_the_command_reach_the_sampling(command):
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     _, stdout, _ = command("--dtype", "float32", "--device", "cpu", "--prompt", "Hello", *arguments)
     texts = [text.split("\n", 1)[1][:-1] for text in stdout.split("--- sample ")[1:]]
-    model = prepare_for_sampling(make_model(), "float32", 2)
+    model = make_model()
+    prepare_for_sampling(model, "float32", 2)
     assert texts == generate_text(model, "Hello", **flags)
 
 

@@ -127,11 +127,17 @@ def hellaswag(dtype):
 
 
 def sampling(dtype, top_p):
-    """Number of tokens, and their device."""
-    with fake_cuda() as mode, runtime.autocast("cuda:0", dtype):
+    """Number of tokens, and their device, as in training and as in sample.py."""
+    prompts = [[1, 2, 3], [4, 5]]
+    with fake_cuda() as mode:
         model = on_gpu(TrainConfig(**SIZES), mode)
-        tokens = list(sample.stream(model, [[1, 2, 3], [4, 5]], 4, None, top_p=top_p))
-        return len(tokens), str(tokens[0].device)
+        graphed = sample.GraphedHidden(model.hidden)
+        tokens = []
+        with (runtime.autocast("cuda:0", dtype),
+              mock.patch.object(sample, "cuda_graph", lambda function: (lambda: None, function()))):
+            for hidden in (model.hidden, graphed):
+                tokens += sample.stream(model, prompts, 4, None, top_p=top_p, hidden=hidden)
+        return len(tokens), *sorted({str(token.device) for token in tokens})
 
 
 def planted(where):
