@@ -97,6 +97,19 @@ def prune(run_dir, step, keep_last, best=None):
             print0(f"cannot remove an older checkpoint, {path}: {e.strerror}")
 
 
+def rename_skipped(run_dir, step):
+    """Renames the checkpoints after step, which a run that resumes from it has skipped, to *.aside.
+
+    They would count in prune once the run is past them, and sample.py would take the newest one. A
+    state without its model, which a kill leaves, stays: the next save replaces it.
+    """
+    for skipped in sorted(steps_of(run_dir, "model")):
+        if skipped > step:
+            for path in filter(os.path.exists, paths(run_dir, skipped)):
+                os.replace(path, f"{path}.aside")
+            print0(f"renamed the files of step {skipped} to *.aside")
+
+
 class Writer:
     """A background thread that writes one checkpoint at a time while training continues.
 

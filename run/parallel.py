@@ -40,7 +40,7 @@ class Ranks:
     local_rank: int   # on this machine
     world_size: int
     device: str       # "cuda:0", "mps", "cpu"
-    ddp: bool         # started by torchrun
+    ddp: bool         # started by torchrun; True under fsdp, too
 
     @property
     def device_type(self):
@@ -183,11 +183,6 @@ def rank0_first(ranks):
         barrier(ranks)
 
 
-def has_received_stop():
-    """Whether this rank has received a signal: 1.0 or 0.0."""
-    return float(StopSignals.received is not None)
-
-
 def name_of_stop(ranks):
     """Name of a signal that a rank has received ("SIGTERM", ...), the same on every rank.
 
@@ -201,7 +196,7 @@ def stop_requested(ranks):
     """Name of a signal that any rank has received, or None: the same answer on every rank."""
     if not ranks.ddp:
         return StopSignals.received
-    stops = torch.tensor(has_received_stop(), device=ranks.device)
+    stops = torch.tensor(float(StopSignals.received is not None), device=ranks.device)
     return name_of_stop(ranks) if all_reduce_sum(stops, ranks) else None
 
 

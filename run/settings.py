@@ -141,7 +141,8 @@ def has_trained(run_dir):
     with open(path, encoding="utf-8") as f:
         started = json.load(f)
     return (started["config"]["resume"] == "never"
-            and started["torchrun_id"] == os.environ.get("TORCHELASTIC_RUN_ID"))
+            # a run of an older version has no id
+            and started.get("torchrun_id", "") == os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def load_run(given):

@@ -25,7 +25,7 @@ import torch
 
 import data
 from common import ENV, ROOT
-from run import checkpoint, folder
+from run import checkpoint, folder, weights
 from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  a fixture
 
 STEPS = 24
@@ -473,15 +473,26 @@ def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
     assert not os.path.exists("evil")
 
 
-def test_a_damaged_newest_checkpoint_is_skipped(uninterrupted, text, tmp_path):  # noqa: F811
+def test_damaged_and_foreign_newer_checkpoints_are_skipped_and_renamed(
+        uninterrupted, text, tmp_path):  # noqa: F811
+    """They counted in --keep-last once the run was past them, and sample.py took the newest."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    older, newest = folder.saved_steps(run_dir)[-2:]
-    os.truncate(folder.paths(run_dir, newest)[0], 1000)
+    model, state = folder.paths(run_dir, STEPS)
+    shutil.copy(model, run_dir / "model_99999.pt")  # without its state
+    damaged_model, damaged_state = folder.paths(run_dir, STEPS - 1)
+    os.rename(model, damaged_model)
+    os.rename(state, damaged_state)
+    os.truncate(damaged_model, 1000)
     process = train(tmp_path, "--data", text, *FLAGS)
     assert process.returncode == 0, process.stderr
-    assert f"skipping step {newest}: cannot load" in process.stdout
-    assert f"from step {older}, with its settings" in process.stdout
+    assert f"skipping step {STEPS - 1}: cannot load" in process.stdout
+    assert "skipping step 99999: " in process.stdout
+    assert f"from step {STEPS - 2}, with its settings" in process.stdout
+    assert folder.saved_steps(run_dir) == [STEPS - 2, STEPS]  # --keep-last 2
+    assert weights.model_file(run_dir) == model
+    assert {path.name for path in run_dir.glob("*.pt.aside")} == {
+        "model_00023.pt.aside", "state_00023.pt.aside", "model_99999.pt.aside"}
     assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
