@@ -1021,29 +1021,6 @@ def test_the_shakespeare_preset_trains_on_any_number_of_ranks(W, total, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_process(text, tmp_path):
-    """Losses and both HellaSwag scores, without dropout, which is random on each rank."""
-    with open(tmp_path / "hellaswag.jsonl", "w", encoding="utf-8") as f:
-        for label in (0, 1, 2, 3, 1):
-            example = {"ctx": f"the queen {label}", "activity_label": "Reigning", "label": label,
-                       "endings": ["is king.", "will come to this house.", "is not", "and my lord"]}
-            f.write(json.dumps(example) + "\n")
-    flags = ["--data", text, "--dropout", "0", "--max-steps", "6", "--hellaswag", "hellaswag.jsonl",
-             "--hella-every", "3"]
-    logs = []
-    for name, ranks in (("one", 1), ("two", 2)):
-        process = train(tmp_path, *flags, "--exp-name", name, ranks=ranks)
-        assert process.returncode == 0, process.stderr
-        run_dir = tmp_path / "log" / name
-        logs.append(log_of(run_dir, "train", "val", "hella", "hella_lm_eval"))
-    one, two = logs
-    assert len(one) == len(two) == 6 + 3 + 2 * 3
-    for a, b in zip(one, two):
-        assert a.split()[:2] == b.split()[:2]
-        assert float(a.split()[2]) == pytest.approx(float(b.split()[2]), abs=1e-4)
-
-
-@pytest.mark.slow
 def test_torchrun_killed_and_started_again_resumes(text, tmp_path):
     kill_when(start(tmp_path, "--data", text, ranks=2), "step +5/8")
     process = train(tmp_path, ranks=2)
