@@ -79,9 +79,8 @@ def best_step(run_dir):
 def prune(run_dir, step, keep_last, best=None):
     """Keeps the newest keep_last checkpoints up to step, and that of step best; removes the others.
 
-    Also removes an older step's single file, which a killed process left. Files after step, from
-    which the run did not resume because they are damaged, are neither counted nor removed. What
-    cannot be removed is reported.
+    Also removes an older step's single file, which a killed process left. Files after step, which
+    another run wrote, are neither counted nor removed. What cannot be removed is reported.
     """
     steps = [s for s in saved_steps(run_dir) if s <= step]
     kept = {*steps[-keep_last:], best}
