@@ -109,7 +109,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         progress((micro_step + 1) / grad_accum_steps)
     # the step's only small all-reduce: the losses, and how many ranks are to stop. full_like fills
     # on the GPU; copying a number there would make the CPU wait.
-    stops = torch.full_like(loss_accum, parallel.has_received_stop())
+    stops = torch.full_like(loss_accum, float(StopSignals.received is not None))
     sums = parallel.all_reduce_sum(torch.stack([loss_accum, stops]), ranks)
     # the gradients are scaled like the loss; unscale them before the norm is computed
     for optimizer in optimizers:
@@ -123,13 +123,10 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     # float16: scaled gradients may overflow; then the update is skipped and the scale halved
     overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-        # the mean over the ranks is NaN on all of them; only one may have a bad batch or memory
-        losses = parallel.all_gather(loss_accum.item(), ranks)
-        bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-        where = f", from rank {bad_ranks}" if bad_ranks else ""
-        raise ValueError(f"step {step}: non-finite loss {loss} or gradient norm {norm}{where}, in"
-                         f" windows {first_window} to {loader.position - 1} of the data's order;"
-                         f" the weights were not updated. {RUINED}")
+        raise ValueError(f"step {step}: non-finite loss {loss} or gradient norm {norm}"
+                         f"{nonfinite_ranks(loss_accum, ranks)}, in windows {first_window} to"
+                         f" {loader.position - 1} of the data's order; the weights were not"
+                         f" updated. {RUINED}")
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
@@ -139,6 +136,16 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
     update_scale(scaler, overflow)
     stop = parallel.name_of_stop(ranks) if stops else None
     return loss, norm, stop
+
+
+def nonfinite_ranks(loss_accum, ranks):
+    """", from rank [1]": those whose own loss is NaN or infinite; "" if none is.
+
+    The mean over the ranks is NaN on all of them; only one may have a bad batch or memory.
+    """
+    losses = parallel.all_gather(loss_accum.item(), ranks)
+    found = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    return f", from rank {found}" if found else ""
 
 
 def update_scale(scaler, overflow):
@@ -234,10 +241,10 @@ def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, mfu_name):
     return line
 
 
-def evaluations_due(step, max_steps, every):
-    """The evaluations due before the update of a step, a set of names.
+def due_at(step, max_steps, every):
+    """What is due before the update of a step, a set of names; all that is on, after the last one.
 
-    every is {name: steps between evaluations}, 0 for never. All are due after the last step, too.
+    every is {name: steps in between}, 0 for off.
     """
     return {name for name, n in every.items() if n > 0 and (step % n == 0 or step == max_steps)}
 
@@ -383,14 +390,14 @@ def main():
     every = {"val": config.val_every, "hella": config.hella_every if examples else 0,
              "samples": config.sample_every}
 
-    # resume: the position in the data. The log may have evaluations of the first step already; a
-    # stop may have interrupted the others.
+    # resume: the position in the data. The log has the evaluations of the first step, unless a stop
+    # interrupted them.
     logged = set()
     if saved:
         loader.load_state_dict(saved.state["loader"], config.force)  # ValueError for other data
         logged = folder.logged_evaluations(run_dir, first_step)
         logged = parallel.all_gather(logged, ranks)[0]  # rank 0's: all ranks evaluate together
-    still_due = evaluations_due(first_step, max_steps, every) - logged - {"samples"}  # not logged
+    still_due = due_at(first_step, max_steps, every) - logged - {"samples"}  # not logged
     if first_step > max_steps or (first_step == max_steps and not still_due):
         print0(f"{run_dir} is finished at step {first_step}: sample from it with"
                f" {command('sample.py', run_dir)}, train longer with --max-steps, which raises the"
@@ -414,6 +421,8 @@ def main():
         saved = None  # frees its memory
 
     # log: rank 0 writes config.json, log.txt, and, in a background thread, checkpoints
+    if ranks.master_process:
+        checkpoint.rename_skipped(run_dir, first_step)
     folder.write_config(run_dir, asdict(config), ranks)
     log = folder.Log(run_dir, asdict(config), first_step, ranks)
     writer = checkpoint.Writer()
@@ -428,7 +437,7 @@ def main():
 
     with StopSignals():
         for step in range(first_step, max_steps + 1):  # step = number of updates made so far
-            due = evaluations_due(step, max_steps, every)
+            due = due_at(step, max_steps, every)
             if step == first_step:
                 due -= logged
 
@@ -456,13 +465,10 @@ def main():
             if due:
                 stopping = parallel.stop_requested(ranks)
 
-            # once in a while, before a stop, and at the end: a checkpoint
+            # once in a while, before a stop, and at the end: a checkpoint; first_step's exists
             writer.check()  # raises the error of the previous one, if any
             save_due = config.save_every > 0 and step % config.save_every == 0
-            # the checkpoint of first_step exists; written again, it gets the validation loss if a
-            # stop had interrupted that
-            exists = step == first_step and val_loss is None
-            if (save_due or stopping or step == max_steps) and step > 0 and not exists:
+            if (save_due or stopping or step == max_steps) and step > first_step:
                 log.flush()    # a checkpoint must not be on disk before the log up to it
                 writer.wait()  # frees the previous copy before the next one is made
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)

@@ -79,9 +79,8 @@ def best_step(run_dir):
 def prune(run_dir, step, keep_last, best=None):
     """Keeps the newest keep_last checkpoints up to step, and that of step best; removes the others.
 
-    Also removes an older step's single file, which a killed process left. Files after step, from
-    which the run did not resume because they are damaged, are neither counted nor removed. What
-    cannot be removed is reported.
+    Also removes an older step's single file, which a killed process left. Files after step, which
+    another run wrote, are neither counted nor removed. What cannot be removed is reported.
     """
     steps = [s for s in saved_steps(run_dir) if s <= step]
     kept = {*steps[-keep_last:], best}
@@ -95,6 +94,19 @@ def prune(run_dir, step, keep_last, best=None):
                     os.remove(path)
         except OSError as e:
             print0(f"cannot remove an older checkpoint, {path}: {e.strerror}")
+
+
+def rename_skipped(run_dir, step):
+    """Renames the checkpoints after step, which a run that resumes from it has skipped, to *.aside.
+
+    They would count in prune once the run is past them, and sample.py would take the newest one. A
+    state without its model, which a kill leaves, stays: the next save replaces it.
+    """
+    for skipped in sorted(steps_of(run_dir, "model")):
+        if skipped > step:
+            for path in filter(os.path.exists, paths(run_dir, skipped)):
+                os.replace(path, f"{path}.aside")
+            print0(f"renamed the files of step {skipped} to *.aside")
 
 
 class Writer:

@@ -132,8 +132,8 @@ def locked_folder(path, program, flag):
 
     The lock is that of a file .lock in it. Yields whether the file system has locks; a message is
     printed if not. At the end .lock is removed, and the folders created for it if they are empty.
-    Raises ValueError if path is a file, or if another process has the lock; the message has its
-    program, and the flag that chooses another folder.
+    Raises ValueError if path is a file or cannot be written, or if another process has the lock;
+    the message has its program, and the flag that chooses another folder.
     """
     folder = os.path.abspath(path)  # the process may change its directory
     lock_path = os.path.join(folder, ".lock")
@@ -149,6 +149,8 @@ def locked_folder(path, program, flag):
         except BlockingIOError as e:
             raise ValueError(f"{path} is in use by another {program}; wait for it or stop it, or"
                              f" choose another {flag}") from e
+        except OSError as e:  # a read-only folder or disk
+            raise ValueError(f"cannot write in {path} ({e.strerror}); choose another {flag}") from e
         if f is None:
             print(f"{path} cannot be locked on this file system: do not start another {program}"
                   " in it", flush=True)

@@ -40,7 +40,7 @@ class Ranks:
     local_rank: int   # on this machine
     world_size: int
     device: str       # "cuda:0", "mps", "cpu"
-    ddp: bool         # started by torchrun
+    ddp: bool         # started by torchrun; True under fsdp, too
 
     @property
     def device_type(self):
@@ -183,11 +183,6 @@ def rank0_first(ranks):
         barrier(ranks)
 
 
-def has_received_stop():
-    """Whether this rank has received a signal: 1.0 or 0.0."""
-    return float(StopSignals.received is not None)
-
-
 def name_of_stop(ranks):
     """Name of a signal that a rank has received ("SIGTERM", ...), the same on every rank.
 
@@ -201,7 +196,7 @@ def stop_requested(ranks):
     """Name of a signal that any rank has received, or None: the same answer on every rank."""
     if not ranks.ddp:
         return StopSignals.received
-    stops = torch.tensor(has_received_stop(), device=ranks.device)
+    stops = torch.tensor(float(StopSignals.received is not None), device=ranks.device)
     return name_of_stop(ranks) if all_reduce_sum(stops, ranks) else None
 
 
@@ -448,17 +443,14 @@ def check_optimizer_state(optimizer, saved):
 
     The fused AdamW writes out of bounds if the shape or dtype of a tensor is not the parameter's.
     """
-    def kind(tensor):
-        return tensor.shape, tensor.dtype, tensor.layout
-
     expected = {}
     for i, p in enumerate(params_of(optimizer)):
-        expected[i] = {name: (p.shape, torch.float32, torch.strided)
+        expected[i] = {name: (p.shape, torch.float32)
                        for name in MOMENTS[type(optimizer).__name__]}
         if "step" in expected[i]:
-            expected[i]["step"] = (torch.Size(), torch.float32, torch.strided)
+            expected[i]["step"] = (torch.Size(), torch.float32)
     try:
-        found = {i: {name: kind(tensor) for name, tensor in tensors.items()}
+        found = {i: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
                  for i, tensors in saved["state"].items()}
     except (TypeError, AttributeError):
         found = None

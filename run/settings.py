@@ -141,7 +141,8 @@ def has_trained(run_dir):
     with open(path, encoding="utf-8") as f:
         started = json.load(f)
     return (started["config"]["resume"] == "never"
-            and started["torchrun_id"] == os.environ.get("TORCHELASTIC_RUN_ID"))
+            # a run of an older version has no id
+            and started.get("torchrun_id", "") == os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def load_run(given):
@@ -273,14 +274,22 @@ def how_to_resume(config):
 LOSS_CHUNKS = 8  # of the loss, in runs that need it (choice): more save little, and are slower
 
 
+def optimizer_bytes(config, num_params):
+    """Bytes of AdamW's two moments, float32; Muon has one, for the matrices in the blocks."""
+    num_muon = 0
+    if config.optimizer == "muon":
+        num_muon = config.n_layer * 12 * config.n_embd**2
+    return 8 * num_params - 4 * num_muon
+
+
 def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     """{part: bytes} that each training process needs at micro-batch size B.
 
     The sum is within 15% of measured CPU runs.
 
-    "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's two
-    moments (4 of Muon's one), divided by world_size if they are sharded. "micro-batch" is added by
-    a forward and backward, at its peak:
+    "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, and the
+    optimizer's, all divided by world_size if they are sharded. "micro-batch" is added by a forward
+    and backward, at its peak:
 
     - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are
       the block's input, which LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v,
@@ -302,8 +311,7 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     T = config.block_size
     V, C, L = config.vocab_size, config.n_embd, config.n_layer
     tokens = B * T
-    matrices = 12 * C * C                  # parameters of a block's matrices
-    block = matrices + 13 * C              # of a block
+    block = 12 * C * C + 13 * C            # parameters of a block
     root = num_params - L * block          # of wte, wpe, ln_f
 
     per_block = 64 if is_float32 else 36
@@ -320,9 +328,7 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     loss = tokens * V / loss_chunks * per_logit
 
     micro_batch = activations + loss + casts + 8 * V * C
-    state = 16 * num_params
-    if config.optimizer == "muon":
-        state -= 4 * L * matrices
+    state = 8 * num_params + optimizer_bytes(config, num_params)
     if is_fsdp:
         state = state / world_size
         gathered = 4 * root + 16 * block   # weights of the root; weights, gradients of two blocks
@@ -336,61 +342,155 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 
 
-def largest_divisor(n, most):
-    """The largest divisor of n that is at most `most`; 0 for most = 0."""
-    return max((i for i in range(1, min(n, most) + 1) if n % i == 0), default=0)
+def is_too_large(needed, memory):
+    """Whether a run does not fit into memory, bytes, even if the estimate is 15% too high."""
+    return 0.85 * needed >= memory
+
+
+def divisors(n, most):
+    """The divisors of n that are at most `most`, ascending."""
+    return [i for i in range(1, min(n, most) + 1) if n % i == 0]
+
+
+def given_batch_size(config, per_rank):
+    """The config's B, lowered to a divisor of a rank's sequences; 0 if it is to be chosen."""
+    return max(divisors(per_rank, config.batch_size), default=0)
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu):
-    """(B, loss_chunks): the config's B, or the largest one that fits into 85% of memory, in bytes.
+    """(B, loss_chunks) for so much memory, bytes per process.
 
-    grad_accum_steps = total_batch_size / (B T world_size) is an integer: the config's B is lowered
-    to a divisor of a rank's sequences. ValueError lists the allowed numbers of processes. The
-    largest B has at most 4096 tokens on a CPU, where more are no faster, 65536 on a GPU, and is 1
-    if none fits. The loss is computed in chunks, which is slower, if the config's B, or one of up
-    to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls (choice).
+    B divides a rank's sequences, so that grad_accum_steps = total_batch_size / (B T world_size) is
+    an integer; ValueError lists the allowed numbers of processes.
 
-    A resumed run keeps its B and loss_chunks unless they do not fit into all of the memory.
+    A resumed run keeps both if they fit into all of the memory, a new one the config's B. Otherwise
+    B is the largest that fits into 85%, of at most 4096 tokens on a CPU, where more are no faster,
+    65536 on a GPU, or 1. The loss is computed in chunks, which is slower, if the config's B, or a
+    larger one of up to 4096 tokens, does not fit otherwise: fewer are too few for fast matmuls
+    (choice).
     """
     T = config.block_size
     sequences = config.total_batch_size // T
     if sequences % world_size != 0:
-        fits = [n for n in range(1, min(sequences, 1024) + 1) if sequences % n == 0]
         raise ValueError(f"{sequences} sequences per step cannot be split over {world_size}"
-                         f" processes; numbers that would fit: {fits}")
+                         f" processes; numbers that would fit: {divisors(sequences, 1024)}")
     per_rank = sequences // world_size
 
     def needed(B, loss_chunks):
         return sum(estimate_memory(config, num_params, B, world_size, loss_chunks).values())
 
-    def largest(sizes, loss_chunks):
-        """The largest of the sizes that fits, or 0."""
-        return max([B for B in sizes if needed(B, loss_chunks) < 0.85 * memory], default=0)
+    def fits(B, loss_chunks):
+        return needed(B, loss_chunks) < 0.85 * memory
 
-    wanted = largest_divisor(per_rank, config.batch_size)
-    if config.loss_chunks and needed(wanted, config.loss_chunks) < memory:
-        return wanted, config.loss_chunks
-    if wanted and not config.loss_chunks:
-        sizes = sizes_in_chunks = [wanted]
-    else:
-        most = min(per_rank, (4096 if on_cpu else 65536) // T)
-        enough = math.ceil(4096 / T)
-        sizes = [B for B in range(1, most + 1) if per_rank % B == 0]
-        sizes_in_chunks = [B for B in sizes if B <= enough]
-    whole = largest(sizes, 1)
-    chunked = largest(sizes_in_chunks, LOSS_CHUNKS)
+    B = given_batch_size(config, per_rank)
+    if config.loss_chunks and needed(B, config.loss_chunks) < memory:
+        return B, config.loss_chunks
+    if B and not config.loss_chunks:
+        return B, 1 if fits(B, 1) else LOSS_CHUNKS
+    most = (4096 if on_cpu else 65536) // T
+    enough = min(most, math.ceil(4096 / T))
+    whole = max((B for B in divisors(per_rank, most) if fits(B, 1)), default=0)
+    chunked = max((B for B in divisors(per_rank, enough) if fits(B, LOSS_CHUNKS)), default=0)
     if whole > 0 and whole >= chunked:
         return whole, 1
-    return chunked or min(sizes, default=1), LOSS_CHUNKS
+    return max(chunked, 1), LOSS_CHUNKS
 
 
-def print_disk_space(config, num_params):
-    """Prints what the run's checkpoints need on the disk, and what is free."""
-    # a weight and AdamW's two moments, or Muon's one
-    size = 12 * num_params
-    if config.optimizer == "muon":
-        size -= 4 * config.n_layer * 12 * config.n_embd**2
-    # an older one is removed after the next one is written
+def available_memory(ranks):
+    """Bytes available to each process, the same on every rank: the smallest; inf if unknown."""
+    memory = free_memory(ranks.device) or math.inf
+    if ranks.device == "cpu":
+        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's processes share it
+    return min(parallel.all_gather(memory, ranks))
+
+
+def make_plan(config, num_tokens, ranks, resumed=False):
+    """(B, grad_accum_steps, max_steps) of the run; prints its plan.
+
+    Sets what config leaves open: compile, batch_size and loss_chunks. num_tokens: size of the
+    training data. ValueError if the run needs more memory than is available.
+    """
+    before = asdict(config)
+    T, W = config.block_size, ranks.world_size
+    num_params = config.gpt_config().num_params()
+    epoch_tokens = (num_tokens - 1) // T * T  # every token but the first is a target
+    max_steps = config.max_steps or int(config.epochs * epoch_tokens / config.total_batch_size)
+    if max_steps < 1:
+        raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
+                         f" of {config.total_batch_size:,}: use --preset shakespeare, for little"
+                         " text, or --max-steps, or a smaller --total-batch-size")
+    memory = available_memory(ranks)
+    # the compiled step needs less memory, so B depends on it
+    config.compile = parallel.choose_compile(config, max_steps, resumed, ranks)
+    B, config.loss_chunks = choose_batch_size(config, num_params, W, memory, ranks.device == "cpu")
+    # tokens per step are fixed; B and the number of ranks only arrange them
+    grad_accum_steps = config.total_batch_size // (B * T * W)
+    # a B that was only lowered to a divisor is not stored: other ranks may have other divisors
+    if B != given_batch_size(config, grad_accum_steps * B):
+        config.batch_size = B
+    parts = estimate_memory(config, num_params, B, W, config.loss_chunks)
+    print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks)
+    for name in (*AUTOMATIC, "loss_chunks"):
+        if resumed and before[name] not in (getattr(config, name), AUTOMATIC.get(name), 0):
+            print0(f"  changed: {name} was {before[name]!r}, is {getattr(config, name)!r}")
+    needed = sum(parts.values())
+    if is_too_large(needed, memory) and not (config.force or config.dry_run):
+        raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
+                         f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
+                         " (or model), --activation-checkpointing or --parallel fsdp, or give"
+                         " --force to try it anyway")
+    return B, grad_accum_steps, max_steps
+
+
+def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks):
+    """Prints the model, the steps, and what they need; parts: estimate_memory's."""
+    model = config.gpt_config()
+    T, W = config.block_size, ranks.world_size
+    num_params = model.num_params()
+    print0(f"model: {num_params:,} parameters, {model}")
+
+    epoch_tokens = (num_tokens - 1) // T * T
+    epochs = max_steps * config.total_batch_size / epoch_tokens  # over 1: data is repeated
+    print0(f"data: {num_tokens:,} training tokens; {max_steps:,} steps of"
+           f" {config.total_batch_size:,} tokens = {epochs:.2f} epochs")
+
+    line = (f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
+            f" {ranks.device_type}, {config.dtype}")
+    if config.loss_chunks > 1:
+        line += f", the loss in {config.loss_chunks} chunks to save memory"
+    print0(line)
+
+    line = f"learning rate: {config.lr:g} after a warmup of {config.warmup_steps:,} steps"
+    if config.warmup_steps < max_steps:
+        line += f", {config.schedule} to {config.lr * config.min_lr_ratio:g} at step {max_steps:,}"
+    else:
+        line += (f", WHICH THE RUN OF {max_steps:,} DOES NOT REACH: it never decays;"
+                 f" --warmup-steps {max_steps // 10} is 10% of the run")
+    print0(line)
+
+    needed = sum(parts.values())
+    sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
+    line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"
+    if memory < math.inf:
+        line += f", {memory / 1e9:.1f} GB available"
+    if is_too_large(needed, memory):
+        line += ", IT WILL NOT FIT"
+    elif needed >= memory:
+        line += ", IT MAY NOT FIT"
+    print0(line)
+
+    flops = model.flops_per_token(T)  # forward and backward
+    total_flops = flops * max_steps * config.total_batch_size
+    print0(f"work: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
+    peak = peak_flops(ranks.device, config.dtype)
+    if peak is not None:
+        # a well-tuned run of this size reaches 40 to 60% of the peak
+        hours = total_flops / (0.5 * peak * W) / 3600
+        print0(f"time: about {hours:.1f} hours at half the peak of {W} x"
+               f" {device_name(ranks.device)}")
+
+    # of weights and moments; an older checkpoint is removed after the next one is written
+    size = 4 * num_params + optimizer_bytes(config, num_params)
     count = config.keep_last + 1 + config.keep_best
     path = os.path.abspath(config.run_dir)
     while not os.path.isdir(path) and path != os.path.dirname(path):  # Windows: no such drive
@@ -400,90 +500,3 @@ def print_disk_space(config, num_params):
     if count * size > free:
         line += ", THEY MAY NOT FIT"
     print0(line)
-
-
-def make_plan(config, num_tokens, ranks, resumed=False):
-    """(B, grad_accum_steps, max_steps) of the run; prints its plan.
-
-    Sets what config leaves open: compile, batch_size and loss_chunks. num_tokens: size of the
-    training data.
-    """
-    before = asdict(config)
-    model = config.gpt_config()
-    T = config.block_size
-    W = ranks.world_size
-    total_batch_size = config.total_batch_size
-    num_params = model.num_params()
-
-    # every token but the first is a target
-    epoch_tokens = (num_tokens - 1) // T * T
-    max_steps = config.max_steps or int(config.epochs * epoch_tokens / total_batch_size)
-    if max_steps < 1:
-        raise ValueError(f"{config.epochs} epochs of {num_tokens:,} tokens are less than one step"
-                         f" of {total_batch_size:,}: use --preset shakespeare, for little text,"
-                         " or --max-steps, or a smaller --total-batch-size")
-    # over 1: data is repeated
-    epochs = max_steps * total_batch_size / epoch_tokens
-
-    memory = free_memory(ranks.device) or math.inf
-    on_cpu = ranks.device == "cpu"
-    if on_cpu:
-        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the processes of a machine share it
-    # the ranks may have different amounts of free memory
-    memory = min(parallel.all_gather(memory, ranks))
-    # the compiled step needs less memory, so B depends on it
-    config.compile = parallel.choose_compile(config, max_steps, resumed, ranks)
-    B, loss_chunks = choose_batch_size(config, num_params, W, memory, on_cpu)
-    config.loss_chunks = loss_chunks
-    # tokens per step are fixed; B and the number of ranks only arrange them
-    grad_accum_steps = total_batch_size // (B * T * W)
-    # a B that was only lowered to a divisor is not stored: other ranks may have other divisors
-    if B != largest_divisor(grad_accum_steps * B, config.batch_size):
-        config.batch_size = B
-    parts = estimate_memory(config, num_params, B, W, loss_chunks)
-    needed = sum(parts.values())
-    too_large = 0.85 * needed >= memory  # the estimate may be 15% too high
-
-    print0(f"model: {num_params:,} parameters, {model}")
-    print0(f"data: {num_tokens:,} training tokens; {max_steps:,} steps of {total_batch_size:,}"
-           f" tokens = {epochs:.2f} epochs")
-    chunks = f", the loss in {loss_chunks} chunks to save memory" if loss_chunks > 1 else ""
-    print0(f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
-           f" {ranks.device_type}, {config.dtype}{chunks}")
-    line = f"learning rate: {config.lr:g} after a warmup of {config.warmup_steps:,} steps"
-    if config.warmup_steps < max_steps:
-        line += f", {config.schedule} to {config.lr * config.min_lr_ratio:g} at step {max_steps:,}"
-    else:
-        line += (f", WHICH THE RUN OF {max_steps:,} DOES NOT REACH: it never decays;"
-                 f" --warmup-steps {max_steps // 10} is 10% of the run")
-    print0(line)
-    sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
-    line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"
-    if memory < math.inf:
-        line += f", {memory / 1e9:.1f} GB available"
-    if too_large:
-        line += ", IT WILL NOT FIT"
-    elif needed >= memory:
-        line += ", IT MAY NOT FIT"
-    print0(line)
-    flops = model.flops_per_token(T)  # forward and backward
-    total_flops = flops * max_steps * total_batch_size
-    print0(f"work: {flops / 1e9:.3f} GFLOPs per token, {total_flops:.3g} FLOPs in all")
-    peak = peak_flops(ranks.device, config.dtype)
-    if peak is not None:
-        # a well-tuned run of this size reaches 40 to 60% of the peak
-        hours = total_flops / (0.5 * peak * W) / 3600
-        print0(f"time: about {hours:.1f} hours at half the peak of {W} x"
-               f" {device_name(ranks.device)}")
-
-    print_disk_space(config, num_params)
-    for name in (*AUTOMATIC, "loss_chunks"):
-        if resumed and before[name] not in (getattr(config, name), AUTOMATIC.get(name), 0):
-            print0(f"  changed: {name} was {before[name]!r}, is {getattr(config, name)!r}")
-
-    if too_large and not (config.force or config.dry_run):
-        raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
-                         f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
-                         " (or model), --activation-checkpointing or --parallel fsdp, or give"
-                         " --force to try it anyway")
-    return B, grad_accum_steps, max_steps

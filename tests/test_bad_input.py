@@ -392,7 +392,7 @@ FINEWEB = [
     (f"--dataset a/b/c --name x {NEW}", "Repo id"),
     # the output folder
     ("--input in.txt --out in.txt", "in.txt is not a folder; choose another --out"),
-    ("--input in.txt --out /proc/new", "No such file or directory: '/proc/new'"),
+    ("--input in.txt --out /proc/new", "cannot write in /proc/new (No such file or directory)"),
     ("--input nowhere --out x/y/z", "no input at nowhere"),
     (AGAIN, "shards is in use by another fineweb.py", lock_folder),
     (IN, "new holds 1 shards that no manifest.json lists (mine_train_000001.npy",

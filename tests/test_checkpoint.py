@@ -23,18 +23,18 @@ import types
 import pytest
 import torch
 
-import train_gpt2
 from common import ONE, TINY, python, text_of_words, tiny_model
-from run import checkpoint, cli, folder, parallel, weights
+from run import checkpoint, folder, parallel, weights
 from run.folder import Log, check_tracker, read_log
 from run.parallel import Ranks
+from test_train_gpt2 import limited_file_size, run_here
 
 STATE = {"optimizers": [], "scaler": {}, "loader": {}, "rng": [], "train_config": {}}
 
 
-def save_step(run_dir, step, seed=None):
+def save_step(run_dir, step):
     """Saves a checkpoint of step; returns its model."""
-    model = tiny_model(step if seed is None else seed)
+    model = tiny_model(seed=step)
     state = {**STATE, "loader": {"position": 8 * step}}
     checkpoint.save(str(run_dir), step, checkpoint.model_contents(model, 3.5), state)
     return model
@@ -219,25 +219,12 @@ def test_the_state_is_written_before_the_model(tmp_path, monkeypatch):
     assert names == ["state_00001.pt", "model_00001.pt"]
 
 
-FULL_DISK = """
-import resource, sys
-from run import checkpoint
-from model import GPT, GPTConfig
-from run.cli import run_main
-def main():
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=1000))
-    # bytes per file: a write fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    checkpoint.save(sys.argv[1], 10, checkpoint.model_contents(model, None), {STATE})
-run_main(main)
-""".replace("{STATE}", repr(STATE))
-
-
-def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path):
-    older = save_step(tmp_path, 10, seed=1)  # its model file is the one that cannot be replaced
-    done = python("-c", FULL_DISK, tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: cannot write") and "model_00010.pt" in done.stderr
+def test_a_full_disk_keeps_the_older_checkpoint(tmp_path):
+    older = save_step(tmp_path, 10)  # its model file is the one that cannot be replaced
+    contents = checkpoint.model_contents(tiny_model(n_embd=64, vocab_size=1000), None)
+    with limited_file_size(100_000):
+        with pytest.raises(OSError, match="cannot write .*model_00010.pt.* checkpoints are intact"):
+            checkpoint.save(str(tmp_path), 10, contents, STATE)
     assert sorted(os.listdir(tmp_path)) == ["model_00010.pt", "state_00010.pt"]
     loaded = checkpoint.load_latest(str(tmp_path))
     assert same_weights(loaded.model["model"], older.state_dict())
@@ -286,30 +273,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# damaged files
-
-def damage(path, how):
-    contents = bytearray(path.read_bytes())
-    if how == "truncated":
-        contents = contents[:len(contents) // 2]
-    elif how == "text":
-        contents = b"404: Not Found"
-    else:  # one flipped bit in the middle of the file, which is in a weight
-        contents[len(contents) // 2] ^= 4
-    path.write_bytes(contents)
-
-
-@pytest.mark.parametrize("kind, how", [
-    ("model", "truncated"), ("model", "text"), ("model", "flipped"), ("state", "truncated")])
-def test_a_damaged_newest_step_is_skipped_with_a_message(tmp_path, kind, how):
-    save_step(tmp_path, 10)
-    save_step(tmp_path, 20)
-    damage(tmp_path / f"{kind}_00020.pt", how)
-    loaded = checkpoint.load_latest(str(tmp_path))
-    message, = loaded.messages
-    assert loaded.step == 10 and message.startswith("skipping step 20: ")
-    assert f"{kind}_00020.pt" in message and "\n" not in message
-
+# damaged files; test_faults.py has more
 
 def test_a_flipped_bit_in_any_byte_is_detected_or_harmless(tmp_path):
     """torch.load does not verify checksums: a flipped bit once loaded as another weight."""
@@ -624,16 +588,11 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
         open_log(tmp_path, tracker="wandb")
 
 
-def train(monkeypatch, run_dir, *flags):
+def train(cwd, *flags):
     """Exit status of a training run log/tiny in a folder, in this process."""
-    monkeypatch.chdir(run_dir)
-    (run_dir / "text.txt").write_text(text_of_words(200))
-    argv = ["train_gpt2.py", *TINY, "--data", "text.txt", "--exp-name", "tiny", "--val-every", "2",
-            "--save-every", "2", "--device", "cpu", *flags]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        cli.run_main(train_gpt2.main)
-    return end.value.code
+    (cwd / "text.txt").write_text(text_of_words(200))
+    return run_here(cwd, *TINY, "--data", "text.txt", "--exp-name", "tiny", "--val-every", "2",
+                    "--save-every", "2", "--device", "cpu", *flags)
 
 
 def logged_values(run_dir):
@@ -642,8 +601,8 @@ def logged_values(run_dir):
     return {(stream, step): value for stream, points in streams.items() for step, value in points}
 
 
-def test_a_training_run_sends_every_value_of_its_log(tmp_path, monkeypatch, wandb_calls):
-    assert train(monkeypatch, tmp_path, "--tracker", "wandb", "--max-steps", "2") == 0
+def test_a_training_run_sends_every_value_of_its_log(tmp_path, wandb_calls):
+    assert train(tmp_path, "--tracker", "wandb", "--max-steps", "2") == 0
     kind, arguments = wandb_calls[0]
     assert kind == "init" and arguments.pop("config")["n_embd"] == 16
     assert arguments == {"project": "gpt2", "name": "tiny", "id": None, "resume": "allow",
@@ -658,13 +617,9 @@ def test_a_training_run_sends_every_value_of_its_log(tmp_path, monkeypatch, wand
         "train", "val", "val_bpb", "lr", "norm", "tok_per_sec"}
 
 
-def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path, monkeypatch):
+def test_the_real_tensorboard_has_the_values_of_the_log(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    registered = []
-    monkeypatch.setattr(atexit, "register", registered.append)
-    assert train(monkeypatch, tmp_path, "--tracker", "tensorboard", "--max-steps", "2") == 0
-    for function in registered:
-        function()
+    assert train(tmp_path, "--tracker", "tensorboard", "--max-steps", "2") == 0
     events = accumulator.EventAccumulator(str(tmp_path / "log" / "tiny"))
     events.Reload()
     read = {}
@@ -704,7 +659,7 @@ def test_a_failed_save_ends_the_run_at_once(tmp_path, monkeypatch, capsys, max_s
     """After the last step too, where only the final wait raises the error."""
     monkeypatch.setattr(checkpoint, "Writer", BlockingWriter)
     monkeypatch.setattr(checkpoint, "save_and_prune", fail)
-    assert train(monkeypatch, tmp_path, "--max-steps", max_steps) == 2
+    assert train(tmp_path, "--max-steps", max_steps) == 2
     assert capsys.readouterr().err == "error: no room\n"
     steps = {step for stream, step in logged_values(tmp_path) if stream == "train"}
     assert max(steps) == min(2, int(max_steps) - 1)

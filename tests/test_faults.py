@@ -24,21 +24,21 @@ import pytest
 import torch
 
 import data
+import train_gpt2
 from common import ENV, ROOT
-from run import checkpoint, folder
-from test_train_gpt2 import TINY, command, log_of, start, text, train  # noqa: F401  a fixture
+from run import checkpoint, folder, weights
+from test_train_gpt2 import TINY, command, log_of, run_here, start, text, train  # noqa: F401
 
-STEPS = 24
+STEPS = 18
 FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2",
-         "--total-batch-size", "512"]
+         "--total-batch-size", "256"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):  # noqa: F811
     """Folder of an uninterrupted run of STEPS steps."""
     cwd = tmp_path_factory.mktemp("uninterrupted")
-    process = train(cwd, "--data", text, *FLAGS)
-    assert process.returncode == 0, process.stderr
+    assert run_here(cwd, *TINY, "--data", text, *FLAGS) == 0
     return os.path.join(cwd, "log", "shakespeare")
 
 
@@ -81,31 +81,31 @@ def run_code(code, cwd, *flags):
 # -----------------------------------------------------------------------------
 # signals
 
-@pytest.mark.parametrize("stops", [
-    [(signal.SIGTERM, 0), ("closed stdout", 141), (signal.SIGINT, 130)],
-    pytest.param([(signal.SIGUSR1, 75), (signal.SIGHUP, 129)], marks=pytest.mark.slow)])
-def test_signals_finish_the_step_save_and_exit_with_their_status(
-        stops, uninterrupted, text, tmp_path):  # noqa: F811
-    """One run, stopped several times. A closed stdout (`| head`) once ended it without a save."""
+def test_stop_requests_finish_the_step_save_and_exit_with_their_status(
+        uninterrupted, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """One run, stopped five times. A closed stdout (`| head`) once ended it without a save."""
     run_dir = tmp_path / "log" / "shakespeare"
-    for step, (how, status) in zip((3, 9, 15), stops):
-        stderr = subprocess.PIPE if how == "closed stdout" else subprocess.STDOUT
-        process = start(tmp_path, "--data", text, *FLAGS, "--save-every", "1000", stderr=stderr)
-        wait_for(process, rf"step +{step}/")
-        if how == "closed stdout":
-            process.stdout.close()
-            process.wait(timeout=60)
-            assert process.stderr.read() == ("stdout cannot be written (Broken pipe): stop"
-                                             " requested; finishing the step, then saving\n")
-        else:
-            os.kill(process.pid, how)
-            out = process.communicate(timeout=60)[0]
-            stopped = re.search(rf"stopped at step (\d+) by {how.name}", out)
-            assert int(stopped[1]) == folder.saved_steps(run_dir)[-1]
-        assert process.returncode == status
-        assert folder.saved_steps(run_dir)[-1] >= step
-    process = train(tmp_path, *FLAGS)
-    assert process.returncode == 0, process.stderr
+    flags = ["--data", text, *FLAGS, "--save-every", "1000"]
+    process = start(tmp_path, *flags, stderr=subprocess.PIPE)
+    wait_for(process, "step +1/")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ("stdout cannot be written (Broken pipe): stop requested;"
+                                     " finishing the step, then saving\n")
+    steps = folder.saved_steps(run_dir)
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGUSR1, 75), (signal.SIGINT, 130),
+                           (signal.SIGHUP, 129)):
+        def step_line(step, *_, second=steps[-1] + 1, number=number):
+            if step == second:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train_gpt2, "step_line", step_line)
+        assert run_here(tmp_path, *TINY, *flags) == status
+        stopped = re.search(rf"stopped at step (\d+) by {number.name};", capsys.readouterr().out)
+        steps.append(int(stopped[1]))
+        assert folder.saved_steps(run_dir) == steps[-2:] and steps[-1] > steps[-2] + 1
+    monkeypatch.undo()
+    assert run_here(tmp_path, *FLAGS) == 0
     assert_equals_uninterrupted(run_dir, uninterrupted)
 
 
@@ -429,6 +429,9 @@ def damage(path, kind):
     size = os.path.getsize(path)
     if kind == "removed":
         os.remove(path)
+    elif kind == "text":
+        with open(path, "w") as f:
+            f.write("404: Not Found")
     elif kind == "code":
         with open(path, "wb") as f:
             pickle.dump({"model": Evil(), "config": {}, "step": 4}, f)
@@ -445,7 +448,7 @@ def damage(path, kind):
             f.write(bytes([byte ^ 64]))
 
 
-DAMAGES = ["removed", "code", "of another step", *(f"cut {i}" for i in range(5)),
+DAMAGES = ["removed", "text", "code", "of another step", *(f"cut {i}" for i in range(5)),
            *(f"flip {i}" for i in range(6))]
 
 
@@ -473,15 +476,26 @@ def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
     assert not os.path.exists("evil")
 
 
-def test_a_damaged_newest_checkpoint_is_skipped(uninterrupted, text, tmp_path):  # noqa: F811
+def test_damaged_and_foreign_newer_checkpoints_are_skipped_and_renamed(
+        uninterrupted, tmp_path, capsys):
+    """They counted in --keep-last once the run was past them, and sample.py took the newest."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(uninterrupted, run_dir)
-    older, newest = folder.saved_steps(run_dir)[-2:]
-    os.truncate(folder.paths(run_dir, newest)[0], 1000)
-    process = train(tmp_path, "--data", text, *FLAGS)
-    assert process.returncode == 0, process.stderr
-    assert f"skipping step {newest}: cannot load" in process.stdout
-    assert f"from step {older}, with its settings" in process.stdout
+    model, state = folder.paths(run_dir, STEPS)
+    shutil.copy(model, run_dir / "model_99999.pt")  # without its state
+    damaged_model, damaged_state = folder.paths(run_dir, STEPS - 1)
+    os.rename(model, damaged_model)
+    os.rename(state, damaged_state)
+    os.truncate(damaged_model, 1000)
+    assert run_here(tmp_path, *FLAGS) == 0
+    printed = capsys.readouterr().out
+    assert f"skipping step {STEPS - 1}: cannot load" in printed
+    assert "skipping step 99999: " in printed
+    assert f"from step {STEPS - 2}, with its settings" in printed
+    assert folder.saved_steps(run_dir) == [STEPS - 2, STEPS]  # --keep-last 2
+    assert weights.model_file(run_dir) == model
+    assert {str(path) for path in run_dir.glob("*.pt.aside")} == {
+        f"{damaged_model}.aside", f"{damaged_state}.aside", f"{run_dir}/model_99999.pt.aside"}
     assert_equals_uninterrupted(run_dir, uninterrupted)
 
 

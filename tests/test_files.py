@@ -5,6 +5,7 @@ Atomic writes, locks and the folders made for them.
 
 What check_regular and check_output refuse is in tests/test_bad_input.py.
 """
+import errno
 import fcntl
 import os
 import subprocess
@@ -115,3 +116,22 @@ def test_a_file_system_without_locks_leaves_no_lock_file(tmp_path, monkeypatch):
         raise OSError("no locks")
     monkeypatch.setattr(fcntl, "flock", flock)
     assert files.lock(tmp_path / "lock") is None and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("file/x", "Not a directory"), ("a", "Permission denied")])
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_what_to_choose(
+        name, reason, tmp_path, monkeypatch):
+    """In a read-only run folder it was "Permission denied: '.lock'", a file nobody knows."""
+    (tmp_path / "file").touch()
+    (tmp_path / "a").mkdir()
+
+    def denied(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    if name == "a":  # a process of root has every permission
+        monkeypatch.setattr(files, "open", denied, raising=False)
+    message = rf"cannot write in {tmp_path}/{name} \({reason}\); choose another --out"
+    with pytest.raises(ValueError, match=message):
+        with files.locked_folder(str(tmp_path / name), "fineweb.py", "--out"):
+            pass

@@ -5,6 +5,8 @@ The training script: schedule, settings, plan, one golden step, and real runs in
 
 Processes train a model of one block and 16 channels on a text made here.
 """
+import atexit
+import contextlib
 import json
 import math
 import os
@@ -62,6 +64,20 @@ def start(cwd, *flags, ranks=1, stderr=subprocess.STDOUT):
                             stderr=stderr, text=True, start_new_session=True, env=ENV)
 
 
+def run_here(cwd, *flags):
+    """Exit status of train_gpt2.py in this process, without the picture of its losses."""
+    with contextlib.ExitStack() as at_exit, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atexit, "register", at_exit.callback)
+        patch.setattr(train_gpt2, "plot_run", lambda *args, **kwargs: "")
+        patch.setattr(sys, "argv", ["train_gpt2.py", *flags])
+        patch.chdir(cwd)
+        try:
+            cli.run_main(train_gpt2.main)
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
 def log_of(run_dir, *streams):
     """The log's lines of some streams, unchanged."""
     with open(os.path.join(run_dir, "log.txt"), encoding="utf-8") as f:
@@ -98,7 +114,7 @@ def test_get_lr_of_wsd_is_warmup_then_constant_then_linear_decay_to_the_minimum(
 
 def test_evaluations_are_due_every_n_steps_and_after_the_last_one():
     every = {"val": 4, "hella": 0, "samples": 6}
-    due = [train_gpt2.evaluations_due(step, 10, every) for step in range(11)]
+    due = [train_gpt2.due_at(step, 10, every) for step in range(11)]
     assert [step for step in range(11) if "val" in due[step]] == [0, 4, 8, 10]
     assert [step for step in range(11) if "samples" in due[step]] == [0, 6, 10]
     assert not any("hella" in names for names in due)
@@ -325,6 +341,10 @@ def test_restarted_ranks_do_not_touch_the_run_that_resume_never_found(
     assert not loads()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")        # requeued: torchrun's first start in it
     assert loads()
+    # of a version that did not note it: KeyError
+    with open(os.path.join(run_dir, "config.json"), "w", encoding="utf-8") as f:
+        json.dump({"config": {"resume": "never"}}, f)
+    assert not loads()
 
 
 def test_the_message_of_a_stop_names_a_command_that_resumes():
@@ -792,23 +812,13 @@ def test_each_sample_has_its_own_seed_on_whichever_rank(monkeypatch, capsys):
 # -----------------------------------------------------------------------------
 # main() in this process, with recorded calls
 
-def run_here(monkeypatch, cwd, *flags):
-    """Exit status of train_gpt2.py in this process."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *flags])
-    with pytest.raises(SystemExit) as end:
-        cli.run_main(train_gpt2.main)
-        sys.exit(0)
-    return end.value.code or 0
-
-
 def test_non_finite_weights_are_neither_saved_nor_finished(
-        unbroken, text, tmp_path, monkeypatch, capsys):
+        unbroken, text, tmp_path, capsys):
     """The loss shows them one step later; the run was "finished", with NaN weights."""
     run_dir = tmp_path / "log" / "x"
     shutil.copytree(unbroken[0], run_dir)
-    assert run_here(monkeypatch, tmp_path, *TINY, "--data", text, "--exp-name", "x", "--max-steps",
-                    "9", "--lr", "1e30", "--keep-last", "1") == 2
+    assert run_here(tmp_path, *TINY, "--data", text, "--exp-name", "x", "--max-steps", "9",
+                    "--lr", "1e30", "--keep-last", "1") == 2
     assert "weights are non-finite; they are not saved. Resume" in capsys.readouterr().err
     assert folder.saved_steps(run_dir) == folder.saved_steps(unbroken[0])
 
@@ -843,16 +853,13 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "step_line", lambda *args: lines.append(args))
     monkeypatch.setattr(train_gpt2, "report_progress",
                         lambda label: fractions.append if label == "training" else lambda _: None)
-    monkeypatch.setattr(train_gpt2, "plot_run", lambda *args, **kwargs: "")
     record(torch, "set_float32_matmul_precision")
     record(train_gpt2, "use_deterministic_algorithms")
     record(torch, "manual_seed")
     record(train_gpt2, "capture", ({}, {}))
-    status = run_here(monkeypatch, tmp_path, *TINY, "--data", text, "--deterministic",
-                      "--max-steps", "3", "--val-every", "2", "--save-every", "2", "--seed", "7",
-                      "--schedule", "wsd", "--lr", "0.1", "--warmup-steps", "2",
-                      "--min-lr-ratio", "0.5")
-    assert status == 0
+    assert run_here(tmp_path, *TINY, "--data", text, "--deterministic", "--max-steps", "3",
+                    "--val-every", "2", "--save-every", "2", "--seed", "7", "--schedule", "wsd",
+                    "--lr", "0.1", "--warmup-steps", "2", "--min-lr-ratio", "0.5") == 0
 
     # TF32; the initial weights are the same on every rank, dropout is not
     assert calls[:4] == [("set_float32_matmul_precision", "high"),
@@ -875,38 +882,40 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
         assert mfu_name == "MFU"
 
 
-def test_the_log_has_a_line_where_an_epoch_ends(tmp_path, monkeypatch):
+def test_the_log_has_a_line_where_an_epoch_ends(tmp_path):
     """After the step that reads the epoch's last window."""
     (tmp_path / "short.txt").write_text(text_of_words(60))
-    monkeypatch.setattr(train_gpt2, "plot_run", lambda *args, **kwargs: "")
-    flags = [*TINY, "--data", "short.txt", "--val-every", "0", "--max-steps", "12",
-             "--val-tokens", "16"]
-    assert run_here(monkeypatch, tmp_path, *flags) == 0
-    state = checkpoint.load_latest("log/shakespeare").state["loader"]
+    assert run_here(tmp_path, *TINY, "--data", "short.txt", "--val-every", "0", "--max-steps", "12",
+                    "--val-tokens", "16") == 0
+    run_dir = tmp_path / "log" / "shakespeare"
+    state = checkpoint.load_latest(run_dir).state["loader"]
     ends = [8 * (step + 1) // state["num_windows"] for step in range(12)]  # 8 windows per step
     expected = [f"{step} epoch {ends[step]}" for step in range(1, 12)
                 if ends[step] > ends[step - 1]]
-    assert log_of("log/shakespeare", "epoch") == expected and len(expected) >= 2
+    assert log_of(run_dir, "epoch") == expected and len(expected) >= 2
 
 
 def test_the_last_step_is_saved_and_can_be_evaluated_without_changing_the_run(
-        text, tmp_path, monkeypatch, capsys):
+        text, tmp_path, capsys):
     """--save-every 0 announced samples of a run that had saved nothing."""
     def files():
         return {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
 
     flags = [*TINY, "--data", text]
     new = ["--save-every", "0", "--max-steps", "2", "--log-dir", "new", "--exp-name", "a/"]
-    assert run_here(monkeypatch, tmp_path, *flags, *new) == 0
+    assert run_here(tmp_path, *flags, *new) == 0
     out = capsys.readouterr().out
-    assert f"samples: {cli.command('sample.py', 'new/a')}" in out
-    assert folder.saved_steps("new/a") == [2]
+    run_dir = tmp_path / "new" / "a"
+    assert re.search("samples: .*sample.py new/a\n", out) and folder.saved_steps(run_dir) == [2]
     val = re.search(r" \| val \d+\.\d{4} \| val_bpb \d+\.\d{4}\n", out[out.index("step     2"):])[0]
+    shutil.copy(run_dir / "model_00002.pt", run_dir / "model_00009.pt")  # without its state
     before = files()
-    assert run_here(monkeypatch, tmp_path, "--eval-only", "--resume", "new/a") == 0
-    assert "step     2" + val in capsys.readouterr().out
-    assert run_here(monkeypatch, tmp_path, "--eval-only", *flags, "--init-from", "new/a") == 0
+    assert run_here(tmp_path, "--eval-only", "--resume", "new/a") == 0
+    out = capsys.readouterr().out
+    assert "skipping step 9: " in out and "step     2" + val in out
+    assert run_here(tmp_path, "--eval-only", *flags, "--init-from", "new/a") == 0
     assert "step     0" + val in capsys.readouterr().out
+    assert run_here(tmp_path, "--dry-run", "--resume", "new/a") == 0
     assert before == files()
 
 
@@ -943,27 +952,23 @@ def test_a_run_writes_its_log_config_checkpoints_and_picture(unbroken):
     assert description["config"]["n_embd"] == 16 and description["torch"] == torch.__version__
 
 
-def test_a_finished_run_is_not_changed(unbroken):
+def test_a_finished_run_is_not_changed(unbroken, capsys):
     run_dir, _ = unbroken
     before = {path.name: path.stat().st_mtime_ns for path in os.scandir(run_dir)}
-    again = train(os.path.dirname(os.path.dirname(run_dir)))
-    assert again.returncode == 0 and "is finished at step 8" in again.stdout
+    assert run_here(os.path.dirname(os.path.dirname(run_dir)), *TINY) == 0
+    assert "is finished at step 8" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in os.scandir(run_dir)}
 
 
 def test_an_evaluation_that_a_stop_interrupted_is_repeated_when_the_run_resumes(unbroken, tmp_path):
-    """Here the one after the last step: it is neither in the log nor in the checkpoint."""
+    """Here the one after the last step: it is not in the log."""
     run_dir = tmp_path / "log" / "shakespeare"
     shutil.copytree(unbroken[0], run_dir)
-    model = torch.load(run_dir / "model_00008.pt")
     log = (run_dir / "log.txt").read_text()
-    torch.save({**model, "val_loss": None}, run_dir / "model_00008.pt")
     kept = [line for line in log.splitlines(True) if not line.startswith("8 val")]
     (run_dir / "log.txt").write_text("".join(kept))
-    process = train(tmp_path)
-    assert process.returncode == 0 and "finished; curves" in process.stdout, process.stderr
+    assert run_here(tmp_path, *TINY) == 0
     assert (run_dir / "log.txt").read_text() == log
-    assert torch.load(run_dir / "model_00008.pt")["val_loss"] == model["val_loss"]
 
 
 def test_a_resumed_run_can_drop_a_tracker_that_is_not_installed(saved, monkeypatch):
@@ -984,11 +989,11 @@ def kill_when(process, pattern):
     raise AssertionError(f"the process ended ({process.wait()}) without printing {pattern!r}")
 
 
-def test_a_killed_run_resumes_bitwise_identical(unbroken, text, tmp_path):
+def test_a_killed_run_resumes_bitwise_identical(unbroken, text, tmp_path, capsys):
     # the save of step 6, before its update, waits for that of step 4
     kill_when(start(tmp_path, "--data", text, "--save-every", "2"), "step +6/8")
-    process = train(tmp_path)  # data and settings come from the checkpoint
-    assert process.returncode == 0 and re.search("from step [46],", process.stdout)
+    assert run_here(tmp_path, *TINY) == 0  # data and settings come from the checkpoint
+    assert re.search("from step [46],", capsys.readouterr().out)
     run_dir = tmp_path / "log" / "shakespeare"
     streams = ("train", "val", "norm", "lr")
     assert log_of(run_dir, *streams) == log_of(unbroken[0], *streams)
@@ -1016,29 +1021,6 @@ def test_the_shakespeare_preset_trains_on_any_number_of_ranks(W, total, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_process(text, tmp_path):
-    """Losses and both HellaSwag scores, without dropout, which is random on each rank."""
-    with open(tmp_path / "hellaswag.jsonl", "w", encoding="utf-8") as f:
-        for label in (0, 1, 2, 3, 1):
-            example = {"ctx": f"the queen {label}", "activity_label": "Reigning", "label": label,
-                       "endings": ["is king.", "will come to this house.", "is not", "and my lord"]}
-            f.write(json.dumps(example) + "\n")
-    flags = ["--data", text, "--dropout", "0", "--max-steps", "6", "--hellaswag", "hellaswag.jsonl",
-             "--hella-every", "3"]
-    logs = []
-    for name, ranks in (("one", 1), ("two", 2)):
-        process = train(tmp_path, *flags, "--exp-name", name, ranks=ranks)
-        assert process.returncode == 0, process.stderr
-        run_dir = tmp_path / "log" / name
-        logs.append(log_of(run_dir, "train", "val", "hella", "hella_lm_eval"))
-    one, two = logs
-    assert len(one) == len(two) == 6 + 3 + 2 * 3
-    for a, b in zip(one, two):
-        assert a.split()[:2] == b.split()[:2]
-        assert float(a.split()[2]) == pytest.approx(float(b.split()[2]), abs=1e-4)
-
-
-@pytest.mark.slow
 def test_torchrun_killed_and_started_again_resumes(text, tmp_path):
     kill_when(start(tmp_path, "--data", text, ranks=2), "step +5/8")
     process = train(tmp_path, ranks=2)
@@ -1048,25 +1030,32 @@ def test_torchrun_killed_and_started_again_resumes(text, tmp_path):
     assert steps == [str(step) for step in range(8)]
 
 
-def limit_file_size():
-    """For a child process: writing a file of more than 2 MB fails, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+@contextlib.contextmanager
+def limited_file_size(num_bytes):
+    """Context in which writing more into a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path):
-    process = train(tmp_path, "--data", text, preexec_fn=limit_file_size)
-    assert process.returncode == 2, process.stderr
-    assert process.stderr.startswith("error: cannot write") and process.stderr.count("\n") == 1
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path, capsys):
+    with limited_file_size(2_000_000):
+        assert run_here(tmp_path, *TINY, "--data", text) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and error.count("\n") == 1
     assert sorted(os.listdir(tmp_path / "log" / "shakespeare")) == ["config.json", "log.txt"]
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text):
-    process = train(tmp_path, "--data", text, "--dry-run")
-    assert process.returncode == 0 and os.listdir(tmp_path) == []
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text, capsys):
+    assert run_here(tmp_path, *TINY, "--data", text, "--dry-run") == 0
+    assert os.listdir(tmp_path) == []
+    printed = capsys.readouterr().out
     for part in ("parameters", "8 steps of 128 tokens", "4 micro-steps of B=2 x T=16",
                  "GB per process (state", "FLOPs"):
-        assert part in process.stdout
+        assert part in printed
 
 
 @pytest.mark.slow
