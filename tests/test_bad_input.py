@@ -33,11 +33,11 @@ from safetensors.torch import save as save_safetensors
 
 from run import cli
 import convert
-import data
 from run import files
 from common import TINY
 from convert import hf_state_dict
 from model import GPT, GPTConfig
+from run.prepare import prepare_data
 
 TIMEOUT = 20      # seconds that a command may take
 MEMORY = 2 << 30  # bytes of address space that a command may add
@@ -102,7 +102,7 @@ def tokenized(template, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenized") / "here"
     shutil.copytree(template, folder, symlinks=True)
     with contextlib.chdir(folder):
-        data.prepare_data("in.txt")
+        prepare_data("in.txt")
     return folder
 
 
@@ -404,7 +404,7 @@ FINEWEB = [
     (AGAIN, "created with other flags or from another source: shard_size was 100000, is 1"),
     (AGAIN, "shards/manifest.json is damaged", write("shards/manifest.json", "")),
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
-    (AGAIN, "shards/manifest.json is damaged", shard(tokens=-5)),
+    (AGAIN, "shards/manifest.json is damaged", shard(tokens="5")),
     # --verify
     *((f"--verify {name!r}", f"no shards (*_train_000001.npy or .bin) in {name!r}")
       for name in ("", "nowhere", "in.txt")),

@@ -42,6 +42,7 @@ import fineweb
 import sources
 from common import ENV, ROOT, python
 from data import EOT, get_tokenizer
+from run.prepare import load_manifest, prepare_data
 
 WORDS = "the of a model learns tokens, 1984 naïve 北京 \n\n  don't x=1; emoji 🤖 end.".split(" ")
 FLAGS = ("--shard-size", 1000, "--val-tokens", 1500)
@@ -314,7 +315,7 @@ def test_all_file_formats_give_the_same_documents(tmp_path, monkeypatch):
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     expected = true_tokens(texts * 4 + [texts[3] + "\r\n", texts[4], "text"])
     assert read_tokens(tmp_path / "out") == expected
-    files = data.load_manifest(tmp_path / "out")["source"]["files"]
+    files = load_manifest(tmp_path / "out")["source"]["files"]
     assert files[-2:] == [["sub/f.txt.gz", len(gzip.compress(texts[4].encode()))],
                           ["z.txt/g.txt", 4]]
 
@@ -356,7 +357,7 @@ def test_folders_of_the_datasets_library_are_read(tmp_path, monkeypatch):
     (folder / "a" / "cache-0123.arrow").write_bytes(b"of Dataset.map")
     run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
     assert read_tokens(tmp_path / "out") == true_tokens(texts * 3)
-    assert fineweb.load_manifest(tmp_path / "out")["next"]["skipped"] == 2
+    assert load_manifest(tmp_path / "out")["next"]["skipped"] == 2
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(),
@@ -401,7 +402,7 @@ def test_endoftext_ends_a_document_of_a_text_file(tmp_path, monkeypatch):
     expected = [EOT, *get_tokenizer().encode(text, allowed_special="all")]
     val, train = read_splits(tmp_path / "out")
     assert val + train == expected and train[0] == EOT and expected.count(EOT) == 50
-    documents = fineweb.load_manifest(tmp_path / "out")["shards"]
+    documents = load_manifest(tmp_path / "out")["shards"]
     assert sum(shard["documents"] for shard in documents) == 50
 
 
@@ -413,7 +414,7 @@ def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypa
     write_parquet(tmp_path / "b.parquet", [None, "", *text, " " * 1_000_000])
     run(monkeypatch, "--input", tmp_path / "a.jsonl", tmp_path / "b.parquet",
         "--out", tmp_path / "out", "--shard-size", 500, "--val-tokens", 100)
-    manifest = fineweb.load_manifest(tmp_path / "out")
+    manifest = load_manifest(tmp_path / "out")
     assert read_tokens(tmp_path / "out") == true_tokens(good * 2)
     assert manifest["next"]["skipped"] == 9
     assert sum(shard["documents"] for shard in manifest["shards"]) == 6
@@ -599,12 +600,12 @@ def test_a_manifest_of_an_earlier_version_is_resumed(corpus, tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(OSError):
         interrupt_after(patch, 2)
         run(patch, *flags)
-    manifest = data.load_manifest(tmp_path / "o")
+    manifest = load_manifest(tmp_path / "o")
     old = {**manifest, "skip_bad_files": False, "bad_files": []}
     fineweb.save_manifest(tmp_path / "o", old)
     run(monkeypatch, *flags)
     assert read_tokens(tmp_path / "o") == true_tokens(corpus[1])
-    assert data.load_manifest(tmp_path / "o")["complete"]
+    assert load_manifest(tmp_path / "o")["complete"]
 
 
 def test_an_interrupted_run_keeps_files_of_others(corpus, tmp_path, monkeypatch):
@@ -690,7 +691,7 @@ def test_a_folder_downloaded_from_the_hub_is_verified_and_trained_on(tmp_path, m
     names = [f"{prefix}_{name}.bin" for name in ("val_000000", "train_000001", "train_000002")]
     for name in names:
         data.write_shard(str(folder / name), tokens)
-    train, val = data.prepare_data(str(folder))
+    train, val = prepare_data(str(folder))
     assert [os.path.basename(path) for path in [*val, *train]] == names
     run(monkeypatch, "--verify", folder)
     assert capsys.readouterr().out.startswith("val: 1 shards, 1 documents, 501 tokens\n"
@@ -732,7 +733,7 @@ def test_resuming_after_any_shard_is_bitwise_identical_and_rewrites_no_shard(
         with contextlib.suppress(OSError):
             run(monkeypatch, *flags, tmp_path / "o")
         # as a process that was killed leaves them
-        split = fineweb.load_manifest(tmp_path / "o")["next"]["split"]
+        split = load_manifest(tmp_path / "o")["next"]["split"]
         following = f"o_{split}_{len(written):06d}.npy"
         if len(written) % 2 and following in whole:
             shutil.copy(tmp_path / "whole" / "o" / following, tmp_path / "o")
@@ -752,7 +753,7 @@ def test_ctrl_c_exits_with_status_130_and_a_second_run_completes(tmp_path, monke
     error = process.communicate(timeout=60)[1]
     assert first_line.startswith("out_val_000000.npy: "), first_line
     assert process.returncode == 130 and "Traceback" not in error, error
-    assert not fineweb.load_manifest(tmp_path / "out")["complete"]
+    assert not load_manifest(tmp_path / "out")["complete"]
     run(monkeypatch, *args, tmp_path / "out")
     run(monkeypatch, *args, tmp_path / "w" / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "w" / "out")
@@ -799,7 +800,7 @@ def test_ctrl_c_exits_at_once_while_threads_are_inside_arrow(endless):
 def test_a_run_that_reaches_max_tokens_does_not_wait_for_its_threads(endless, tmp_path):
     done = python(*endless, "--max-tokens", "2000", "--val-tokens", "100")
     assert done.returncode == 0 and "2 shards, 2,000 tokens" in done.stdout, done.stderr
-    assert fineweb.load_manifest(tmp_path / "out")["complete"]
+    assert load_manifest(tmp_path / "out")["complete"]
 
 
 @pytest.mark.slow
@@ -826,7 +827,7 @@ def test_after_twenty_sigkills_the_output_is_bitwise_identical(tmp_path, monkeyp
             process.kill()
             process.join()
             kills += 1
-        manifest = fineweb.load_manifest(out) if out.exists() else None
+        manifest = load_manifest(out) if out.exists() else None
         if manifest is None:
             continue
         for shard in manifest["shards"]:  # none is written a second time
@@ -1045,7 +1046,7 @@ def test_fineweb_edu_is_read_from_the_hub_despite_429_500_and_a_broken_connectio
     assert read_tokens(tmp_path / "out") == true_tokens(texts)
     names = sorted(os.listdir(tmp_path / "out"))
     assert names[0] == "edufineweb_train_000002.npy" and "edufineweb_val_000000.npy" in names
-    source = fineweb.load_manifest(tmp_path / "out")["source"]
+    source = load_manifest(tmp_path / "out")["source"]
     assert source["commit"] == COMMIT and source["name"] == "sample-10BT"
     assert len(source["files"]) == 2
 
@@ -1055,7 +1056,7 @@ def test_a_resumed_run_reads_the_commit_it_started_with_after_the_branch_has_mov
     hub = FakeHub("me/texts", {"data/a.parquet": parquet_bytes(tmp_path, make_texts(80))})
     assert hub.fineweb(tmp_path, "--dataset", "me/texts").returncode == 0
     before = contents(tmp_path / "out")
-    manifest = fineweb.load_manifest(tmp_path / "out")
+    manifest = load_manifest(tmp_path / "out")
     fineweb.save_manifest(str(tmp_path / "out"), {**manifest, "complete": False})
     hub.commit = "f" * 40
     again = hub.fineweb(tmp_path, "--dataset", "me/texts")

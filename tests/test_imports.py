@@ -16,7 +16,7 @@ from common import ROOT, python
 LAYERS = [
     {"run.cli", "run.files", "model"},
     {"run.config", "run.runtime", "data"},
-    {"run.folder", "sources"},
+    {"run.folder", "run.prepare", "sources"},
     {"run.weights", "run.reference", "fineweb"},
     {"run.checkpoint", "run.parallel", "run.tokenizer"},
     {"run.settings", "convert", "plots", "sample", "hellaswag"},
