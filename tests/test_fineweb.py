@@ -103,6 +103,24 @@ def interrupt_after(monkeypatch, n):
     monkeypatch.setattr(fineweb, "add_shard", add_and_fail)
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Runs in this process do not wait for the disk: of their time, it was most."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def tokenized(tmp_path, monkeypatch):
+    """A function: {name of an input file: bytes}, flags -> the tokens in all shards."""
+    def tokenize(files, *flags):
+        os.makedirs(tmp_path / "in", exist_ok=True)
+        for name, body in files.items():
+            (tmp_path / "in" / name).write_bytes(body)
+        run(monkeypatch, "--input", tmp_path / "in", "--out", tmp_path / "out", *FLAGS, *flags)
+        return read_tokens(tmp_path / "out")
+    return tokenize
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """(folder of two parquet files, their texts)."""
@@ -146,6 +164,7 @@ documents = st.lists(st.integers(0, 35).map(lambda n: [EOT, *range(n)]), min_siz
 @example([[EOT, 1, 2], [EOT, 3, 4], [EOT, 5]], 6, [6], 3)  # documents that end at val_tokens
 @example([[EOT, 1, 2], [EOT, 3, 4], [EOT, 5]], 6, [6], 8)  # were in the train split
 @example([[EOT, *range(30)]], 7, [9], 12)  # one document was an error
+@example([[EOT, 1, 2], [EOT, 3, 4], [EOT, 5]], 5, [], 5)  # of the docstring
 @example([[EOT, *range(30)]], 7, [], 100)
 def test_pack_equals_a_naive_packing_for_any_chunks(documents, val_tokens, cuts, shard_size):
     stream = sum(documents, [])
@@ -162,12 +181,6 @@ def test_pack_equals_a_naive_packing_for_any_chunks(documents, val_tokens, cuts,
         done += len(tokens)
         rest = fineweb.pack(cut(stream[done:], cuts), shard_size, val_tokens, next_split, done)
         assert [(split, tokens.tolist()) for split, tokens, _ in rest] == expected[i:]
-
-
-def test_pack_matches_its_docstring_example():
-    chunk = np.array([EOT, 1, 2, EOT, 3, 4, EOT, 5], dtype=np.uint16)
-    shards = [(split, tokens.tolist()) for split, tokens, _ in fineweb.pack([chunk], 5, 5)]
-    assert shards == [("val", [EOT, 1, 2]), ("train", [EOT, 3, 4, EOT, 5])]
 
 
 def lecture_shards(documents, shard_size):
@@ -300,7 +313,7 @@ def test_all_file_formats_give_the_same_documents(tmp_path, monkeypatch):
     os.makedirs(tmp_path / "elsewhere")
     os.makedirs(folder / ".hidden")
     write_parquet(folder / "a.parquet", texts, rows=7)
-    (folder / "b.jsonl").write_bytes(lines)
+    (folder / "b.jsonl").write_bytes(lines.removesuffix(b"\n"))
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[:500]) + gzip.compress(lines[500:]))
     with pa.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as f:
         f.write(lines)
@@ -320,27 +333,37 @@ def test_all_file_formats_give_the_same_documents(tmp_path, monkeypatch):
                           ["z.txt/g.txt", 4]]
 
 
-def test_a_large_row_group_is_split_into_pieces(corpus, tmp_path, monkeypatch):
-    folder, texts = corpus
-    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+@pytest.mark.parametrize("piece_bytes", [10, sources.PIECE_BYTES])
+def test_large_row_groups_are_split_and_a_dot_in_the_columns_name_is_not_a_struct(
+        tmp_path, tokenized, monkeypatch, piece_bytes):
+    """The field b of the struct a was read in place of the column a.b: no tokens."""
+    texts = make_texts(30)
+    table = pa.table({"a": pa.array([{"b": 1}] * 30), "a.b": pa.array(texts)})
+    os.makedirs(tmp_path / "in")
+    pq.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=7)
+    monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(sources, "BATCH_ROWS", 3)
-    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS)
-    assert read_tokens(tmp_path / "out") == true_tokens(texts)
+    assert tokenized({}, "--text-column", "a.b") == true_tokens(texts)
+    source = sources.local_source([str(tmp_path / "in")])
+    assert len(list(sources.pieces(source, "a.b"))) == (13 if piece_bytes == 10 else 5)
+
+
+BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_read_in_blocks(tmp_path, monkeypatch, indent):
-    """It was "damaged or truncated"."""
+def test_a_json_array_and_indented_objects_are_read_in_blocks(tmp_path, tokenized, monkeypatch,
+                                                              indent):
+    """They were "damaged or truncated"."""
     texts = [*make_texts(60, seed=2), 'a "quoted\\" ],[ text', "long " * 2000]
     rows = [{"id": i, "text": text, "more": [{"text": "no"}]} for i, text in enumerate(texts)]
     array = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
-    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf \n" + array + b"\n")
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(array))
-    (tmp_path / "c.json").write_bytes(b" [ ]")
+    objects = "\n".join(json.dumps(row, indent=2) for row in rows).encode()
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
-    run(monkeypatch, "--input", tmp_path, "--out", tmp_path / "out", *FLAGS)
-    assert read_tokens(tmp_path / "out") == true_tokens(texts * 2)
-    source = sources.local_source([str(tmp_path / "a.json")])
+    files = {"a.json": BOM + b" \n" + array + b"\n", "b.json.gz": gzip.compress(array),
+             "c.json": b" [ ]", "d.json": BOM + objects, "e.jsonl": objects + b"\n\n"}
+    assert tokenized(files) == true_tokens(texts * 4)
+    source = sources.local_source([str(tmp_path / "in" / "a.json")])
     assert len(list(sources.pieces(source, "text"))) > 3
 
 
@@ -379,31 +402,26 @@ def test_only_the_rows_of_invalid_utf8_are_skipped(tmp_path, monkeypatch, capsys
     assert "; 3 documents were skipped" in capsys.readouterr().out
 
 
-def test_one_text_file_of_any_length_is_split_into_val_and_train(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_size", [1000, 10**6])
+def test_one_text_file_of_any_length_is_split_into_val_and_train(tmp_path, tokenized, monkeypatch,
+                                                                 shard_size):
     """It was an error that recommended train_gpt2.py, which reads all of a text into memory."""
     text = "\n".join(make_texts(60, seed=5)) * 2
-    (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
-    for shard_size in (1000, 10**6):
-        out = tmp_path / str(shard_size)
-        run(monkeypatch, "--input", tmp_path / "a.txt", "--out", out, "--shard-size", shard_size,
-            "--val-tokens", 1500)
-        val, train = read_splits(out)
-        assert len(val) == 1500 and val + train == true_tokens([text])
+    expected = true_tokens([text])
+    assert tokenized({"a.txt": text.encode()}, "--shard-size", shard_size) == expected
+    assert len(read_splits(tmp_path / "out")[0]) == 1500
 
 
-def test_endoftext_ends_a_document_of_a_text_file(tmp_path, monkeypatch):
+def test_endoftext_ends_a_document_of_a_text_file(tmp_path, tokenized, monkeypatch):
     """TinyStories' layout. It was ordinary text: seven tokens."""
     stories = [f"Story {i}.\n\n{text}\n" for i, text in enumerate(make_texts(50, seed=6))]
     text = "<|endoftext|>\n".join(stories)
-    (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
-    run(monkeypatch, "--input", tmp_path / "a.txt", "--out", tmp_path / "out", *FLAGS)
     expected = [EOT, *get_tokenizer().encode(text, allowed_special="all")]
-    val, train = read_splits(tmp_path / "out")
-    assert val + train == expected and train[0] == EOT and expected.count(EOT) == 50
-    documents = load_manifest(tmp_path / "out")["shards"]
-    assert sum(shard["documents"] for shard in documents) == 50
+    assert tokenized({"a.txt": text.encode()}) == expected and expected.count(EOT) == 50
+    assert read_splits(tmp_path / "out")[1][0] == EOT
+    assert sum(s["documents"] for s in load_manifest(tmp_path / "out")["shards"]) == 50
 
 
 def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypatch):
@@ -421,29 +439,15 @@ def test_empty_and_non_text_documents_are_skipped_and_counted(tmp_path, monkeypa
     assert max(shard["tokens"] for shard in manifest["shards"]) == 500
 
 
-def test_max_tokens_may_end_within_a_document(corpus, tmp_path, monkeypatch):
-    folder, texts = corpus
-    run(monkeypatch, "--input", folder, "--out", tmp_path / "out", *FLAGS, "--max-tokens", 4321)
-    assert read_tokens(tmp_path / "out") == true_tokens(texts)[:4321]
-
-
-def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, monkeypatch):
-    bom = b"\xef\xbb\xbf"
-    (tmp_path / "a.txt").write_bytes(bom + "a text \ufeff ".encode())
-    (tmp_path / "b.jsonl").write_bytes(bom + b'{"text": "b"}\n{"text": "c"}\n')
-    run(monkeypatch, "--input", tmp_path / "a.txt", tmp_path / "b.jsonl",
-        "--out", tmp_path / "out", "--val-tokens", 2)
-    assert read_tokens(tmp_path / "out") == true_tokens(["a text \ufeff ", "b", "c"])
-
-
-def test_a_column_with_a_dot_is_not_taken_for_a_field_of_a_struct(tmp_path, monkeypatch):
-    """The struct's values were read instead: no tokens."""
+def test_max_tokens_may_end_within_a_document(tokenized):
     texts = make_texts(30)
-    table = pa.table({"a": pa.array([{"b": 1}] * 30), "a.b": pa.array(texts)})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
-    run(monkeypatch, "--input", tmp_path / "a.parquet", "--text-column", "a.b",
-        "--out", tmp_path / "out", *FLAGS)
-    assert read_tokens(tmp_path / "out") == true_tokens(texts)
+    assert tokenized({"a.jsonl": json_lines(texts)}, "--max-tokens", 4321) == \
+        true_tokens(texts)[:4321]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tokenized):
+    files = {"a.txt": BOM + "a text \ufeff ".encode(), "b.jsonl": BOM + json_lines(["b", "c"])}
+    assert tokenized(files, "--val-tokens", 2) == true_tokens(["a text \ufeff ", "b", "c"])
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
@@ -467,8 +471,8 @@ def test_the_estimate_is_that_of_token_count_if_it_can_be_of_gpt2(tmp_path, coun
     texts = ["a text of 21 characters"] * 9
     write_parquet(tmp_path / "a.parquet", texts, token_count=pa.array(counts, kind))
     source = sources.local_source([str(tmp_path / "a.parquet")])
-    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
-    by_size = int(sources.TOKENS_PER_BYTE * sources.text_bytes(metadata, "text", 0))
+    _, [size] = sources.read_footer(source, source.names[0], "text")
+    by_size = int(sources.TOKENS_PER_BYTE * size)
     assert sources.estimate_tokens(source, "text") == pytest.approx(expected or by_size, abs=1)
 
 
@@ -550,15 +554,13 @@ def test_an_encrypted_file_is_named_with_the_remedy(tmp_path, monkeypatch, plain
         run(monkeypatch, "--input", tmp_path / "a.parquet", "--out", tmp_path / "out")
 
 
-def test_zstd_windows_of_two_gigabytes_are_read(tmp_path, monkeypatch):
+def test_zstd_windows_of_two_gigabytes_are_read(tokenized):
     """Files of `zstd --long=31` were "damaged or truncated; copy it again"."""
     line = json_lines(["a text"])
     # a frame of one block, that says it needs a window of 2 GB: RFC 8878, 3.1.1
     frame = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + (len(line) << 3 | 1).to_bytes(3, "little")
-    (tmp_path / "a.jsonl.zst").write_bytes(frame + line)
-    run(monkeypatch, "--input", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out",
-        "--val-tokens", 1)
-    assert read_tokens(tmp_path / "out") == true_tokens(["a text"])
+    files = {"a.jsonl.zst": frame + line}
+    assert tokenized(files, "--val-tokens", 1) == true_tokens(["a text"])
 
 
 def test_lzo_compression_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -594,46 +596,29 @@ def test_a_folder_of_other_settings_is_not_resumed(corpus, tmp_path, monkeypatch
     assert contents(tmp_path / "out") == before
 
 
-def test_a_manifest_of_an_earlier_version_is_resumed(corpus, tmp_path, monkeypatch):
-    """It has the keys skip_bad_files and bad_files."""
-    flags = ("--input", corpus[0], *FLAGS, "--out", tmp_path / "o")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        interrupt_after(patch, 2)
-        run(patch, *flags)
-    manifest = load_manifest(tmp_path / "o")
-    old = {**manifest, "skip_bad_files": False, "bad_files": []}
-    fineweb.save_manifest(tmp_path / "o", old)
-    run(monkeypatch, *flags)
-    assert read_tokens(tmp_path / "o") == true_tokens(corpus[1])
-    assert load_manifest(tmp_path / "o")["complete"]
-
-
-def test_an_interrupted_run_keeps_files_of_others(corpus, tmp_path, monkeypatch):
-    flags = ("--input", corpus[0], "--out", tmp_path / "o", *FLAGS)
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        interrupt_after(patch, 3)
-        run(patch, *flags)
-    others = ["o_train_000004.npy.5.tmp", "notes.txt", "o_train_000003.bin.6.tmp"]
-    for name in [*others, "o_train_000007.npy"]:
-        (tmp_path / "o" / name).write_text("mine")
-    before = contents(tmp_path / "o")
-    with pytest.raises(ValueError, match="1 shards that no manifest.json lists .o_train_000007"):
-        run(monkeypatch, *flags)
-    assert contents(tmp_path / "o") == before
-    os.remove(tmp_path / "o" / "o_train_000007.npy")
-    run(monkeypatch, *flags)
-    assert all((tmp_path / "o" / name).read_text() == "mine" for name in others)
-    assert read_tokens(tmp_path / "o") == true_tokens(corpus[1])
-
-
-def test_a_renamed_folder_resumes_under_the_names_of_its_shards(corpus, tmp_path, monkeypatch):
-    """Shards of two names would be read in another order."""
+def test_an_interrupted_folder_is_resumed_with_files_of_others_and_another_name(
+        corpus, tmp_path, monkeypatch):
+    """The manifest is of an earlier version, with two keys more. The folder was renamed: shards
+    of two names would be read in another order."""
     with monkeypatch.context() as patch, pytest.raises(OSError):
         interrupt_after(patch, 3)
         run(patch, "--input", corpus[0], "--out", tmp_path / "mine", *FLAGS)
-    os.rename(tmp_path / "mine", tmp_path / "aaa")
-    run(monkeypatch, "--input", corpus[0], "--out", tmp_path / "aaa", *FLAGS)
-    assert read_tokens(tmp_path / "aaa") == true_tokens(corpus[1])
+    folder = tmp_path / "aaa"
+    os.rename(tmp_path / "mine", folder)
+    manifest = load_manifest(folder)
+    fineweb.save_manifest(folder, {**manifest, "skip_bad_files": False, "bad_files": []})
+    others = ["mine_train_000004.npy.5.tmp", "notes.txt", "mine_train_000003.bin.6.tmp"]
+    for name in [*others, "mine_train_000007.npy"]:
+        (folder / name).write_text("mine")
+    before = contents(folder)
+    flags = ("--input", corpus[0], "--out", folder, *FLAGS)
+    with pytest.raises(ValueError, match="1 shards that no manifest.json lists .mine_train_000007"):
+        run(monkeypatch, *flags)
+    assert contents(folder) == before
+    os.remove(folder / "mine_train_000007.npy")
+    run(monkeypatch, *flags)
+    assert all((folder / name).read_text() == "mine" for name in others)
+    assert read_tokens(folder) == true_tokens(corpus[1]) and load_manifest(folder)["complete"]
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(corpus, tmp_path, monkeypatch, capsys):
@@ -678,17 +663,15 @@ def test_verify_prints_the_numbers_of_tokens_and_detects_one_flipped_bit(corpus,
         run(monkeypatch, "--verify", tmp_path / "out")
 
 
-@pytest.mark.parametrize("prefix", ["edufineweb", "finewebedu", "edu_fineweb"])
-def test_a_folder_downloaded_from_the_hub_is_verified_and_trained_on(tmp_path, monkeypatch, capsys,
-                                                                     prefix):
+def test_a_folder_downloaded_from_the_hub_is_verified_and_trained_on(tmp_path, monkeypatch, capsys):
     """As `hf download REPO --repo-type dataset --local-dir DIR` leaves it: without a manifest."""
     folder = tmp_path / "edu_fineweb10B"
     for name in (".gitattributes", "README.md", ".cache/huggingface/.gitignore",
-                 f".cache/huggingface/download/{prefix}_train_000001.bin.metadata"):
+                 ".cache/huggingface/download/edu_fineweb_train_000001.bin.metadata"):
         os.makedirs((folder / name).parent, exist_ok=True)
         (folder / name).write_text("x")
     tokens = np.array([EOT, *range(500)], dtype=np.uint16)
-    names = [f"{prefix}_{name}.bin" for name in ("val_000000", "train_000001", "train_000002")]
+    names = [f"edu_fineweb_{name}.bin" for name in ("val_000000", "train_000001", "train_000002")]
     for name in names:
         data.write_shard(str(folder / name), tokens)
     train, val = prepare_data(str(folder))
@@ -712,13 +695,17 @@ def test_a_folder_downloaded_from_the_hub_is_verified_and_trained_on(tmp_path, m
 
 @pytest.mark.parametrize("val", [FLAGS, (*FIRST_SHARD, 1000)])
 def test_resuming_after_any_shard_is_bitwise_identical_and_rewrites_no_shard(
-        corpus, tmp_path, monkeypatch, val):
-    folder, texts = corpus
+        tmp_path, monkeypatch, val):
+    folder = tmp_path / "in"
+    texts = make_texts(20)
+    os.makedirs(folder)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     (folder / "0.jsonl").write_bytes(json_lines([None] * 5 + ["in the first piece"]))
-    (folder / "2.jsonl.gz").write_bytes(gzip.compress(json_lines(texts[:30])))
-    (folder / "3.txt").write_text(" ".join(texts[:30]))
-    flags = ("--input", folder, *val, "--max-tokens", 30000, "--out")
+    write_parquet(folder / "1.parquet", texts, rows=4)
+    (folder / "2.jsonl.gz").write_bytes(gzip.compress(json_lines(texts)))
+    (folder / "3.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (folder / "4.txt").write_text(" ".join(texts))
+    flags = ("--input", folder, *val, "--max-tokens", 10500, "--out")
     run(monkeypatch, *flags, tmp_path / "whole" / "o")
     whole = contents(tmp_path / "whole" / "o")
     add_shard = fineweb.add_shard
@@ -762,12 +749,12 @@ def test_ctrl_c_exits_with_status_130_and_a_second_run_completes(tmp_path, monke
 READ_FOREVER = """
 import pyarrow.parquet as pq, runpy, sources, sys
 read_row_group = sources.read_row_group
-def read_forever(open_file, name, metadata, i, column):
+def read_forever(source, name, metadata, i, *rest):
     if i == 0:
-        return (yield from read_row_group(open_file, name, metadata, i, column))
+        return (yield from read_row_group(source, name, metadata, i, *rest))
     print("reading", file=sys.stderr, flush=True)
     while True:
-        with open_file() as f:
+        with source.open(name) as f:
             for _ in pq.ParquetFile(f, pre_buffer=False).iter_batches(10, use_threads=False):
                 pass
 sources.read_row_group = read_forever
