@@ -921,6 +921,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
 class FakeHubHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body would wait 40 ms for the headers' acknowledgement
 
     def log_message(self, *args):
         pass

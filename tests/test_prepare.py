@@ -8,11 +8,10 @@ test_bad_input.py has the data that are refused.
 """
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from common import ROOT
 from data import EOT, TokenStream, get_tokenizer, write_shard
 from run import prepare
 from run.prepare import prepare_data, split_texts
@@ -179,26 +177,24 @@ def test_two_processes_that_tokenize_a_text_at_the_same_time_use_the_same_files(
     assert len(os.listdir(tmp_path / ".tokens")) == 1
 
 
-PREPARE_AND_KILL = """
-import os, signal, sys
-from run.prepare import prepare_data
-fsync, files = os.fsync, []
-def kill_at_the_second(f):
-    fsync(f)
-    files.append(f)
-    if len(files) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.fsync = kill_at_the_second
-prepare_data(sys.argv[1])
-"""
-
-
-def test_what_a_process_killed_while_tokenizing_has_left_is_completed_and_removed(tmp_path):
+def test_what_a_process_killed_while_tokenizing_has_left_is_completed_and_removed(
+        tmp_path, monkeypatch):
     """A folder .tokens/*.tmp stayed for ever."""
     path = tmp_path / "play.txt"
     path.write_text(PLAY)
-    killed = subprocess.Popen([sys.executable, "-c", PREPARE_AND_KILL, str(path)], cwd=ROOT)
-    assert killed.wait(timeout=120) == -signal.SIGKILL
+    calls = []
+
+    def kill_at_the_second(f):
+        calls.append(f)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", kill_at_the_second)
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=prepare_data, args=[str(path)])
+        process.start()
+        process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
     assert sum(1 for _ in tmp_path.rglob("*.tmp")) == 1
     train, val = prepare_data(str(path))
     assert text_of(train) + text_of(val) == PLAY
