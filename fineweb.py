@@ -419,9 +419,7 @@ def verify(out):
         raise FileNotFoundError(f"no shards (*_train_000001.npy or .bin) in {out!r}")
     train, val = prepare_data(out)
     manifest = load_manifest(out)
-    listed = {}
-    if manifest is not None:
-        listed = {entry["file"]: entry for entry in manifest["shards"]}
+    listed = {entry["file"]: entry for entry in manifest["shards"]} if manifest else {}
     for split, paths in ("val", val), ("train", train):
         documents = 0
         num_tokens = 0

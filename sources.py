@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data import END_OF_TEXT
 from run.files import check_regular
+from run.prepare import not_utf8
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -88,8 +89,7 @@ def damage_as_error(name):
             raise
         reason = " ".join(str(e).split())
         if isinstance(e, UnicodeDecodeError):
-            raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
-                             " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
+            raise not_utf8(name, reason) from e
         if re.search("crypt|LZO", reason):
             raise ValueError(f"{name} is encrypted or compressed by LZO, which pyarrow does not"
                              f" read ({reason}); write it again") from e
@@ -300,7 +300,7 @@ def file_pieces(source, name, column):
             yield from arrow_pieces(f, name, column)
             return
         if b"\0" in f.peek(4)[:4]:
-            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16 has such bytes")
+            raise not_utf8(name, "it has the zero bytes of UTF-16")
         if suffix == ".txt":
             yield from txt_pieces(f)
         else:

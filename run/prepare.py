@@ -81,17 +81,22 @@ def check_shards(folder, manifest, also=()):
 OTHER_FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".gz", ".zst")  # not plain text
 
 
+def not_utf8(path, reason):
+    """The ValueError for a file whose text is in another encoding than UTF-8."""
+    return ValueError(f"{path} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
+                      " -t UTF-8, where ENCODING may be UTF-16 or LATIN1")
+
+
 def read_text(path):
     """The text of a UTF-8 file; a byte order mark is not part of it."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             text = f.read()
-        if "\0" in text[:4]:
-            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16 has such bytes")
-        return text
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: byte {e.start} ({e.reason}); convert it: iconv"
-                         " -f ENCODING -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
+        raise not_utf8(path, e) from e
+    if "\0" in text[:4]:
+        raise not_utf8(path, "it has the zero bytes of UTF-16")
+    return text
 
 
 def split_texts(texts):

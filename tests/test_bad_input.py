@@ -486,7 +486,7 @@ DATA = [
     ("nowhere", "no data at nowhere"),
     # text
     ("a.txt", "a.txt is empty: there is nothing to train on", write("a.txt", b"\xef\xbb\xbf")),
-    ("a.txt", "a.txt is not UTF-8 text: byte 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
+    ("a.txt", "byte 0xe9 in position 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
     ("a.txt", "a.txt is not UTF-8 text", write("a.txt", "plain text".encode("utf-16-le"))),
     ("a.txt", "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
     ("/dev/stdin", "/dev/stdin is not a regular file"),
