@@ -245,18 +245,16 @@ def text_blocks(f):
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text = ""
-    is_end = False
-    while not is_end:
-        block = f.read(BLOCK_BYTES)
-        is_end = not block
-        text += decoder.decode(block, final=is_end)
+    for block in iter(lambda: f.read(BLOCK_BYTES), b""):
+        text += decoder.decode(block)
+        # limitation: a text without any border is one block, for whose encoding tiktoken needs 50
+        # times its size
         start = max(0, len(text) - 4096)
         borders = [start + match.start() for match in BORDER.finditer(text[start:])]
-        if is_end:
-            yield text
-        elif borders:
+        if borders:
             yield text[:borders[-1]]
             text = text[borders[-1]:]
+    yield text + decoder.decode(b"", final=True)
 
 
 def txt_pieces(f):
