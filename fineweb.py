@@ -112,9 +112,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import data
-from data import (END_OF_TEXT, EOT, MANIFEST, TOKENIZER_SHA256, TokenStream, load_manifest,
-                  write_shard)
+from data import END_OF_TEXT, EOT, TOKENIZER_SHA256, TokenStream, find_shards, write_shard
 from run import files
+from run.prepare import (MANIFEST, MANIFEST_VERSION, check_shards, encode_documents, load_manifest,
+                         prepare_data)
 from sources import (check_files, estimate_tokens, hub_source, local_source, map_in_order,
                      pieces)
 
@@ -122,51 +123,38 @@ from sources import (check_files, estimate_tokens, hub_source, local_source, map
 # tokens
 
 def encode(texts, begins=True):
-    """Tokens of the texts, 1-D uint16, with EOT before each.
+    """Tokens of the texts, 1-D uint16, with EOT before each; unpaired surrogates are replaced.
 
     begins=False: the first text continues a document, and has no EOT. All texts are encoded in one
     call of tiktoken; the special token between them keeps their words separate.
     """
-    joined = END_OF_TEXT.join(texts)
-    num_special = len(texts) - 1
-    if begins:
-        joined = END_OF_TEXT + joined
-        num_special += 1
-    if joined.count(END_OF_TEXT) == num_special:
-        return encode_joined(joined, {END_OF_TEXT})
-    # a text contains "<|endoftext|>", which is ordinary text there
-    parts = []
-    for i, text in enumerate(texts):
-        if begins or i > 0:
-            parts.append(np.array([EOT], dtype=np.uint16))
-        parts.append(encode_joined(text, frozenset()))
-    return np.concatenate(parts)
-
-
-def encode_joined(text, special):
-    """data.encode, but unpaired surrogates, from JSON, are replaced, as in encode_ordinary."""
+    joined = END_OF_TEXT + END_OF_TEXT.join(texts)
     try:
-        return data.encode(text, special)
-    except UnicodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return data.encode(text, special)
+        if joined.count(END_OF_TEXT) == len(texts):
+            tokens = data.encode(joined, {END_OF_TEXT})
+        else:  # a text contains "<|endoftext|>", which is ordinary text there
+            tokens = encode_documents(texts)
+    except UnicodeError:  # JSON may contain them; replaced as in tiktoken's encode_ordinary
+        return encode([text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                       for text in texts], begins)
+    return tokens if begins else tokens[1:]
 
 
-def val_end(shard, is_full, next_token, val_total, val_tokens):
-    """Length that the current shard of the val split is cut to, if the split ends; None if not.
+def val_end(shard, val_total, val_tokens, next_token=None):
+    """Length to which the last shard of the val split is cut.
 
-    shard: its tokens so far, 1-D. val_total: number of tokens in the val split so far.
+    shard: its tokens, 1-D. val_total: number of tokens in the val split with all of them, at least
+    val_tokens. next_token: the one after the shard, if there is one.
     """
-    if val_total >= val_tokens and next_token == EOT:
-        return len(shard)
-    if val_total == val_tokens:
-        boundaries = np.flatnonzero(shard == EOT)
-        boundaries = boundaries[boundaries > len(shard) - val_total]  # not the stream's start
-        if len(boundaries) > 0:
-            return boundaries[-1]
-    if val_total >= val_tokens and is_full:
-        return len(shard) - (val_total - val_tokens)
-    return None
+    limit = len(shard) - (val_total - val_tokens)
+    boundaries = np.flatnonzero(shard == EOT)
+    if next_token == EOT:
+        boundaries = np.append(boundaries, len(shard))
+    boundaries = boundaries[boundaries > len(shard) - val_total]  # not the stream's start
+    before = boundaries[boundaries <= limit]
+    if len(before) > 0:
+        return before[-1]
+    return boundaries[0] if len(boundaries) > 0 else limit
 
 
 def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="documents"):
@@ -184,33 +172,22 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
     n = 0  # number of tokens in the shard
     for chunk in chunks:
         while len(chunk) > 0:
-            # the next token is known: does the shard, or the val split, end before it?
-            end = None
-            next_split = split
             if n == shard_size:
                 end = n
-                if val == "first-shard":
+                next_split = split
+                if split == "val" and val == "first-shard":
                     next_split = "train"
-            if split == "val" and val == "documents":
-                cut = val_end(shard[:n], n == shard_size, chunk[0], val_total, val_tokens)
-                if cut is not None:
-                    end = cut
+                elif split == "val" and val_total >= val_tokens:
+                    end = val_end(shard, val_total, val_tokens, chunk[0])
                     next_split = "train"
-            if end is not None:
                 if end > 0:
                     yield split, shard[:end], next_split
-                rest = shard[end:n]
+                rest = shard[end:]
                 shard = np.empty(shard_size, dtype=np.uint16)
                 shard[:len(rest)] = rest
                 n = len(rest)
                 split = next_split
-            # append tokens up to the next place where the shard or the val split may end
             part = chunk[:shard_size - n]
-            if split == "val" and val == "documents":
-                if val_total < val_tokens:
-                    part = part[:val_tokens - val_total]
-                elif EOT in part:
-                    part = part[:np.argmax(part == EOT)]
             shard[n:n + len(part)] = part
             n += len(part)
             chunk = chunk[len(part):]
@@ -220,9 +197,12 @@ def pack(chunks, shard_size, val_tokens, split="val", val_total=0, val="document
         raise ValueError("the source contains no text: all of its documents are empty or not text;"
                          " check --text-column")
     if split == "val" and val == "documents" and val_total > val_tokens:
-        end = n - (val_total - val_tokens)
-        yield "val", shard[:end], "train"
-        shard, n, split = shard[end:n], n - end, "train"
+        end = val_end(shard[:n], val_total, val_tokens)
+        if end > 0:
+            yield "val", shard[:end], "train"
+        shard = shard[end:]
+        n -= end
+        split = "train"
     if split == "val":
         flag = "--val-tokens" if val == "documents" else "--shard-size"
         raise ValueError(f"no tokens are left for the train split: all {val_total:,} are in the val"
@@ -310,7 +290,7 @@ def open_manifest(out, settings):
     manifest = load_manifest(out)
     if manifest is None or not manifest["shards"]:
         start = {"split": "val", "file": 0, "number": 0, "token": 0, "skipped": 0}
-        return {"version": data.MANIFEST_VERSION, **settings, "shards": [], "complete": False,
+        return {"version": MANIFEST_VERSION, **settings, "shards": [], "complete": False,
                 "next": start}
     recorded = {**{key: manifest.get(key) for key in settings}, **manifest["source"]}
     current = {**settings, **settings["source"]}
@@ -386,15 +366,14 @@ def make_shards(source, settings, out, workers):
         val_tokens = shard_size
     manifest = open_manifest(out, {**settings, "val_tokens": val_tokens})
     os.makedirs(out, exist_ok=True)
-    data.check_listed(out, manifest)
     if manifest["complete"]:
-        data.check_unlisted(out, manifest)
+        check_shards(out, manifest)
         return manifest
 
     # a killed process may have left the next shard, which add_shard compares
     index = len(manifest["shards"])
-    following = [shard_name(out, manifest, split, index) for split in ("train", "val")]
-    data.check_unlisted(out, manifest, following)
+    check_shards(out, manifest,
+                 [shard_name(out, manifest, split, index) for split in ("train", "val")])
 
     done = sum(shard["tokens"] for shard in manifest["shards"])
     free = shutil.disk_usage(out).free
@@ -436,13 +415,11 @@ def verify(out):
     Raises ValueError for a damaged shard, ids that are not GPT-2's, and any difference from the
     manifest, if the folder has one.
     """
-    if not os.path.isdir(out) or not data.find_shards(out, "train"):
+    if not os.path.isdir(out) or not find_shards(out, "train"):
         raise FileNotFoundError(f"no shards (*_train_000001.npy or .bin) in {out!r}")
-    train, val = data.prepare_data(out)
+    train, val = prepare_data(out)
     manifest = load_manifest(out)
-    listed = {}
-    if manifest is not None:
-        listed = {entry["file"]: entry for entry in manifest["shards"]}
+    listed = {entry["file"]: entry for entry in manifest["shards"]} if manifest else {}
     for split, paths in ("val", val), ("train", train):
         documents = 0
         num_tokens = 0

@@ -68,9 +68,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer, prepare_data
+from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer
 from run.files import atomic_write, check_output
 from run.folder import read_config, read_log, saved_steps
+from run.prepare import prepare_data
 from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG,
                            GPT3_SIZES, band_at, corpus_of, find_curve, is_judged, not_comparable,
                            published, size_of, val_stream, verdict)

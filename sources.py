@@ -6,7 +6,8 @@ read and tokenize independently of each other:
 
     .parquet        one row group; FineWeb's have about 1,000 documents
     .arrow          a few rows; datasets.save_to_disk writes such files
-    .jsonl, .json   about 1 MB of JSON objects, each a document: one a line, or one array of them
+    .jsonl, .json   about 1 MB of JSON objects, each a document: one a line, one array of them, or
+                    indented ones
     .txt            about 1 MB of text; documents end at <|endoftext|> or with the file
 
 .jsonl, .json and .txt files may be compressed (.gz, .zst). A byte order mark at the start of a file
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from data import END_OF_TEXT
 from run.files import check_regular
+from run.prepare import not_utf8
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -87,8 +89,7 @@ def damage_as_error(name):
             raise
         reason = " ".join(str(e).split())
         if isinstance(e, UnicodeDecodeError):
-            raise ValueError(f"{name} is not UTF-8 text ({reason}); convert it: iconv -f ENCODING"
-                             " -t UTF-8, where ENCODING may be UTF-16 or LATIN1") from e
+            raise not_utf8(name, reason) from e
         if re.search("crypt|LZO", reason):
             raise ValueError(f"{name} is encrypted or compressed by LZO, which pyarrow does not"
                              f" read ({reason}); write it again") from e
@@ -97,12 +98,6 @@ def damage_as_error(name):
 
 # -----------------------------------------------------------------------------
 # reading files in pieces
-
-def text_bytes(metadata, column, i):
-    """Uncompressed size of the column in row group i, in bytes."""
-    paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
-    return metadata.row_group(i).column(paths.index(column)).total_uncompressed_size
-
 
 def check_column(name, column, columns):
     """ValueError unless the columns of a file, or the fields of its first object, have this one."""
@@ -122,14 +117,21 @@ def check_schema(name, column, schema):
                          " choose another with --text-column")
 
 
-def read_footer(open_file, name, column):
-    """Metadata of a parquet file; raises ValueError unless it has the column, and it is text."""
-    with open_file() as f:
+def read_footer(source, name, column):
+    """(metadata, uncompressed bytes of the column in each row group) of a parquet file.
+
+    Raises ValueError unless it has the column, and it is text.
+    """
+    with source.open(name) as f:
         file = pq.ParquetFile(f, buffer_size=BLOCK_BYTES)
         check_schema(name, column, file.metadata.schema.to_arrow_schema())
         # raises an error if the column is encrypted, whose size would abort the process
         next(file.iter_batches(1, columns=[column], use_threads=False), None)
-    return file.metadata
+    metadata = file.metadata
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    column_chunks = [metadata.row_group(i).column(paths.index(column))
+                     for i in range(metadata.num_row_groups)]
+    return metadata, [chunk.total_uncompressed_size for chunk in column_chunks]
 
 
 def values_of(array):
@@ -142,30 +144,28 @@ def values_of(array):
         return [value for i in range(len(array)) for value in values_of(array.slice(i, 1))]
 
 
-def read_row_group(open_file, name, metadata, i, column):
+def read_row_group(source, name, metadata, i, column, buffer_size):
     """Yields the texts of row group i in lists.
 
-    Holds the compressed column and one list in memory; of a large row group, not even the column.
+    Holds the compressed column and one list in memory; with a buffer_size, in bytes, not even the
+    column.
     """
-    is_large = text_bytes(metadata, column, i) > PIECE_BYTES
-    with damage_as_error(name), open_file() as f:
-        file = pq.ParquetFile(f, metadata=metadata, pre_buffer=False,
-                              buffer_size=BLOCK_BYTES if is_large else 0)
+    with damage_as_error(name), source.open(name) as f:
+        file = pq.ParquetFile(f, metadata=metadata, pre_buffer=False, buffer_size=buffer_size)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[i], columns=[column],
                                        use_threads=False):
             # by name: columns=["a.b"] also reads the field b of a struct a
             yield values_of(batch.column(column))
 
 
-def parquet_pieces(open_file, name, column):
+def parquet_pieces(source, name, column):
     """Yields (batches, True) for each row group; a large one is read here and yielded in parts."""
-    metadata = read_footer(open_file, name, column)
-    for i in range(metadata.num_row_groups):
-        batches = read_row_group(open_file, name, metadata, i, column)
-        if text_bytes(metadata, column, i) <= PIECE_BYTES:
-            yield batches, True
+    metadata, sizes = read_footer(source, name, column)
+    for i, size in enumerate(sizes):
+        if size <= PIECE_BYTES:
+            yield read_row_group(source, name, metadata, i, column, 0), True
         else:
-            for texts in batches:
+            for texts in read_row_group(source, name, metadata, i, column, BLOCK_BYTES):
                 yield [texts], True
 
 
@@ -199,19 +199,23 @@ def parse_rows(rows, name, first, column):
     yield texts
 
 
-def array_rows(f):
-    """Yields the elements of a JSON array as text."""
+def json_values(f):
+    """Yields the JSON values of a file as text: the elements of an array, or one after another."""
     decode = json.JSONDecoder().raw_decode
-    size = 1 << 16  # of a block, which is copied for each element
+    size = 1 << 16  # of a block, which is copied for each value
     f = io.TextIOWrapper(f, "utf-8-sig")
-    text = f.read(size).lstrip()[1:].lstrip()
+    text = f.read(size).lstrip()
+    is_array = text.startswith("[")
+    text = text.removeprefix("[").lstrip()
     while not text.startswith("]"):
         try:
             end = decode(text)[1]
-        except json.JSONDecodeError:  # the element continues in the next block
+        except json.JSONDecodeError:  # the value continues in the next block
             block = f.read(max(size, len(text)))
             if not block:
-                raise
+                if text or is_array:
+                    raise
+                return
             text += block
         else:
             yield text[:end]
@@ -222,10 +226,10 @@ def array_rows(f):
 
 
 def json_pieces(f, name, column):
-    """Yields (batches, True) for BLOCK_BYTES of JSON lines, or BATCH_ROWS elements of an array."""
-    if re.match(rb"(\xef\xbb\xbf)?\s*\[", f.peek(64)):
-        elements = array_rows(f)
-        blocks = iter(lambda: list(itertools.islice(elements, BATCH_ROWS)), [])
+    """Yields (batches, True) for BLOCK_BYTES of JSON lines, or for BATCH_ROWS other JSON values."""
+    if re.match(rb"(\xef\xbb\xbf)?\s*(\[|{\s*\n)", f.peek(64)):  # an array, or indented objects
+        values = json_values(f)
+        blocks = iter(lambda: list(itertools.islice(values, BATCH_ROWS)), [])
     else:
         blocks = iter(lambda: f.readlines(BLOCK_BYTES - 1), [])  # of at least BLOCK_BYTES
     first = 1
@@ -241,18 +245,16 @@ def text_blocks(f):
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text = ""
-    is_end = False
-    while not is_end:
-        block = f.read(BLOCK_BYTES)
-        is_end = not block
-        text += decoder.decode(block, final=is_end)
+    for block in iter(lambda: f.read(BLOCK_BYTES), b""):
+        text += decoder.decode(block)
+        # limitation: a text without any border is one block, for whose encoding tiktoken needs 50
+        # times its size
         start = max(0, len(text) - 4096)
         borders = [start + match.start() for match in BORDER.finditer(text[start:])]
-        if is_end:
-            yield text
-        elif borders:
+        if borders:
             yield text[:borders[-1]]
             text = text[borders[-1]:]
+    yield text + decoder.decode(b"", final=True)
 
 
 def txt_pieces(f):
@@ -281,12 +283,11 @@ def decompress(f, suffix):
 
 def file_pieces(source, name, column):
     """Yields (batches, whether it begins a document) for a file; its suffix selects the format."""
-    open_file = functools.partial(source.open, name)
     stem, suffix = os.path.splitext(name)
     if suffix == ".parquet":
-        yield from parquet_pieces(open_file, name, column)
+        yield from parquet_pieces(source, name, column)
         return
-    with open_file() as f:
+    with source.open(name) as f:
         f = io.BufferedReader(f)  # the Hub's files and pyarrow's streams have no readline
         if suffix in CODECS:
             if not f.peek(1):
@@ -297,7 +298,7 @@ def file_pieces(source, name, column):
             yield from arrow_pieces(f, name, column)
             return
         if b"\0" in f.peek(4)[:4]:
-            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16 has such bytes")
+            raise not_utf8(name, "it has the zero bytes of UTF-16")
         if suffix == ".txt":
             yield from txt_pieces(f)
         else:
@@ -358,31 +359,33 @@ def find_files(path):
 
 def local_source(paths):
     """The Source of local files and folders, which are searched recursively."""
-    names, labels = [], []
+    names = []
+    places = set()
+    description = {"files": []}
     for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no input at {path}; --input takes files"
+                                    f" ({', '.join(SUFFIXES)}) and folders of them")
         if os.path.isdir(path):
             root = path
             found = find_files(path)
         else:
             root = os.path.dirname(path) or "."
             found = [path] if path.endswith(SUFFIXES) else []
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no input at {path}; --input takes files"
-                                    f" ({', '.join(SUFFIXES)}) and folders of them")
         if not found:
             raise ValueError(f"--input {path}: no file of a supported format"
                              f" ({', '.join(SUFFIXES)})")
-        names += found
-        labels += [os.path.relpath(name, root).replace(os.sep, "/") for name in found]
-    places = set()
-    for name in names:
-        check_regular(name)
-        place = os.path.realpath(name)
-        if place in places:
-            raise ValueError(f"--input {name} is given twice (as {place}); each file is read once")
-        places.add(place)
-    sizes = [os.path.getsize(name) for name in names]
-    description = {"files": [[label, size] for label, size in zip(labels, sizes)]}
+        for name in found:
+            check_regular(name)
+            place = os.path.realpath(name)
+            if place in places:
+                raise ValueError(f"--input {name} is given twice (as {place}); each file is read"
+                                 " once")
+            places.add(place)
+            names.append(name)
+            label = os.path.relpath(name, root).replace(os.sep, "/")
+            description["files"].append([label, os.path.getsize(name)])
+    sizes = [size for _, size in description["files"]]
     return Source(description, names, sizes, functools.partial(open, mode="rb"))
 
 
@@ -484,7 +487,7 @@ def estimate_tokens(source, column):
     for name, file_size in zip(source.names, source.sizes):
         if name.endswith(".parquet"):
             with damage_as_error(name):
-                tokens += estimate_parquet(functools.partial(source.open, name), name, column)
+                tokens += estimate_parquet(source, name, column)
         elif name.endswith(CODECS):  # text compresses to half its size or less
             tokens += TOKENS_PER_BYTE * file_size * 2
         else:
@@ -495,21 +498,18 @@ def estimate_tokens(source, column):
     return int(tokens / max(1, size) * sum(source.sizes))
 
 
-def estimate_parquet(open_file, name, column):
+def estimate_parquet(source, name, column):
     """Estimated number of tokens in a parquet file.
 
     If it has FineWeb's column token_count (GPT-2's tokens), its first row group gives the rate.
     """
-    metadata = read_footer(open_file, name, column)
-    sizes = [text_bytes(metadata, column, i) for i in range(metadata.num_row_groups)]
-    schema = metadata.schema.to_arrow_schema()
+    metadata, sizes = read_footer(source, name, column)
     tokens_per_byte = TOKENS_PER_BYTE
-    if sizes and "token_count" in schema.names:
-        if pa.types.is_integer(schema.field("token_count").type):
-            with open_file() as f:
-                group = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])
-            counts = group["token_count"].to_pylist()
-            total = sum(count for count in counts if count is not None)
-            if 0 < total <= sizes[0]:  # a token has at least one byte: else they are not GPT-2's
-                tokens_per_byte = total / sizes[0]
+    if sizes and "token_count" in metadata.schema.to_arrow_schema().names:
+        with source.open(name) as f:
+            group = pq.ParquetFile(f).read_row_group(0, columns=["token_count"])
+        counts = group["token_count"].to_pylist()
+        total = sum(count for count in counts if isinstance(count, int))
+        if 0 < total <= sizes[0]:  # a token has at least one byte: else they are not GPT-2's
+            tokens_per_byte = total / sizes[0]
     return tokens_per_byte * sum(sizes)

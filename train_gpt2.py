@@ -35,6 +35,7 @@ import hellaswag
 from model import GPT
 from plots import plot_run
 from run import checkpoint, folder, parallel, reference
+from run.prepare import prepare_data
 from run.runtime import (autocast, choose_dtype, full_float32, get_rng_state, keep_freed_memory,
                          matmul_flops, peak_flops, set_rng_state, use_deterministic_algorithms)
 from run.settings import (LOSS_CHUNKS, check_same_on_all_ranks, config_from_flags, how_to_resume,
@@ -256,7 +257,7 @@ def open_data(config, ranks):
     """[train TokenStream, val TokenStream]; a text file is tokenized first, by rank 0."""
     # the other ranks find the files that rank 0 has written
     with parallel.rank0_first(ranks):
-        splits = data.prepare_data(config.data)
+        splits = prepare_data(config.data)
     streams = [data.TokenStream(shards, config.vocab_size) for shards in splits]
     # machines may have different files at the same path, which would go unnoticed
     fingerprints = parallel.all_gather([stream.fingerprint() for stream in streams], ranks)

@@ -22,7 +22,7 @@ import numpy as np
 
 from run.cli import command, print0
 from run.folder import read_config, read_log
-from data import load_manifest
+from run.prepare import load_manifest
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "curves")
 

@@ -33,11 +33,11 @@ from safetensors.torch import save as save_safetensors
 
 from run import cli
 import convert
-import data
 from run import files
 from common import TINY
 from convert import hf_state_dict
 from model import GPT, GPTConfig
+from run.prepare import prepare_data
 
 TIMEOUT = 20      # seconds that a command may take
 MEMORY = 2 << 30  # bytes of address space that a command may add
@@ -102,7 +102,7 @@ def tokenized(template, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenized") / "here"
     shutil.copytree(template, folder, symlinks=True)
     with contextlib.chdir(folder):
-        data.prepare_data("in.txt")
+        prepare_data("in.txt")
     return folder
 
 
@@ -404,7 +404,7 @@ FINEWEB = [
     (AGAIN, "created with other flags or from another source: shard_size was 100000, is 1"),
     (AGAIN, "shards/manifest.json is damaged", write("shards/manifest.json", "")),
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
-    (AGAIN, "shards/manifest.json is damaged", shard(tokens=-5)),
+    (AGAIN, "shards/manifest.json is damaged", shard(tokens="5")),
     # --verify
     *((f"--verify {name!r}", f"no shards (*_train_000001.npy or .bin) in {name!r}")
       for name in ("", "nowhere", "in.txt")),
@@ -486,7 +486,7 @@ DATA = [
     ("nowhere", "no data at nowhere"),
     # text
     ("a.txt", "a.txt is empty: there is nothing to train on", write("a.txt", b"\xef\xbb\xbf")),
-    ("a.txt", "a.txt is not UTF-8 text: byte 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
+    ("a.txt", "byte 0xe9 in position 3", write("a.txt", "caf\u00e9".encode("latin-1"))),
     ("a.txt", "a.txt is not UTF-8 text", write("a.txt", "plain text".encode("utf-16-le"))),
     ("a.txt", "whitespace characters from character", write("a.txt", "a b" + " " * 2_000_000)),
     ("/dev/stdin", "/dev/stdin is not a regular file"),

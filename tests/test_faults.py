@@ -27,6 +27,7 @@ import data
 import train_gpt2
 from common import ENV, ROOT
 from run import checkpoint, folder, weights
+from run.prepare import prepare_data
 from test_train_gpt2 import TINY, command, log_of, run_here, start, text, train  # noqa: F401
 
 STEPS = 18
@@ -507,7 +508,7 @@ def test_other_data_is_an_error_unless_forced(uninterrupted, tmp_path):
     path = checkpoint.load_latest(run_dir).state["train_config"]["data"]
     shards = tmp_path / "shards"
     os.mkdir(shards)
-    train_paths, val_paths = data.prepare_data(path)
+    train_paths, val_paths = prepare_data(path)
     stream = data.TokenStream(train_paths)
     tokens = stream.read(0, len(stream))
     data.write_shard(str(shards / "a_train_000001.npy"), tokens[::-1].copy())

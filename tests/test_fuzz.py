@@ -32,7 +32,7 @@ import hellaswag
 import plots
 from common import python, tiny_model
 from convert import hf_state_dict
-from run import folder, weights
+from run import folder, prepare, weights
 from run.checkpoint import model_contents
 
 SECONDS = 5  # for one input
@@ -174,7 +174,7 @@ SHARDS = [
     for number, split in enumerate(("val", "train"))
 ]
 MANIFEST = {
-    "version": data.MANIFEST_VERSION,
+    "version": prepare.MANIFEST_VERSION,
     "source": {"files": [["in.txt", 9]]},
     "shards": SHARDS,
     "next": {"split": "train", "file": 1, "number": 0, "token": 0, "skipped": 0},
@@ -189,7 +189,7 @@ def test_manifest(tmp_path_factory, contents):
     for shard in SHARDS:
         data.write_shard(str(folder / shard["file"]), np.array([50256, 1, 2, 3], dtype=np.uint16))
     (folder / "manifest.json").write_bytes(contents)
-    reads_or_explains(lambda: data.prepare_data(str(folder)), str(folder))
+    reads_or_explains(lambda: prepare.prepare_data(str(folder)), str(folder))
 
 
 EXAMPLE = {"activity_label": "Roof", "ctx_a": "A man is on a roof.", "ctx_b": "he", "label": 3,

@@ -16,9 +16,9 @@ from common import ROOT, python
 LAYERS = [
     {"run.cli", "run.files", "model"},
     {"run.config", "run.runtime", "data"},
-    {"run.folder", "sources"},
-    {"run.weights", "run.reference", "fineweb"},
-    {"run.checkpoint", "run.parallel", "run.tokenizer"},
+    {"run.folder", "run.prepare"},
+    {"run.weights", "run.reference", "sources"},
+    {"run.checkpoint", "run.parallel", "run.tokenizer", "fineweb"},
     {"run.settings", "convert", "plots", "sample", "hellaswag"},
     {"train_gpt2"},
 ]
