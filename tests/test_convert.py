@@ -23,7 +23,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_model as save_tied
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, pipeline)
 from transformers.activations import ACT2FN
 
 import convert
@@ -126,10 +127,14 @@ def test_a_checkpoint_of_build_nanogpt_loads_with_its_pickled_config(
 
 
 def test_a_checkpoint_of_a_fork_loads(tmp_path, monkeypatch, capsys):
-    """Its GPTConfig is of another module, with other fields; NumPy's scalars are plain values."""
+    """Its GPTConfig is of another module, with other fields; NumPy's scalars are plain values.
+
+    A file with NumPy's random state, an array, was refused.
+    """
     model, path = random_model(), str(tmp_path / "model_19072.pt")
     contents = {"model": model.state_dict(), "step": np.int64(7), "val_loss": np.float32(3.5),
-                "done": np.bool_(True), "big_endian": np.dtype(">f8").type(2)}
+                "done": np.bool_(True), "big_endian": np.dtype(">f8").type(2),
+                "rng": np.random.get_state()}
     save_with_config(contents, path, monkeypatch, "gpt.model.GPTConfig", n_layer=np.int32(2),
                      device=torch.device("cpu"), dtype=torch.float32)
     loaded, info = load_model(path)
@@ -368,6 +373,28 @@ def test_equal_weights_of_a_model_that_is_not_tied_load(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("rounded", ["lm_head.weight", "transformer.wte.weight"])
+def test_an_lm_head_in_another_dtype_is_tied(tmp_path, rounded):
+    """It was refused as an untied one. The more precise of the two is kept."""
+    model, path = random_model(), str(tmp_path / "ckpt.pt")
+    state_dict = model.state_dict()
+    state_dict[rounded] = state_dict[rounded].bfloat16()
+    torch.save({"model": state_dict, "model_args": vars(model.config)}, path)
+    check_same(model, load_model(path)[0])
+    state_dict[rounded] = state_dict[rounded] * 2
+    torch.save({"model": state_dict, "model_args": vars(model.config)}, path)
+    with pytest.raises(ValueError, match="an untied lm_head"):
+        load_model(path)
+
+
+def test_a_classifier_is_named_by_its_head(tmp_path):
+    """The hint was that the checkpoint may have another n_layer."""
+    GPT2ForSequenceClassification(gpt2().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=": score.weight are missing, unexpected") as error:
+        load_model(str(tmp_path))
+    assert "n_layer" not in str(error.value)
+
+
 @pytest.mark.parametrize("changes, omitted", [
     # the other names of GPT2Config.attribute_map
     ({GPT2Config.attribute_map[name]: None for name in GPT2Config.attribute_map}, []),
@@ -471,6 +498,19 @@ def test_existing_files_are_overwritten_only_with_the_flag(tmp_path, monkeypatch
         run(monkeypatch, capsys, *arguments, "--overwrite")
         check_same(second, load_model(str(tmp_path / out))[0])
     assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_without_a_tokenizer_is_exported_without_one(tmp_path, monkeypatch, capsys):
+    """It was refused, although transformers loads it."""
+    theirs = gpt2()
+    theirs.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(sys, "argv", ["convert.py", "export", str(tmp_path / "source"),
+                                      str(tmp_path / "out")])
+    convert.main()
+    assert "source has no tokenizer, and its vocabulary is not GPT-2's" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json",
+                                                    "generation_config.json", "model.safetensors"]
+    check_logits(tmp_path / "source", GPT2LMHeadModel.from_pretrained(tmp_path / "out"))
 
 
 def test_help_lists_the_flags_of_the_subcommands(monkeypatch, capsys):

@@ -274,7 +274,7 @@ def test_a_published_curve_is_drawn_up_to_the_end_of_the_run(tmp_path):
     for by, factor in (("step", 1), ("tokens", 524288)):
         figure = curves_figure([run], by, None, published("edu-lecture-2xh800"))
         x, y = [0, 250 * factor, 500 * factor], [10.9514, 6.1443, 5.2742]
-        assert lines_of(figure)[0] == ("edu-lecture-2xh800 val (last 5.274)", x, y)
+        assert lines_of(figure)[0] == ("edu-lecture-2xh800 (last 5.274)", x, y)
         assert lines_of(figure, 1)[0][0] == "edu-lecture-2xh800 (last 0.2382)"
 
 

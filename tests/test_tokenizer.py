@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
 
 import convert
 import hellaswag
+import plots
 import sample
 from common import tiny_model
 from run import checkpoint, settings
@@ -231,6 +232,27 @@ def test_hellaswag_is_scored_in_the_folders_tokens(folder, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# pictures
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that plots.py would write, {file name: Figure}."""
+    drawn = {}
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.update(
+        {os.path.basename(path): figure}))
+    return drawn
+
+
+def test_attention_is_labelled_with_the_folders_tokens(folder, figures):
+    """The labels were GPT-2's tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    command(plots, "--weights", folder, "--prompt", "skogen")
+    labels = [label.get_text() for label in figures["attention_0.png"].axes[0].get_xticklabels()]
+    ids = tokenizer("skogen", add_special_tokens=False)["input_ids"]
+    assert labels == [tokenizer.decode([token]) for token in ids]
+
+
+# -----------------------------------------------------------------------------
 # info, export, convert, --init-from
 
 def check_export(source, out, theirs, their_model):
@@ -310,7 +332,7 @@ def test_gpt2s_files_are_recognized(gpt2_folder, tmp_path, files):
         assert find_tokenizer(str(tmp_path), 50257).encode("!").tolist() == [1]
 
 
-def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys):
+def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys, figures):
     """Their rows were cut on export: the usual recipe for chat and padding tokens."""
     tokenizer, model = theirs_of(gpt2_folder)
     tokenizer.add_special_tokens({"pad_token": "<pad>",
@@ -329,7 +351,10 @@ def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys):
     capsys.readouterr()
     command(convert, "info", source)
     assert "50304 (its own tokenizer's 50260, padded)" in capsys.readouterr().out
+    command(plots, "--weights", source)
+    assert figures["norms.png"].axes[0].lines[1].get_xdata()[0] == 50260
     # sampled, too
+    capsys.readouterr()
     ids = tokenizer("<user>", return_tensors="pt")["input_ids"]
     new = model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0,
                          suppress_tokens=list(range(50260, 50304)))  # the padding
