@@ -72,7 +72,7 @@ from data import EOT, TokenStream, prepare_data
 from run.files import atomic_write, check_output
 from run.folder import read_config, read_log, saved_steps
 from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG,
-                           GPT3_SIZES, band_at, corpus_of, find_curve, is_judged, not_comparable,
+                           GPT3_SIZES, band_at, corpus_of, differences, find_curve, is_judged,
                            published, size_of, val_stream, verdict)
 from run.tokenizer import GPT2, load_tokenizer
 from run.weights import load_model
@@ -366,7 +366,7 @@ def curves_figure(run_dirs, by="step", baselines=None, curve=None):
     has_hella = any("hella" in run.streams or "hella_lm_eval" in run.streams for run in runs)
     compared = []  # the runs whose losses are comparable with the curve's
     for run in runs:
-        if curve and not_comparable(run.config, curve) is None:
+        if curve and not differences(run.config, curve):
             stream = val_stream(run.config, curve)
             if stream in run.streams:
                 run.val = stream
