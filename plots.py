@@ -175,7 +175,7 @@ def read_curves(run_dir, by="step", color="tab:blue"):
 def short_count(n):
     """A large number with its unit: 2500000000 -> "2.5B", 1024 -> "1.02K"."""
     for unit in ("", "K", "M", "B"):
-        if abs(n) < 1000:
+        if abs(n) < 999.5:  # 999.9 has the three digits of 1K
             return f"{n:.3g}{unit}"
         n /= 1000
     return f"{n:.3g}T"
