@@ -14,7 +14,8 @@ Hugging Face folder:
     tokenizer.json, tokenizer_config.json  the same for the fast tokenizer
     README.md                              the model card: sizes and scores
 
-A Hugging Face folder's own tokenizer is copied instead (run/tokenizer.py).
+A Hugging Face folder's own tokenizer is copied instead (run/tokenizer.py). A model without one,
+whose vocabulary is not GPT-2's, is exported without.
 
 Sources: https://github.com/openai/gpt-2 (src/encoder.py) for the tokenizer,
 https://huggingface.co/openai-community/gpt2 for Hugging Face's files; those of the other formats
@@ -23,6 +24,7 @@ are in run/weights.py.
 import contextlib
 import json
 import os
+import sys
 
 from run.cli import ArgumentParser, run_main, start
 
@@ -59,8 +61,8 @@ from data import EOT, NUM_TOKENS, get_tokenizer
 from run.checkpoint import model_contents, save_file
 from run.files import atomic_write
 from run.folder import read_log
-from run.tokenizer import (ENDOFTEXT, GPT2, GPT2_SIZES, TOKENIZER_FILES, find_tokenizer,
-                           gpt2_vocab, load_tokenizer)
+from run.tokenizer import (ENDOFTEXT, GPT2, GPT2_SIZES, TOKENIZER_FILES, Tokenizer,
+                           find_tokenizer, gpt2_vocab)
 from run.weights import (HF_WEIGHTS, LLMC_HEADER, LLMC_MAGIC, LLMC_VERSIONS, is_transposed,
                          llmc_names, load_model, read_model)
 
@@ -366,8 +368,7 @@ def describe(source):
 def convert(source, out, suffix, dtype):
     """Writes source's model to out: suffix is ".pt", ".bin", or "" for a Hugging Face folder."""
     model, info = load_model(source)
-    find = find_tokenizer if suffix else load_tokenizer  # a folder needs one
-    tokenizer = find(source, model.config.vocab_size)
+    tokenizer = find_tokenizer(source, model.config.vocab_size)
     if suffix and tokenizer and tokenizer.folder:
         raise ValueError(f"{source} has its own tokenizer, which a {suffix} file cannot hold, and"
                          " it would be taken for GPT-2's; write a folder")
@@ -377,6 +378,11 @@ def convert(source, out, suffix, dtype):
     elif suffix == ".bin":
         save_file(model, out, lambda model, f: write_llmc(model, f, dtype))
     else:
+        if tokenizer is None:
+            print(f"note: {source} has no tokenizer, and its vocabulary is not GPT-2's: {out} gets"
+                  " none; copy tokenizer.json, or vocab.json and merges.txt, into it",
+                  file=sys.stderr)
+            tokenizer = Tokenizer(None, None, -1, model.config.vocab_size, source)
         write_hf(model, out, dtype, info, tokenizer)
 
 

@@ -389,7 +389,7 @@ class SharedContext:
         return k, v, self.attn_mask
 
 
-def score_batch(model, hidden, rows, T, num_tokens):
+def score_batch(model, rows, T, num_tokens):
     """(ending ids int64, log-probabilities float64), (N) NumPy arrays.
 
     They have an entry for each token of an ending.
@@ -398,7 +398,7 @@ def score_batch(model, hidden, rows, T, num_tokens):
     *arrays, ending_ids = collate(rows, T)
     idx, pos, segment, predicting, source, target = (torch.from_numpy(a).to(device) for a in arrays)
     masks = [SharedContext(segment)] * model.config.n_layer
-    x = hidden(idx, pos, masks)                                         # (B, T, C)
+    x = model.hidden(idx, pos, masks)                                   # (B, T, C)
     # hidden runs in the autocast dtype, the logits in float32
     with torch.autocast(device.type, enabled=False):
         x = x.flatten(0, 1)[predicting].float()                         # (M, C)
@@ -408,13 +408,12 @@ def score_batch(model, hidden, rows, T, num_tokens):
 
 
 @torch.no_grad()
-def score(model, rendered, dtype, ranks, batch_tokens=None, hidden=None,
-          num_tokens=GPT2.num_tokens):
+def score(model, rendered, dtype, ranks, batch_tokens=None, num_tokens=GPT2.num_tokens):
     """(sums, num_truncated): the log-probability of each ending in nats, (n, 4) float64.
 
     The same on every rank; the batches are split over the ranks. rendered: a list of what
-    render_example returns. hidden: a compiled model.hidden. num_tokens: the vocabulary without
-    padding. If a stop is requested, scoring ends before the next batch and returns None.
+    render_example returns. num_tokens: the vocabulary without padding. If a stop is requested,
+    scoring ends before the next batch and returns None.
     """
     if batch_tokens is None:
         batch_tokens = 4096 if ranks.device_type == "cpu" else 32768
@@ -434,8 +433,7 @@ def score(model, rendered, dtype, ranks, batch_tokens=None, hidden=None,
                     return None
                 i = first + ranks.rank
                 if i < len(batches):
-                    ending_ids, logprobs = score_batch(model, hidden or model.hidden, *batches[i],
-                                                       num_tokens)
+                    ending_ids, logprobs = score_batch(model, *batches[i], num_tokens)
                     np.add.at(sums, ending_ids, logprobs)
     finally:
         model.train(was_training)
@@ -470,7 +468,7 @@ def metrics(sums, lengths, labels):
     return result
 
 
-def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None):
+def evaluate(model, dataset, dtype, ranks, batch_tokens=None):
     """({style: metrics}, {style: sums (n, 4)}, {style: number of truncated examples}).
 
     The same on every rank. dataset is a HellaSwag; the other arguments are those of score.
@@ -478,7 +476,7 @@ def evaluate(model, dataset, dtype, ranks, batch_tokens=None, hidden=None):
     """
     results, sums, num_truncated = {}, {}, {}
     for style in STYLES:
-        scored = score(model, dataset.rendered[style], dtype, ranks, batch_tokens, hidden,
+        scored = score(model, dataset.rendered[style], dtype, ranks, batch_tokens,
                        dataset.num_tokens)
         if scored is None:
             return None
@@ -545,10 +543,11 @@ def score_source(args, path, ranks):
     tokenizer = load_tokenizer(args.source, model.config.vocab_size)
     dataset = prepare(path, args.limit, tokenizer)
     n = len(dataset.examples)
-    hidden = torch.compile(model.hidden, dynamic=True) if args.compile == "on" else None
+    if args.compile == "on":
+        model.hidden = torch.compile(model.hidden, dynamic=True)
     dtype = choose_dtype(args.dtype, ranks.device)
     t0 = time.perf_counter()
-    results, sums, num_truncated = evaluate(model, dataset, dtype, ranks, args.batch_tokens, hidden)
+    results, sums, num_truncated = evaluate(model, dataset, dtype, ranks, args.batch_tokens)
     seconds = time.perf_counter() - t0
     if any(math.isnan(r["acc"]) for r in results.values()):
         raise ValueError(f"log-probabilities of {args.source} are NaN or infinite: its activations"

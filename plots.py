@@ -68,13 +68,14 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import EOT, NUM_TOKENS, TokenStream, encode, get_tokenizer
+from data import EOT, TokenStream
 from run.files import atomic_write, check_output
 from run.folder import read_config, read_log, saved_steps
 from run.prepare import prepare_data
 from run.reference import (GPT2_HELLASWAG, GPT2_HELLASWAG_LM_EVAL, GPT2_LOSS, GPT3_HELLASWAG,
-                           GPT3_SIZES, band_at, corpus_of, find_curve, is_judged, not_comparable,
+                           GPT3_SIZES, band_at, corpus_of, differences, find_curve, is_judged,
                            published, size_of, val_stream, verdict)
+from run.tokenizer import GPT2, load_tokenizer
 from run.weights import load_model
 
 # of the small panels
@@ -144,16 +145,9 @@ class Curves:
     val: str = "val"  # the stream of the validation losses to draw: val or val_N
 
 
-def check_run(run_dir):
-    """Raises FileNotFoundError if a folder is not a run's."""
-    if not os.path.exists(os.path.join(run_dir, "log.txt")):
-        raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
-
-
 def read_curves(run_dir, by="step", color="tab:blue"):
     """The Curves of a run folder, over `by`, a key of AXES."""
     path = os.path.join(run_dir, "log.txt")
-    check_run(run_dir)
     config = read_config(run_dir)
     streams, skipped = {}, {}
     for stream, points in read_log(path).items():
@@ -164,19 +158,17 @@ def read_curves(run_dir, by="step", color="tab:blue"):
             streams[stream] = steps[finite], values[finite]
     if "train" not in streams and "val" not in streams:
         raise ValueError(f"{path} has no losses yet; draw the run after its first step")
-    known = {"step", "tokens"} if "total_batch_size" in config else {"step"}
-    if "tokens" in known and "tok_per_sec" in streams:
-        known.add("hours")
-    if by not in known:
+    size = config.get("total_batch_size")  # tokens per step
+    if (by != "step" and not size) or (by == "hours" and "tok_per_sec" not in streams):
         raise ValueError(f"--by {by} needs total_batch_size in {run_dir}/config.json, and hours"
                          f" need tok_per_sec in {path} too; use --by step")
-    if by == "tokens":
-        streams = {stream: (steps * config["total_batch_size"], values)
-                   for stream, (steps, values) in streams.items()}
     if by == "hours":
-        clock_steps, hours = clock(*streams["tok_per_sec"], config["total_batch_size"])
-        streams = {stream: (np.interp(steps, clock_steps, hours), values)
-                   for stream, (steps, values) in streams.items()}
+        clock_steps, hours = clock(*streams["tok_per_sec"], size)
+    for stream, (steps, values) in streams.items():
+        if by == "tokens":
+            streams[stream] = steps * size, values
+        elif by == "hours":
+            streams[stream] = np.interp(steps, clock_steps, hours), values
     name = as_label(os.path.basename(os.path.abspath(run_dir)))
     return Curves(run_dir, name, config, color, streams, skipped)
 
@@ -184,7 +176,7 @@ def read_curves(run_dir, by="step", color="tab:blue"):
 def short_count(n):
     """A large number with its unit: 2500000000 -> "2.5B", 1024 -> "1.02K"."""
     for unit in ("", "K", "M", "B"):
-        if abs(n) < 1000:
+        if abs(n) < 999.5:  # 999.9 has the three digits of 1K
             return f"{n:.3g}{unit}"
         n /= 1000
     return f"{n:.3g}T"
@@ -225,9 +217,8 @@ def draw_published(panel, curve, stream, by, end):
     x = [step * factor for step in points if step * factor <= end]
     if x:
         values = list(points.values())[:len(x)]
-        last = f"val (last {values[-1]:.3f})" if stream == "val" else f"(last {values[-1]:.4f})"
         panel.plot(x, values, color="0.25", linestyle="--", linewidth=1.3, zorder=2.5,
-                   label=f"{curve.name} {last}")
+                   label=f"{curve.name} (last {values[-1]:.4g})")
 
 
 def axis_start(run):
@@ -356,6 +347,8 @@ def draw_stream(panel, runs, stream):
     if skipped:
         title += f", {skipped} non-finite"
     panel.set_title(title, fontsize=10)
+    if stream == "tok_per_sec":
+        panel.yaxis.set_major_formatter(lambda value, _: short_count(value))
 
 
 def curves_figure(run_dirs, by="step", baselines=None, curve=None):
@@ -374,44 +367,37 @@ def curves_figure(run_dirs, by="step", baselines=None, curve=None):
     has_hella = any("hella" in run.streams or "hella_lm_eval" in run.streams for run in runs)
     compared = []  # the runs whose losses are comparable with the curve's
     for run in runs:
-        if curve and not_comparable(run.config, curve) is None:
+        if curve and not differences(run.config, curve):
             stream = val_stream(run.config, curve)
             if stream in run.streams:
                 run.val = stream
                 compared.append(run)
 
-    # loss, HellaSwag and the difference to the curve above, the small panels below
-    large = ["loss"]
-    if compared:
-        large.append("difference")
-    if has_hella:
-        large.append("hellaswag")
-    figure = new_figure(4 + 4.5 * len(large), 6.1 if small else 4.2, dpi=80)
+    # loss, the difference to the curve and HellaSwag above, the small panels below
+    num_large = 1 + bool(compared) + has_hella
+    figure = new_figure(4 + 4.5 * num_large, 6.1 if small else 4.2)
     top = figure
     if small:
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, 1])
-    large_panels = top.subplots(1, len(large), squeeze=False)[0]
+    large_panels = top.subplots(1, num_large, squeeze=False)[0]
     small_panels = bottom.subplots(1, len(small), squeeze=False)[0] if small else []
-
-    end = 1.01 * max(x[-1] for run in runs for x, _ in run.streams.values())
-    for panel, name in zip(large_panels, large):
-        if name == "difference":
-            draw_difference(panel, compared, curve, by)
-        elif name == "loss":
-            if curve:
-                draw_published(panel, curve, "val", by, end)
-            draw_loss(panel, runs, baselines)
-        else:
-            if curve:
-                draw_published(panel, curve, "hella", by, end)
-            draw_hellaswag(panel, runs)
+    if curve:
+        end = 1.01 * max(x[-1] for run in runs for x, _ in run.streams.values())
+        draw_published(large_panels[0], curve, "val", by, end)
+        if has_hella:
+            draw_published(large_panels[-1], curve, "hella", by, end)
+    draw_loss(large_panels[0], runs, baselines)
+    if compared:
+        draw_difference(large_panels[1], compared, curve, by)
+    if has_hella:
+        draw_hellaswag(large_panels[-1], runs)
+    for panel in large_panels:
         panel.set_xlabel(AXES[by])
-        panel.legend(fontsize=8, loc="lower right" if name == "hellaswag" else "upper right",
-                     borderaxespad=1)
+        # losses fall, scores rise
+        is_hella = has_hella and panel is large_panels[-1]
+        panel.legend(fontsize=8, loc="lower right" if is_hella else "upper right", borderaxespad=1)
     for panel, stream in zip(small_panels, small):
         draw_stream(panel, [run for run in runs if stream in run.streams], stream)
-        if stream == "tok_per_sec":
-            panel.yaxis.set_major_formatter(lambda value, _: short_count(value))
     for panel in [*large_panels, *small_panels]:
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=by == "step", min_n_ticks=1)
@@ -480,18 +466,18 @@ def c_attn_figure(model, layer=1):
     return figure
 
 
-def norms_figure(model):
+def norms_figure(model, num_tokens=GPT2.num_tokens):
     """Figure of the norm of each token's embedding, by token id.
 
     Ids are in the order in which the tokenizer's merges were learned: low ids are frequent. Ids
-    from 50257 on are padding.
+    from num_tokens on are padding.
     """
     norms = model.transformer.wte.weight.detach().float().norm(dim=1).cpu()
     figure = new_figure(11, 3.4)
     panel = figure.subplots()
-    panel.plot(norms[:NUM_TOKENS], ".", markersize=1, alpha=0.4)
-    if len(norms) > NUM_TOKENS:
-        panel.plot(range(NUM_TOKENS, len(norms)), norms[NUM_TOKENS:], "o", markersize=3,
+    panel.plot(norms[:num_tokens], ".", markersize=1, alpha=0.4)
+    if len(norms) > num_tokens:
+        panel.plot(range(num_tokens, len(norms)), norms[num_tokens:], "o", markersize=3,
                    color="tab:red", label="padding")
         panel.legend(fontsize=8)
     panel.set(title="norm of each token's row in wte", xlabel="token id", ylabel="norm",
@@ -508,7 +494,7 @@ def default_prompt(source):
         return "Hello, I'm a language model, and I know what I said"
     val_stream = TokenStream(prepare_data(path)[1])
     tokens = val_stream.read(0, min(MAX_LABELS, len(val_stream)))
-    return get_tokenizer().decode(tokens[tokens != EOT].tolist())
+    return GPT2.decode(tokens[tokens != EOT].tolist())
 
 
 @torch.no_grad()
@@ -531,17 +517,16 @@ def attention_weights(model, idx, layer):
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
 
-def attention_figure(model, prompt, layer=0):
+def attention_figure(model, prompt, layer=0, tokenizer=GPT2):
     """Figure of a block's attention weights on a prompt, one panel per head.
 
     The color scale is the square root of the weight: small weights are visible.
     """
     from matplotlib.colors import PowerNorm
-    tokens = (encode(prompt).tolist() or [EOT])[:model.config.block_size]
+    tokens = (tokenizer.encode(prompt).tolist() or [tokenizer.eot])[:model.config.block_size]
     idx = torch.tensor(tokens, device=model.lm_head.weight.device)
     weights = attention_weights(model, idx, layer).cpu().numpy()
     ticks = range(0, len(tokens), math.ceil(len(tokens) / MAX_LABELS))
-    tokenizer = get_tokenizer()
     labels = [tokenizer.decode([tokens[i]]).replace("\n", "\\n").replace("$", r"\$") for i in ticks]
     columns = max(n for n in range(1, 6) if len(weights) % n == 0)
     rows = len(weights) // columns
@@ -568,15 +553,16 @@ def draw_weights(source, folder, prompt):
     model, _ = load_model(source)
     os.makedirs(folder, exist_ok=True)
     prompt = prompt or default_prompt(source)
-    num_blocks = len(model.transformer.h)
+    num_blocks = model.config.n_layer
 
     def write(name, figure):
         print("wrote", write_figure(figure, os.path.join(folder, f"{name}.png")))
     write("wpe", wpe_figure(model))
     write("c_attn", c_attn_figure(model, min(1, num_blocks - 1)))
-    write("norms", norms_figure(model))
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
+    write("norms", norms_figure(model, tokenizer.num_tokens))
     for layer in range(num_blocks):
-        write(f"attention_{layer}", attention_figure(model, prompt, layer))
+        write(f"attention_{layer}", attention_figure(model, prompt, layer, tokenizer))
 
 
 def draw_curves(run_dirs, path, by, baselines, reference):
@@ -585,16 +571,12 @@ def draw_curves(run_dirs, path, by, baselines, reference):
     baselines: None, a corpus, or "" for the first run's; reference: None, the name of a curve, or
     "" for the one that fits the first run.
     """
-    for run_dir in run_dirs:
-        check_run(run_dir)
     if path is None:
         path = os.path.join(run_dirs[0], "loss.png")
     check_output(path)
     settings = read_config(run_dirs[0])
-    curve = None
-    if reference:
-        curve = published(reference)
-    elif reference is not None:
+    curve = published(reference) if reference else None
+    if reference == "":
         curve, reason = find_curve(settings)
         if curve is None:
             raise ValueError(f"--reference: no published curve fits {run_dirs[0]}: {reason}")
@@ -604,10 +586,8 @@ def draw_curves(run_dirs, path, by, baselines, reference):
             raise ValueError(f"--baselines: {run_dirs[0]} is not known to be trained on FineWeb-Edu"
                              " or FineWeb; name the corpus of its validation data, edu or fineweb")
     if by is None:
-        by = "step"
-        if curve and any(read_config(run_dir).get("total_batch_size") !=
-                         curve.settings["total_batch_size"] for run_dir in run_dirs):
-            by = "tokens"
+        sizes = {read_config(run_dir).get("total_batch_size") for run_dir in run_dirs}
+        by = "tokens" if curve and sizes != {curve.settings["total_batch_size"]} else "step"
     figure = curves_figure(run_dirs, by, baselines, curve)
     print("wrote", write_figure(figure, path))
 
@@ -616,8 +596,11 @@ def main():
     args = parse_args()
     if args.weights:
         draw_weights(args.source[0], args.out, args.prompt)
-    elif args.verdict:
-        check_run(args.source[0])
+        return
+    for run_dir in args.source:
+        if not os.path.exists(os.path.join(run_dir, "log.txt")):
+            raise FileNotFoundError(f"{run_dir} has no log.txt; give a run folder, log/<exp-name>")
+    if args.verdict:
         print(verdict(args.source[0], args.reference))
     else:
         draw_curves(args.source, args.out, args.by, args.baselines, args.reference)

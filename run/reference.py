@@ -117,55 +117,50 @@ def corpus_of(path):
 # -----------------------------------------------------------------------------
 # which curve a run can be compared with
 
-# settings without which losses are not comparable
+# settings without which a run trains something else
 TASK = ("corpus", "n_layer", "n_embd", "total_batch_size")
+# what must hold for its validation losses to be comparable; not_compared is a curve's reason
+COMPARABLE = (*TASK, "not_compared", "val_tokens")
 # settings that change the loss, the most likely cause first
-CAUSES = ("optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ratio", "init",
-          "block_size", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "embd_lr_ratio",
-          "n_head", "shuffle")
+CAUSES = ("init_from", "optimizer", "lr", "schedule", "warmup_steps", "max_steps", "min_lr_ratio",
+          "init", "block_size", "weight_decay", "beta1", "beta2", "grad_clip", "dropout",
+          "embd_lr_ratio", "n_head", "shuffle")
 
 
-def another_task(settings, curve):
-    """Why a run, a dict of settings, trains something else than a published run; None if not."""
+def differences(settings, curve, names=COMPARABLE):
+    """["lr is 0.0012, the published run's is 0.0006", ...]: how a run differs from a published one.
+
+    settings: the run's, a dict. names: of the settings to compare, of which either may lack some.
+    Without differences in COMPARABLE, the run's validation losses are comparable with the curve's.
+    """
     data = settings.get("data") or "unknown"
     run = {**settings, "corpus": corpus_of(data)}
-    if run["corpus"] is None:
-        return (f"the data, {os.path.basename(os.path.normpath(data))}, are not known to be"
-                " FineWeb's or FineWeb-Edu's sample of 10B tokens")
-    for name in TASK:
-        if run.get(name) != curve.settings[name]:
-            return f"{name} is {run.get(name)}, the published run's is {curve.settings[name]}"
-    return None
-
-
-def not_comparable(settings, curve):
-    """Why a run's validation losses are not comparable with a curve's; None if they are."""
-    reason = another_task(settings, curve) or curve.settings.get("not_compared")
-    if reason is None and settings["val_tokens"] < curve.settings["val_tokens"]:
-        reason = (f"it validates on {settings['val_tokens']:,} tokens, the published run on"
-                  f" {curve.settings['val_tokens']:,}")
-    return reason
+    found = []
+    for name in names:
+        value, expected = run.get(name), curve.settings.get(name)
+        if name == "corpus" and value is None:
+            found.append(f"the data, {os.path.basename(os.path.normpath(data))}, are not known to"
+                         " be FineWeb's or FineWeb-Edu's sample of 10B tokens")
+        elif name == "not_compared" and expected:
+            found.append(expected)
+        elif name == "init_from" and value:
+            found.append(f"init_from is {value}: it does not start from random weights")
+        elif value is None or expected is None:
+            continue
+        elif name == "val_tokens":
+            if value < expected:
+                found.append(f"it validates on {value:,} tokens, the published run on {expected:,}")
+        elif name == "max_steps" and abs(value - expected) < 0.05 * expected:
+            continue  # a few shards more or less change the schedule little
+        elif value != expected:
+            found.append(f"{name} is {value}, the published run's is {expected}")
+    return found
 
 
 def val_stream(settings, curve):
     """The stream of log.txt that has a run's loss on the validation tokens of a curve."""
     val_tokens = curve.settings["val_tokens"]
     return "val" if settings["val_tokens"] == val_tokens else f"val_{val_tokens}"
-
-
-def differences(settings, curve):
-    """["lr is 0.0012, the published run's is 0.0006", ...], the most likely cause first."""
-    found = []
-    if settings.get("init_from"):
-        found.append(f"init_from is {settings['init_from']}: it does not start from random weights")
-    for name in CAUSES:
-        if name in settings and name in curve.settings:
-            value, expected = settings[name], curve.settings[name]
-            # a few shards more or less change the schedule little
-            near = name == "max_steps" and abs(value - expected) < 0.05 * expected
-            if value != expected and not near:
-                found.append(f"{name} is {value}, the published run's is {expected}")
-    return found
 
 
 def find_curve(settings, name=None):
@@ -175,17 +170,15 @@ def find_curve(settings, name=None):
     most known settings. name: compare with this curve only.
     """
     curves = [published(n) for n in ([name] if name else published_names())]
+    comparable = [curve for curve in curves if not differences(settings, curve)]
+    if not comparable:
+        reasons = [differences(settings, curve) for curve in curves]
+        return None, min(reasons, key=len)[0]  # of the nearest curve
 
     def distance(curve):
         known = curve.settings
-        return len(differences(settings, curve)), -known["val_tokens"], -len(known)
-    comparable = [curve for curve in curves if not_comparable(settings, curve) is None]
-    if comparable:
-        return min(comparable, key=distance), None
-    # the reason against the curve that agrees in the most of TASK
-    run = {**settings, "corpus": corpus_of(settings.get("data", ""))}
-    nearest = max(curves, key=lambda c: [run.get(key) == c.settings[key] for key in TASK])
-    return None, not_comparable(settings, nearest)
+        return len(differences(settings, curve, CAUSES)), -known["val_tokens"], -len(known)
+    return min(comparable, key=distance), None
 
 
 # -----------------------------------------------------------------------------
@@ -235,15 +228,15 @@ def comparison_line(settings, curve, step, val):
 
 def likely_causes(settings, curve, worse):
     """Up to three likely causes why a run is outside the band, worse or better."""
-    causes = differences(settings, curve)
-    if not worse:
-        return (causes or ["validation text among the training data"])[:3]
-    # a permutation does not raise the loss
-    causes = [cause for cause in causes if not cause.startswith("shuffle ")]
-    causes += [f"the shards: {command('fineweb.py', '--verify', settings['data'])}",
-               "the tokenizer, if another program has made the shards",
-               "the autocast dtype: does --dtype float32 give the same loss in the first steps?"]
-    return causes[:3]
+    causes = differences(settings, curve, CAUSES)
+    if worse:
+        # a permutation does not raise the loss
+        causes = [cause for cause in causes if not cause.startswith("shuffle ")]
+        causes += [f"the shards: {command('fineweb.py', '--verify', settings['data'])}",
+                   "the tokenizer, if another program has made the shards",
+                   "the autocast dtype: does --dtype float32 give the same loss in the first"
+                   " steps?"]
+    return causes[:3] or ["validation text among the training data"]
 
 
 # -----------------------------------------------------------------------------
@@ -265,15 +258,15 @@ HINT_LATER = ("step 0 agrees, so data and initial weights are right: the learnin
               " the optimizer, gradient clipping, or the data of the later steps")
 
 
-def first_losses(settings, train, norm):
+def first_losses(settings, log):
     """[(step, line), ...] on the first losses of a run that repeats the lecture's; [] for others.
 
-    The lines: that they are as published, at step 49, and the first departure. train, norm:
-    {step: value} of the run.
+    The lines: that they are as published, at step 49, and the first departure. log: read_log's.
     """
     curve = published(FINGERPRINT)
-    if settings.get("preset") != LECTURE or another_task(settings, curve):
+    if settings.get("preset") != LECTURE or differences(settings, curve, TASK):
         return []
+    train, norm = dict(log.get("train", [])), dict(log.get("norm", []))
     lines = []
     largest = 0.0
     for step, expected in curve.streams["train"].items():
@@ -283,7 +276,7 @@ def first_losses(settings, train, norm):
         difference = abs(train[step] - expected)
         if not difference <= tolerance:  # NaN too
             hint = HINT_AT_0 if step == 0 else HINT_LATER
-            causes = [*differences(settings, curve)[:3], hint]
+            causes = [*differences(settings, curve, CAUSES)[:3], hint]
             lines.append((step, f"step {step}: loss {train[step]:.4f}, published {expected:.4f}:"
                           f" departs from the public runs (±{tolerance:g})\n"
                           f"  most likely: {'; '.join(causes)}"))
@@ -330,7 +323,7 @@ def print_first_losses(run_dir, settings, step):
     """Prints the line of first_losses that is due after a step's update, if any."""
     if settings["preset"] == LECTURE and step <= LAST_STEP:
         log = read_log(os.path.join(run_dir, "log.txt"))
-        for line_step, line in first_losses(settings, dict(log["train"]), dict(log["norm"])):
+        for line_step, line in first_losses(settings, log):
             if line_step == step:
                 print0(line)
 
@@ -340,8 +333,7 @@ def verdict(run_dir, name=None):
     log = read_log(os.path.join(run_dir, "log.txt"))
     settings = read_config(run_dir)
     run_name = os.path.basename(os.path.abspath(run_dir))
-    train, norm = dict(log.get("train", [])), dict(log.get("norm", []))
-    lines = [line for _, line in first_losses(settings, train, norm)]
+    lines = [line for _, line in first_losses(settings, log)]
     curve, reason = find_curve(settings, name)
     if curve is None:
         lines.append(f"{run_name} is not compared with published runs: {reason}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from data import EOT, NUM_TOKENS, encode, get_tokenizer
 from run.files import check_regular
-from run.weights import is_hf
+from run.weights import hf_files
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -116,7 +116,7 @@ def read_tokenizer(folder):
 def find_tokenizer(source, vocab_size):
     """The Tokenizer of what load_model takes, of this vocab_size; None if it is unknown."""
     names = []
-    if os.path.isdir(source) and is_hf(source):
+    if hf_files(source):
         names = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(source, name))]
     if not set(names) & set(TOKENIZER_FILES[:5]):
         return GPT2 if vocab_size in GPT2_SIZES else None

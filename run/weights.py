@@ -72,16 +72,26 @@ def pickled_scalar(dtype, contents):
     return np.frombuffer(contents, dtype.code)[0].item()
 
 
+class PickledArray:
+    """What a pickled NumPy array is loaded as: nothing, its contents are not needed."""
+
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
+
+
 def stand_ins(path):
     """[(what is loaded, name of what was pickled), ...]: the only names that a file may contain.
 
     pickle names a class by its module, which is any script's; the class itself is never imported.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    configs = [(PickledConfig, name) for name in names if name.endswith(".GPTConfig")]
-    return [*configs, (PickledDtype, "numpy.dtype"),
-            (pickled_scalar, "numpy._core.multiarray.scalar"),
-            (pickled_scalar, "numpy.core.multiarray.scalar")]  # NumPy 1
+    found = [(PickledConfig, name) for name in names if name.endswith(".GPTConfig")]
+    found += [(PickledDtype, "numpy.dtype"), (PickledArray, "numpy.ndarray")]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # the latter is NumPy 1's
+        found += [(pickled_scalar, f"{module}.scalar"), (PickledArray, f"{module}._reconstruct")]
+    return found
 
 
 def load_file(path, mmap=False):
@@ -123,25 +133,21 @@ def config_of(values, path):
 
 
 def read_pt(path):
-    """read_model's result for a file of torch.save."""
+    """(GPTConfig, state dict, {"kind", "step", "val_loss"}) of a file of torch.save."""
     contents = load_file(path, mmap=True)
     is_model = isinstance(contents, dict) and isinstance(contents.get("model"), dict)
-    if is_model and "model_args" in contents:
-        kind = "nanoGPT"
-        config = contents["model_args"]
-        step = contents.get("iter_num")
-        val_loss = contents.get("best_val_loss")
-    elif is_model and "config" in contents:
-        kind = "this project"
-        config = contents["config"]
-        step = contents.get("step")
-        val_loss = contents.get("val_loss")
-    else:
+    if not is_model or not {"config", "model_args"} & contents.keys():
         raise ValueError(f'{path} is not a model checkpoint: it lacks "model" and "config"'
                          ' (model_*.pt of a run) or "model_args" (nanoGPT)')
+    kind = "this project"
+    config, step, val_loss = (contents.get(name) for name in ("config", "step", "val_loss"))
     if isinstance(config, PickledConfig):
         kind = "build-nanogpt"
         config = vars(config)
+    if "model_args" in contents:  # beside "config", the settings of the run
+        kind = "nanoGPT"
+        config = contents["model_args"]
+        step, val_loss = contents.get("iter_num"), contents.get("best_val_loss")
     if isinstance(val_loss, torch.Tensor):  # nanoGPT's
         val_loss = val_loss.item()
     weights = {}
@@ -149,7 +155,7 @@ def read_pt(path):
         if not name.endswith(".attn.bias"):  # the causal mask, a buffer in the lecture's attention
             # torch.compile and DDP prefix the names
             weights[re.sub(r"^(_orig_mod\.|module\.)+", "", name)] = tensor
-    info = {"kind": kind, "path": path, "step": step, "val_loss": val_loss}
+    info = {"kind": kind, "step": step, "val_loss": val_loss}
     return config_of(config, path), tie_lm_head(weights, path), info
 
 
@@ -171,7 +177,7 @@ def llmc_names(n_layer):
 
 
 def read_llmc(path):
-    """read_model's result for a model_*.bin; the padding rows of its vocabulary are skipped."""
+    """(GPTConfig, state dict, {"kind"}) of a model_*.bin, without its padding rows."""
     header = np.fromfile(path, dtype="<i4", count=LLMC_HEADER)
     if len(header) < LLMC_HEADER or header[0] != LLMC_MAGIC:
         raise ValueError(f"{path} is not an llm.c model: it starts with {header[:1].tolist()}, not"
@@ -182,17 +188,14 @@ def read_llmc(path):
                          " 3 (float32) and 5 (bfloat16)")
     shape = dict(block_size=T, vocab_size=V, n_layer=L, n_head=nh, n_embd=C)
     config = config_of(shape, path)
-    itemsize = 4 if version == 3 else 2  # bytes per value
+    dtype = getattr(torch, LLMC_VERSIONS[version])
     padding = max(padded_V - V, 0) * C   # values
-    expected = 4 * LLMC_HEADER + itemsize * (config.num_params() + padding)
+    expected = 4 * LLMC_HEADER + dtype.itemsize * (config.num_params() + padding)
     if os.path.getsize(path) != expected:
         raise ValueError(f"{path} is truncated or damaged: expected {expected:,} bytes, found"
                          f" {os.path.getsize(path):,}")
     # memory-mapped; mode c, copy on write: torch warns about read-only arrays
-    dtype = "<f4" if version == 3 else "<u2"
-    values = torch.from_numpy(np.memmap(path, dtype=dtype, mode="c", offset=4 * LLMC_HEADER))
-    if version == 5:
-        values = values.view(torch.bfloat16)
+    values = torch.from_numpy(np.memmap(path, mode="c", offset=4 * LLMC_HEADER)).view(dtype)
     with torch.device("meta"):  # for the shapes
         params = dict(GPT(config).named_parameters())
     weights = {}
@@ -203,8 +206,7 @@ def read_llmc(path):
         offset += size
         if name == "transformer.wte.weight":
             offset += padding
-    info = {"kind": "llm.c", "path": path, "step": None, "val_loss": None}
-    return config, tie_lm_head(weights, path), info
+    return config, tie_lm_head(weights, path), {"kind": "llm.c"}
 
 
 # -----------------------------------------------------------------------------
@@ -214,6 +216,11 @@ HF_WEIGHTS = "model.safetensors"
 # in the order in which transformers looks for them; an index is of weights in several files
 HF_FILES = [HF_WEIGHTS, f"{HF_WEIGHTS}.index.json", "pytorch_model.bin",
             "pytorch_model.bin.index.json"]
+
+
+def hf_files(folder):
+    """Those of HF_FILES that a folder has; [] for another source."""
+    return [name for name in HF_FILES if os.path.isfile(os.path.join(folder, name))]
 
 
 def is_transposed(name):
@@ -228,11 +235,13 @@ def tie_lm_head(weights, source):
     found = [weights[name] for name in names if name in weights]
     if not found:
         return weights  # check_weights names what is missing
+    found.sort(key=lambda tensor: tensor.itemsize)  # one of the two may be rounded
+    rounded = found[-1].to(found[0].dtype)
     # as bytes, because NaN is not equal to itself
-    if not torch.equal(found[0].view(torch.uint8), found[-1].view(torch.uint8)):
+    if not torch.equal(found[0].view(torch.uint8), rounded.view(torch.uint8)):
         raise ValueError(f"lm_head.weight and wte.weight of {source} differ (an untied lm_head):"
                          " not a GPT-2")
-    return {**weights, **dict.fromkeys(names, found[0])}
+    return {**weights, **dict.fromkeys(names, found[-1])}
 
 
 def from_hf_names(hf_state_dict, source="the state dict"):
@@ -241,11 +250,12 @@ def from_hf_names(hf_state_dict, source="the state dict"):
     Raises ValueError for an untied lm_head.
     """
     weights = {}
+    lacks_prefix = not any(name.startswith("transformer.") for name in hf_state_dict)
     for name, tensor in hf_state_dict.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # causal masks, which old files hold as buffers
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"  # OpenAI's files and GPT2Model's lack the prefix
+        if lacks_prefix and name != "lm_head.weight":  # OpenAI's files and GPT2Model's
+            name = f"transformer.{name}"
         weights[name] = tensor.t() if is_transposed(name) else tensor
     return tie_lm_head(weights, source)
 
@@ -262,11 +272,10 @@ def read_json(path, parse):
 
 
 def read_hf(name_or_folder):
-    """(GPTConfig, state dict as stored, memory-mapped) of what GPT.from_pretrained takes."""
+    """(GPTConfig, state dict, {"kind"}) of a Hugging Face folder or a repository on the Hub."""
     import safetensors.torch
     config = read_json(hub_file(name_or_folder, "config.json"), GPTConfig.from_hf)
-    found = [name for name in HF_FILES if os.path.isfile(os.path.join(name_or_folder, name))]
-    names = found[:1] or [HF_WEIGHTS]
+    names = hf_files(name_or_folder)[:1] or [HF_WEIGHTS]
     if names[0].endswith(".json"):
         index_path = hub_file(name_or_folder, names[0])
         names = read_json(index_path, lambda index: sorted(set(index["weight_map"].values())))
@@ -281,7 +290,7 @@ def read_hf(name_or_folder):
         # KeyError: an unknown dtype, TypeError: not a dict
         except (safetensors.SafetensorError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
-    return config, weights
+    return config, from_hf_names(weights, name_or_folder), {"kind": "Hugging Face"}
 
 
 def hub_file(name_or_folder, filename):
@@ -315,13 +324,6 @@ def hub_file(name_or_folder, filename):
 
 # -----------------------------------------------------------------------------
 # a model from any source
-
-
-def is_hf(source):
-    """Whether a source is the name of one of OpenAI's models, or a Hugging Face folder."""
-    if source.removeprefix("openai-community/") in PRETRAINED:
-        return True
-    return any(os.path.isfile(os.path.join(source, name)) for name in HF_FILES)
 
 
 def model_file(source):
@@ -358,13 +360,15 @@ def check_weights(config, weights, path):
     with torch.device("meta"):
         expected = GPT(config).state_dict()
     wrong = sorted(expected.keys() ^ weights.keys())
+    hint = ""
+    if any(".h." in name for name in wrong):  # not for a classifier's head, score.weight
+        hint = "; the checkpoint may have another n_layer"
     for name in expected.keys() & weights.keys():
         if expected[name].shape != weights[name].shape:
             wrong.append(f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}")
     if wrong:
-        raise ValueError(f"the weights of {path} do not fit this model: {', '.join(wrong[:3])}"
-                         f" are missing, unexpected or of another shape ({len(wrong)} in all);"
-                         " the checkpoint may have another n_layer")
+        raise ValueError(f"the weights of {path} do not fit this model: {', '.join(wrong[:3])} are"
+                         f" missing, unexpected or of another shape ({len(wrong)} in all){hint}")
 
 
 def check_finite(model, path):
@@ -381,20 +385,19 @@ def check_finite(model, path):
 def read_model(source):
     """(GPTConfig, state dict under our names, info) of what load_model takes.
 
-    The weights are as stored, mostly memory-mapped, and fit the config. info is {"kind", "path",
-    "step", "val_loss"}; the last two are None if unknown.
+    The weights are as stored, mostly memory-mapped, and fit the config. info is {"path", "step",
+    "val_loss", "kind"}; the second and third are None if unknown.
     """
     if not source:
         raise ValueError("the name of the checkpoint is empty")
-    if is_hf(source):
-        config, hf_state_dict = read_hf(source)
-        weights = from_hf_names(hf_state_dict, source)
-        info = {"kind": "Hugging Face", "path": source, "step": None, "val_loss": None}
+    if hf_files(source) or source.removeprefix("openai-community/") in PRETRAINED:
+        path, read = source, read_hf
     else:
         path = model_file(source)
-        config, weights, info = read_llmc(path) if path.endswith(".bin") else read_pt(path)
-    check_weights(config, weights, info["path"])
-    return config, weights, info
+        read = read_llmc if path.endswith(".bin") else read_pt
+    config, weights, info = read(path)
+    check_weights(config, weights, path)
+    return config, weights, {"path": path, "step": None, "val_loss": None, **info}
 
 
 def load_model(source, device="cpu", block_size=None, dropout=None):

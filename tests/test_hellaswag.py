@@ -32,7 +32,6 @@ from convert import hf_state_dict
 from data import EOT, NUM_TOKENS, get_tokenizer
 from hellaswag import get_most_likely_row
 from run.cli import StopSignals
-from run.weights import from_hf_names
 
 REAL_DATA = os.environ.get("GPT2_REAL_DATA")
 needs_data = pytest.mark.skipif(not REAL_DATA, reason="GPT2_REAL_DATA is not set")
@@ -102,9 +101,9 @@ def reference_sums(model, dataset, style):
         for k, ending in enumerate(endings):
             row = torch.from_numpy(np.concatenate([context, ending]).astype(np.int64))
             row = row[-model.config.block_size - 1:]
-            logits = model.lm_head(model.hidden(row[None, :-1]))[0, :, :NUM_TOKENS]
-            logprobs = logits.double().log_softmax(-1).gather(-1, row[1:, None])[:, 0]
-            sums[i, k] = logprobs[-len(ending):].sum()
+            x = model.hidden(row[None, :-1])[0, -len(ending):]
+            logprobs = model.lm_head(x)[:, :NUM_TOKENS].double().log_softmax(-1)
+            sums[i, k] = logprobs.gather(-1, row[-len(ending):, None]).sum()
     return sums
 
 
@@ -170,15 +169,6 @@ def test_batches_contain_every_ending_once_and_respect_batch_tokens():
     assert max(len(batch) for batch, _ in batches) > 1
 
 
-def test_endings_are_masked_from_each_other(tmp_path):
-    examples = make_examples(1)
-    sums = compute_sums(small_model(), make_dataset(tmp_path, examples))
-    examples[0]["endings"][:3] = ["something else", "short", "a text longer than the others"]
-    changed = compute_sums(small_model(), make_dataset(tmp_path, examples))
-    assert abs(sums[0, 3] - changed[0, 3]) < 1e-4
-    assert (np.abs(sums[0, :3] - changed[0, :3]) > 1).all()
-
-
 @pytest.mark.parametrize("style", hellaswag.STYLES)
 def test_texts_longer_than_the_block_are_truncated(tmp_path, style):
     """As in the harness, the last block_size + 1 tokens of context + ending are kept."""
@@ -197,16 +187,6 @@ def test_a_uniform_model_predicts_the_first_of_equal_endings(tmp_path):
     np.testing.assert_allclose(sums, -num_tokens * np.log(NUM_TOKENS), rtol=1e-6)
     assert get_most_likely_row(sums).tolist() == num_tokens.argmin(axis=1).tolist()
     assert get_most_likely_row(sums, num_tokens).tolist() == [0] * 12
-
-
-def test_a_padded_vocabulary_scores_as_the_exported_model(tmp_path):
-    """The 47 padding ids get no probability: the score is the same with and without them."""
-    padded = small_model(50304)
-    exported = small_model(NUM_TOKENS)
-    exported.load_state_dict(from_hf_names(hf_state_dict(padded)))
-    dataset = make_dataset(tmp_path, make_examples(3))
-    np.testing.assert_allclose(compute_sums(padded, dataset), compute_sums(exported, dataset),
-                               atol=1e-5, rtol=0)
 
 
 def test_bfloat16_is_close_to_float32_and_training_mode_is_restored(tmp_path):
@@ -243,11 +223,11 @@ def stop_after_two_batches(monkeypatch):
     """Requests a stop, as SIGTERM would, in the second batch; returns the list of the batches."""
     batches, score_batch = [], hellaswag.score_batch
 
-    def score_batch_and_stop(model, hidden, *batch):
+    def score_batch_and_stop(model, *batch):
         batches.append(batch)
         if len(batches) == 2:
             monkeypatch.setattr(StopSignals, "received", "SIGTERM")
-        return score_batch(model, hidden, *batch)
+        return score_batch(model, *batch)
     monkeypatch.setattr(hellaswag, "score_batch", score_batch_and_stop)
     return batches
 
@@ -391,9 +371,10 @@ def test_a_compiled_network_gives_the_same_scores_from_few_graphs(tmp_path):
     from torch._dynamo.testing import CompileCounterWithBackend
     model, dataset = small_model(), make_dataset(tmp_path, make_examples(40))
     counter = CompileCounterWithBackend("aot_eager")
-    hidden = torch.compile(model.hidden, dynamic=True, backend=counter)
-    sums = compute_sums(model, dataset, batch_tokens=250, hidden=hidden)
-    np.testing.assert_allclose(sums, compute_sums(model, dataset, batch_tokens=250), **TOLERANCE)
+    expected = compute_sums(model, dataset, batch_tokens=250)
+    model.hidden = torch.compile(model.hidden, dynamic=True, backend=counter)
+    sums = compute_sums(model, dataset, batch_tokens=250)
+    np.testing.assert_allclose(sums, expected, **TOLERANCE)
     rows, _ = hellaswag.pack(dataset.rendered["completion"], 256)
     shapes = {(len(batch), T) for batch, T in hellaswag.make_batches(rows, 250)}
     assert len(shapes) >= 6 and counter.frame_count <= 3, (len(shapes), counter.frame_count)
@@ -402,27 +383,19 @@ def test_a_compiled_network_gives_the_same_scores_from_few_graphs(tmp_path):
 # -----------------------------------------------------------------------------
 # the file of examples
 
-def test_gzip_and_plain_files_have_the_same_examples(tmp_path):
-    examples = make_examples(3)
-    path = write_jsonl(tmp_path / "a.jsonl", examples)
-    with open(path, "rb") as f, gzip.open(f"{path}.gz", "wb") as g:
-        g.write(f.read())
+def test_a_file_may_be_compressed_and_have_a_byte_order_mark_blank_lines_and_labels_as_strings(
+        tmp_path):
+    examples = make_examples(2)
+    # the Hub's labels are strings
+    lines = [json.dumps({**example, "label": str(example["label"])}).encode()
+             for example in examples]
+    contents = b"\xef\xbb\xbf" + lines[0] + b"\r\n\r\n" + lines[1] + b"\n\n  \n"
+    path = str(tmp_path / "a.jsonl")
+    with open(path, "wb") as f, gzip.open(f"{path}.gz", "wb") as g:
+        f.write(contents)
+        g.write(contents)
     assert list(hellaswag.iterate_examples(path)) == examples
     assert list(hellaswag.iterate_examples(f"{path}.gz")) == examples
-
-
-def test_labels_may_be_strings_as_on_the_hub(tmp_path):
-    examples = make_examples(2)
-    examples[0]["label"] = "3"
-    assert make_dataset(tmp_path, examples).labels[0] == 3
-
-
-def test_a_byte_order_mark_and_blank_lines_are_accepted(tmp_path):
-    examples = make_examples(2)
-    lines = [json.dumps(example).encode() for example in examples]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\r\n" + lines[1] + b"\n\n  \n")
-    assert list(hellaswag.iterate_examples(str(path))) == examples
 
 
 # -----------------------------------------------------------------------------

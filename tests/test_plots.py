@@ -65,9 +65,10 @@ def test_smooth_is_a_centered_mean_that_starts_at_the_first_value():
 
 
 def test_large_numbers_are_short():
-    numbers = (0, 0.5, 999, 1024, -2500, 19073, 2.5e9, 3e12)
+    """999,999 was 1e+03K."""
+    numbers = (0, 0.5, 999, 1024, -2500, 19073, 999_999, 2.5e9, 3e12)
     assert [short_count(n) for n in numbers] == ["0", "0.5", "999", "1.02K", "-2.5K", "19.1K",
-                                                 "2.5B", "3T"]
+                                                 "1M", "2.5B", "3T"]
 
 
 def colors(path):
@@ -274,7 +275,7 @@ def test_a_published_curve_is_drawn_up_to_the_end_of_the_run(tmp_path):
     for by, factor in (("step", 1), ("tokens", 524288)):
         figure = curves_figure([run], by, None, published("edu-lecture-2xh800"))
         x, y = [0, 250 * factor, 500 * factor], [10.9514, 6.1443, 5.2742]
-        assert lines_of(figure)[0] == ("edu-lecture-2xh800 val (last 5.274)", x, y)
+        assert lines_of(figure)[0] == ("edu-lecture-2xh800 (last 5.274)", x, y)
         assert lines_of(figure, 1)[0][0] == "edu-lecture-2xh800 (last 0.2382)"
 
 
@@ -315,15 +316,24 @@ def test_the_difference_to_a_published_curve_has_a_panel(tmp_path):
         assert panels[1].get_title() == "learning rate (peak 3.00e-01)"
 
 
-def test_a_finished_run_is_drawn_beside_the_published_curve_that_fits_it(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "a", total_batch_size=524288, val={0: 10.9, 500: 5.3})
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments of the calls of curves_figure, which draws nothing."""
+    calls = []
+
+    def curves_figure(*args):
+        calls.append(args)
+        return plots.new_figure(1, 1)
+    monkeypatch.setattr(plots, "curves_figure", curves_figure)
+    return calls
+
+
+def test_a_finished_run_is_drawn_beside_the_published_curve_that_fits_it(tmp_path, drawn):
+    run = make_run(tmp_path / "a", total_batch_size=524288)
     assert plots.fitting_curve(run) is None  # on an unknown corpus
     (tmp_path / "a" / "config.json").write_text(json.dumps({"config": FINEWEB_EDU}))
-    drawn, figure_of = [], plots.curves_figure
-    monkeypatch.setattr(plots, "curves_figure",
-                        lambda *args: drawn.append(args[-1]) or figure_of(*args))
     assert plot_run(run) == f"{run}/loss.png"
-    assert [curve.name for curve in drawn] == ["edu-lecture-2xh100"]
+    assert [curve.name for *_, curve in drawn] == ["edu-lecture-2xh100"]
 
 
 # -----------------------------------------------------------------------------
@@ -483,7 +493,7 @@ def test_several_runs_go_into_one_picture_in_the_format_of_its_name(run_dir, tmp
     assert out.read_bytes()[:4] == magic
 
 
-def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_plots):
+def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_plots, monkeypatch):
     run = save_run(tmp_path / "run", model)
     names = ["wpe.png", "c_attn.png", "norms.png", "attention_0.png", "attention_1.png"]
     out = tmp_path / "out"
@@ -491,13 +501,11 @@ def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_pl
     arguments = ["--weights", run, "--out", out, "--prompt", "to be or not " * 10]
     assert run_plots(*arguments) == (0, expected, "")
     assert all(matplotlib.image.imread(str(out / name)).std() > 0.05 for name in names)
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: path)
     assert run_plots("--weights", run)[1] == expected.replace(str(out), run)
 
 
-def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, monkeypatch):
-    drawn, figure_of = [], plots.curves_figure
-    monkeypatch.setattr(plots, "curves_figure",
-                        lambda *args: drawn.append(args) or figure_of(*args))
+def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, drawn):
     for size in (524288, 100):
         run = make_run(tmp_path / str(size), total_batch_size=size)
         assert run_plots(run, "--reference", "edu-lecture-2xh100")[0] == 0
@@ -507,16 +515,13 @@ def test_reference_is_over_tokens_if_the_batches_differ(tmp_path, run_plots, mon
     assert out.startswith("100 is not compared with published runs: the data, unknown, are not")
 
 
-def test_baselines_are_those_of_the_runs_corpus(tmp_path, run_plots, monkeypatch):
+def test_baselines_are_those_of_the_runs_corpus(tmp_path, run_plots, drawn):
     """--baselines drew FineWeb-Edu's line on a Shakespeare run."""
-    drawn, figure_of = [], plots.curves_figure
-    monkeypatch.setattr(plots, "curves_figure",
-                        lambda *args: drawn.append(args[2]) or figure_of(*args))
     run, edu = make_run(tmp_path / "a"), make_fineweb_edu_run(tmp_path / "b")
     status, _, err = run_plots(run, "--baselines")
     assert status == 2 and f"--baselines: {run} is not known to be trained on FineWeb-Edu" in err
     assert run_plots(run, "--baselines", "fineweb")[0] == run_plots(edu, "--baselines")[0] == 0
-    assert drawn == ["fineweb", "edu"]
+    assert [baselines for _, _, baselines, _ in drawn] == ["fineweb", "edu"]
 
 
 @pytest.mark.parametrize("flag", ["--reference", "--verdict", "--baselines"])

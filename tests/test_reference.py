@@ -317,7 +317,7 @@ def test_a_schedule_that_is_one_step_late_shows_in_the_first_losses():
     """
     losses = published("edu-lecture-2xh800").streams["train"]
     late = {0: losses[0], **{step + 1: losses[step] for step in range(50)}}
-    (step, line), = first_losses(LECTURE, late, {0: 15.342})
+    (step, line), = first_losses(LECTURE, {"train": late.items(), "norm": [(0, 15.342)]})
     assert step == 1 and "departs from the public runs (±0.001)" in line
     vals = val_of("edu-lecture-2xh800")
     fall_per_step = (vals[250] - vals[500]) / 250
@@ -374,7 +374,7 @@ def first_lines(change=lambda step, loss: loss, config=LECTURE, norm=15.342, las
     train = {step: change(step, loss)
              for step, loss in published("edu-lecture-2xh800").streams["train"].items()
              if step <= last}
-    return [line for _, line in first_losses(config, train, {0: norm})]
+    return [line for _, line in first_losses(config, {"train": train.items(), "norm": [(0, norm)]})]
 
 
 def test_the_lectures_first_losses_are_recognized():

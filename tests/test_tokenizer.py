@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
 
 import convert
 import hellaswag
+import plots
 import sample
 from common import tiny_model
 from run import checkpoint, settings
@@ -155,8 +156,7 @@ def theirs_of(folder):
 # -----------------------------------------------------------------------------
 # sampling
 
-@pytest.mark.parametrize("flags", [[], ["--stream"]])
-def test_a_sample_is_the_text_that_transformers_generates(folder, capsys, flags):
+def test_a_sample_is_the_text_that_transformers_generates(folder, capsys):
     """It was GPT-2's tokens, with exit status 0."""
     tokenizer, model = theirs_of(folder)
     ids = tokenizer(PROMPT, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -165,9 +165,10 @@ def test_a_sample_is_the_text_that_transformers_generates(folder, capsys, flags)
     start = len(tokenizer.decode(ids[0]))
     expected = tokenizer.decode(out[0])[start:].removesuffix(tokenizer.eos_token or "none")
     assert len(set(expected)) > 2
-    command(sample, folder, "--prompt", PROMPT, *GREEDY, 40, *flags)
-    printed = capsys.readouterr().out.split("\n", 1)[1]
-    assert printed == f"{PROMPT}{expected}\n"
+    for flags in ([], ["--stream"]):
+        command(sample, folder, "--prompt", PROMPT, *GREEDY, 40, *flags)
+        printed = capsys.readouterr().out.split("\n", 1)[1]
+        assert printed == f"{PROMPT}{expected}\n"
 
 
 def test_a_text_ends_at_the_end_token_of_the_tokenizer(swedish, tmp_path, capsys):
@@ -228,6 +229,26 @@ def test_hellaswag_is_scored_in_the_folders_tokens(folder, tmp_path):
         logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
         assert length == len(ending)
         np.testing.assert_allclose(logprob, logprobs[0, -len(ending):].sum(), rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that plots.py would write, {file name: Figure}."""
+    drawn = {}
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.update(
+        {os.path.basename(path): figure}))
+    return drawn
+
+
+def test_attention_is_labelled_with_the_folders_tokens(swedish, figures):
+    """The labels were GPT-2's tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(swedish)
+    command(plots, "--weights", swedish, "--prompt", PROMPT)
+    labels = [label.get_text() for label in figures["attention_0.png"].axes[0].get_xticklabels()]
+    assert labels == [tokenizer.decode([token]) for token in tokenizer(PROMPT)["input_ids"]]
 
 
 # -----------------------------------------------------------------------------
@@ -310,7 +331,7 @@ def test_gpt2s_files_are_recognized(gpt2_folder, tmp_path, files):
         assert find_tokenizer(str(tmp_path), 50257).encode("!").tolist() == [1]
 
 
-def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys):
+def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys, figures):
     """Their rows were cut on export: the usual recipe for chat and padding tokens."""
     tokenizer, model = theirs_of(gpt2_folder)
     tokenizer.add_special_tokens({"pad_token": "<pad>",
@@ -329,7 +350,10 @@ def test_added_tokens_are_not_padding(gpt2_folder, tmp_path, capsys):
     capsys.readouterr()
     command(convert, "info", source)
     assert "50304 (its own tokenizer's 50260, padded)" in capsys.readouterr().out
+    command(plots, "--weights", source)
+    assert figures["norms.png"].axes[0].lines[1].get_xdata()[0] == 50260
     # sampled, too
+    capsys.readouterr()
     ids = tokenizer("<user>", return_tensors="pt")["input_ids"]
     new = model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0,
                          suppress_tokens=list(range(50260, 50304)))  # the padding
