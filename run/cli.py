@@ -42,7 +42,7 @@ def is_rank0():
     return os.environ.get("RANK", "0") == "0"
 
 
-def print0(*args):
+def print0(*args, **kwargs):
     """print on rank 0 only, flushed.
 
     While training, a stdout that is closed or full is a stop request instead of an error.
@@ -50,7 +50,7 @@ def print0(*args):
     if not is_rank0():
         return
     try:
-        print(*args, flush=True)
+        print(*args, **kwargs, flush=True)
     except OSError as e:
         discard_stdout()
         if not StopSignals.active:
