@@ -17,5 +17,7 @@ for argument in "$@"; do
 done
 "$python" -m ruff check --quiet .
 echo "test.sh: pytest ${marks[*]-} ${arguments[*]-}"
-# the files of tests are distributed over the cores; a file's tests share its fixtures
-exec "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}
+# the files of tests are distributed over the cores, in the order of tests/conftest.py instead of
+# those with most tests first; a file's tests share its fixtures
+exec "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+  ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}

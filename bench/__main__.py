@@ -142,7 +142,7 @@ def measurements(result):
     found = {}
     for benchmark, rows in result["benchmarks"].items():
         for row in rows:
-            name = next(iter(row.values()))
+            name, *_ = row.values()
             for unit in COMPARED:
                 if row.get(unit):
                     found[f"{benchmark}: {name}", unit] = float(row[unit])
