@@ -313,16 +313,18 @@ def cuda_graph(function):
 
     They are captured once in a CUDA graph. function must not wait for the GPU.
     """
-    # libraries allocate their workspaces in the first calls, outside of the capture
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):
+    graph = torch.cuda.CUDAGraph()
+    capture = torch.cuda.graph(graph)
+    # libraries allocate their workspaces, one per stream, in the first calls: before the capture,
+    # and on its stream
+    capture.capture_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capture.capture_stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    torch.cuda.current_stream().wait_stream(capture.capture_stream)
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own stream
+        with capture:
+            result = function()
     return graph.replay, result
 
 
@@ -337,14 +339,14 @@ class GraphedHidden:
     def __init__(self, hidden):
         self.hidden = hidden
         self.caches = None  # those that the graph reads and writes
+        self.has_failed = False
 
     def __call__(self, idx, pos, caches):
-        if caches[0].attn_mask is None:  # the first tokens of a text
+        is_prefill = caches[0].attn_mask is None
+        if is_prefill or self.has_failed:
             return self.hidden(idx, pos, caches)
         if caches is not self.caches:
             self._capture(idx, pos, caches)
-        if self.replay is None:
-            return self.hidden(idx, pos, caches)
         self.idx.copy_(idx)
         self.pos.copy_(pos)
         self.replay()
@@ -366,7 +368,9 @@ class GraphedHidden:
             self.replay, self.x = cuda_graph(decode_one)
         except RuntimeError as e:  # perhaps of an old driver
             print_error(f"sampling slowly, without a CUDA graph: {first_line(e)}")
-            self.replay = None
+            self.has_failed = True
+            # a capture computes nothing, nor the mask of this token
+            self.replay, self.x = (lambda: None), decode_one()
 
 
 @torch.no_grad()

@@ -475,6 +475,7 @@ def main():
                 contents = capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks)
                 if ranks.master_process:
                     writer.start(checkpoint.save_and_prune, run_dir, step, *contents)
+                del contents  # the writer has the only reference
             if stopping or step == max_steps:
                 break
 

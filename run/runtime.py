@@ -260,7 +260,10 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0] + reusable
     if device == "xpu":
         reusable = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
-        return torch.xpu.mem_get_info()[0] + reusable
+        try:
+            return torch.xpu.mem_get_info()[0] + reusable
+        except RuntimeError:  # integrated GPUs do not tell (pytorch, issue 194576)
+            return None
     if device == "mps":  # the part of the machine's memory that Metal recommends
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if os.path.exists("/proc/meminfo"):

@@ -288,8 +288,8 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     The sum is within 15% of measured CPU runs.
 
     "state" persists between steps: per parameter 4 bytes of weight, 4 of gradient, and the
-    optimizer's, all divided by world_size if they are sharded. "micro-batch" is added by a forward
-    and backward, at its peak:
+    optimizer's, all divided by world_size if they are sharded; DDP has 4 more, the buckets in which
+    it reduces gradients. "micro-batch" is added by a forward and backward, at its peak:
 
     - activations, bytes per block, token and channel, in 16 bits (in float32): 36 (64). They are
       the block's input, which LayerNorm keeps in float32, 4; both LayerNorms' outputs, q, k, v,
@@ -300,6 +300,8 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
       them. With loss_chunks, of one chunk at a time (model.chunked_loss, not compiled).
     - the weights in the autocast dtype, and the tied embedding's gradient twice, of lm_head and of
       wte
+
+    or by an evaluation, which keeps no activations, but is not compiled.
 
     "torch" is what PyTorch loads in the first step (measured). Not included: the copy of weights
     and moments, 12 bytes per parameter in the CPU memory of rank 0, from which a checkpoint is
@@ -327,17 +329,21 @@ def estimate_memory(config, num_params, B, world_size, loss_chunks=1):
     per_logit = value if is_fused else value + 12
     loss = tokens * V / loss_chunks * per_logit
 
-    micro_batch = activations + loss + casts + 8 * V * C
+    # logits, float32 logits and log-softmax
+    eval_tokens = min(tokens, max(T, 16384))
+    at_evaluation = eval_tokens * V / loss_chunks * (value + 8)
+    at_evaluation += 0 if is_float32 else 2 * num_params
+
+    micro_batch = max(activations + loss + casts + 8 * V * C, at_evaluation)
     state = 8 * num_params + optimizer_bytes(config, num_params)
+    if world_size > 1 and not is_fsdp:
+        state += 4 * num_params
     if is_fsdp:
         state = state / world_size
         gathered = 4 * root + 16 * block   # weights of the root; weights, gradients of two blocks
         at_loss = activations + loss + casts + gathered
         at_backwards_end = gathered + 4 * root + 8 * V * C
-        # to evaluate: an unsharded copy, its casts, the loss
-        copy = num_params * (4 if is_float32 else 6)
-        eval_tokens = min(tokens, max(T, 16384))
-        at_evaluation = copy + eval_tokens * V / loss_chunks * (value + 8)
+        at_evaluation += 4 * num_params    # of an unsharded copy
         micro_batch = max(at_loss, at_backwards_end, at_evaluation)
     return {"state": state, "micro-batch": micro_batch, "torch": 250e6}
 

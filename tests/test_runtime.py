@@ -189,6 +189,9 @@ def test_an_xpu_has_its_own_generator_memory_and_queue(monkeypatch):
     runtime.synchronize("xpu")
     assert calls == [(1.0, "xpu"), "synchronize"]
     assert runtime.free_memory("xpu") == 102 and runtime.device_name("xpu") == "Intel Arc"
+    # an integrated GPU: a traceback ended the plan
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda: torch.ones(2) @ torch.ones(3))
+    assert runtime.free_memory("xpu") is None
     assert choose_dtype("auto", "xpu") == "bfloat16"
     assert runtime.peak_flops("xpu", "bfloat16") is None
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 
 import numpy as np
@@ -880,6 +881,22 @@ def test_the_run(rank, text, tmp_path, monkeypatch):
         assert lr == get_lr(step, 0.1, 0.05, 2, 3, "wsd", 0.2)
         assert tok_per_sec == 128 / dt and mfu == pytest.approx(flops * tok_per_sec / (2 * 1e9))
         assert mfu_name == "MFU"
+
+
+def test_the_copy_of_a_checkpoint_is_freed_before_the_next_one_is_made(
+        text, tmp_path, monkeypatch):
+    """Two of them were in pinned memory, 24 bytes per parameter."""
+    real, copies, alive = parallel.full_state, [], []
+
+    def full_state(*args):
+        alive.append(sum(copy() is not None for copy in copies))
+        weights, states = real(*args)
+        copies.append(weakref.ref(weights["transformer.wte.weight"]))
+        return weights, states
+    monkeypatch.setattr(parallel, "full_state", full_state)
+    assert run_here(tmp_path, *TINY, "--data", text, "--max-steps", "3", "--save-every", "1",
+                    "--val-every", "0") == 0
+    assert alive == [0, 0, 0]
 
 
 def test_the_log_has_a_line_where_an_epoch_ends(tmp_path):
