@@ -754,7 +754,7 @@ def test_the_estimate_is_close_to_the_memory_of_real_training(W, flags, tmp_path
     assert process.returncode == 0, process.stderr[-3000:]
     config = TrainConfig(**{**preset_settings("gpt2-124M"), **parse_args(argv)})
     parts = estimate_memory(config, config.gpt_config().num_params(), 1, W)
-    measured = re.findall(r"^bytes (\d+)", process.stdout, re.MULTILINE)
+    measured = re.findall(r"bytes (\d+)", process.stdout)  # of two ranks perhaps on one line
     assert len(measured) == W
     for num_bytes in measured:
         assert int(num_bytes) == pytest.approx(sum(parts.values()), rel=0.15)
