@@ -217,9 +217,9 @@ def choose_compile(config, max_steps, resumed, ranks):
             return "off"
         if ranks.device_type == "mps" or max_steps < 100:
             return "off"
-        mode = "on"
         if config.dry_run and ranks.device_type != "cuda":
-            return "off"
+            return "off"  # it is not tried, and a CPU may have no compiler
+        mode = "on"
     if mode == "off" or config.dry_run:
         return mode
     print0("trying torch.compile (the first time up to half a minute)")

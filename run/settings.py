@@ -411,7 +411,7 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     training data. ValueError if the run needs more memory than is available.
     """
     before = asdict(config)
-    T, W = config.block_size, ranks.world_size
+    T = config.block_size
     num_params = config.gpt_config().num_params()
     epoch_tokens = (num_tokens - 1) // T * T  # every token but the first is a target
     max_steps = config.max_steps or int(config.epochs * epoch_tokens / config.total_batch_size)
@@ -422,18 +422,19 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     memory = available_memory(ranks)
     # the compiled step needs less memory, so B depends on it
     config.compile = parallel.choose_compile(config, max_steps, resumed, ranks)
-    B, config.loss_chunks = choose_batch_size(config, num_params, W, memory, ranks.device == "cpu")
+    B, config.loss_chunks = choose_batch_size(config, num_params, ranks.world_size, memory,
+                                              ranks.device == "cpu")
     # tokens per step are fixed; B and the number of ranks only arrange them
-    grad_accum_steps = config.total_batch_size // (B * T * W)
+    grad_accum_steps = config.total_batch_size // (B * T * ranks.world_size)
     # a B that was only lowered to a divisor is not stored: other ranks may have other divisors
     if B != given_batch_size(config, grad_accum_steps * B):
         config.batch_size = B
-    parts = estimate_memory(config, num_params, B, W, config.loss_chunks)
-    print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks)
+    print_plan(config, num_tokens, B, max_steps, memory, ranks)
     for name in (*AUTOMATIC, "loss_chunks"):
         if resumed and before[name] not in (getattr(config, name), AUTOMATIC.get(name), 0):
             print0(f"  changed: {name} was {before[name]!r}, is {getattr(config, name)!r}")
-    needed = sum(parts.values())
+    needed = sum(estimate_memory(config, num_params, B, ranks.world_size,
+                                 config.loss_chunks).values())
     if is_too_large(needed, memory) and not (config.force or config.dry_run):
         raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
                          f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
@@ -442,8 +443,8 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     return B, grad_accum_steps, max_steps
 
 
-def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks):
-    """Prints the model, the steps, and what they need; parts: estimate_memory's."""
+def print_plan(config, num_tokens, B, max_steps, memory, ranks):
+    """Prints the model, the steps, and what they need; memory: bytes that each process has."""
     model = config.gpt_config()
     T, W = config.block_size, ranks.world_size
     num_params = model.num_params()
@@ -454,6 +455,7 @@ def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory
     print0(f"data: {num_tokens:,} training tokens; {max_steps:,} steps of"
            f" {config.total_batch_size:,} tokens = {epochs:.2f} epochs")
 
+    grad_accum_steps = config.total_batch_size // (B * T * W)
     line = (f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
             f" {ranks.device_type}, {config.dtype}")
     if config.loss_chunks > 1:
@@ -468,6 +470,7 @@ def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory
                  f" --warmup-steps {max_steps // 10} is 10% of the run")
     print0(line)
 
+    parts = estimate_memory(config, num_params, B, W, config.loss_chunks)
     needed = sum(parts.values())
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"
