@@ -249,9 +249,9 @@ def draw_difference(panel, runs, curve, by):
         x, values = run.streams[run.val]
         losses = dict(zip((x / factor).round().astype(int).tolist(), values))
         drawn = [step for step in steps if step in losses]
-        differences = [losses[step] - curve.streams["val"][step] for step in drawn]
-        panel.plot([step * factor for step in drawn], differences, color=run.color, marker="o",
-                   markersize=3, linewidth=1.2)
+        panel.plot([step * factor for step in drawn],
+                   [losses[step] - curve.streams["val"][step] for step in drawn],
+                   color=run.color, marker="o", markersize=3, linewidth=1.2)
         last = max([last, *drawn])
     steps = [step for step in steps if step <= last]
     band = np.array([band_at(step) for step in steps])

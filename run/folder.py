@@ -198,7 +198,10 @@ class Log:
         self._current_file()
         name = settings["tracker"]
         try:
-            self.tracker = open_tracker(name, run_dir, settings, first_step)
+            if name == "tensorboard":
+                self.tracker = open_tensorboard(run_dir, first_step)
+            elif name == "wandb":
+                self.tracker = open_wandb(run_dir, settings)
         except Exception as e:  # no login, no network, no disk space
             raise ValueError(f"--tracker {name} cannot be started ({first_line(e)}); --tracker none"
                              " trains without it") from e
@@ -249,20 +252,8 @@ def check_tracker(name):
                          f" {interpreter()} -m pip install {name}, or --tracker none")
 
 
-def open_tracker(name, run_dir, settings, first_step):
-    """A function (step, {stream: value}) that sends values to a tracker; None for "none".
-
-    A resumed run continues there: TensorBoard drops the values from first_step on; W&B finds the
-    run by the id in wandb_id.txt and receives those steps again.
-    """
-    if name == "tensorboard":
-        return open_tensorboard(run_dir, first_step)
-    if name == "wandb":
-        return open_wandb(run_dir, settings)
-    return None
-
-
 def open_tensorboard(run_dir, first_step):
+    """A function (step, {stream: value}); TensorBoard drops older values from first_step on."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run_dir, purge_step=first_step)
     atexit.register(writer.close)  # flushes its queue
@@ -279,6 +270,7 @@ def open_tensorboard(run_dir, first_step):
 
 
 def open_wandb(run_dir, settings):
+    """A function (step, {stream: value}); the id of W&B's run is in wandb_id.txt, to resume it."""
     import wandb
     path = os.path.join(run_dir, "wandb_id.txt")
     run_id = None

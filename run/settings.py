@@ -128,10 +128,10 @@ def shape_of_weights(given):
 # the checkpoint
 
 def has_trained(run_dir):
-    """Whether torchrun or Slurm has restarted this process after its run had begun to train.
+    """Whether a --resume never run began to train before torchrun or Slurm restarted it.
 
     torchrun restarts its processes after one has died, Slurm a job that was requeued
-    (train.sbatch). The run that --resume never must not touch is not of this process.
+    (train.sbatch). Then the run in the folder is this one, and is resumed.
     """
     counts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT",
                                                 "SLURM_RESTART_COUNT")]
