@@ -145,23 +145,16 @@ def cut_log(path, first_step):
     A run that starts at step 0 keeps nothing. Other lines, such as notes, are kept.
     """
     kept, cut = [], []
-    last_step = -1
     with open(path, "a+b") as f:  # created if it does not exist
         f.seek(0)
         for line in f:
             step, stream, _ = parse_line(line) or (-1, None, None)
-            is_update = stream in TRAINING_STREAMS
-            is_later = step > first_step or (step == first_step and is_update)
+            is_later = step > first_step or (step == first_step and stream in TRAINING_STREAMS)
             # a kill or a power failure truncates the last line
             if first_step == 0 or is_later or not line.endswith(b"\n"):
                 cut.append(line.rstrip(b"\n") + b"\n")
-                continue
-            kept.append(line)
-            if is_update:
-                last_step = max(last_step, step)
-    if last_step < first_step - 1:
-        print0(f"{path} is incomplete: it lacks steps {last_step + 1} to {first_step - 1} before"
-               " the checkpoint")
+            else:
+                kept.append(line)
     if cut:
         with open(f"{path}.aside", "ab") as f:
             f.writelines(cut)
