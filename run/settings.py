@@ -21,7 +21,7 @@ import torch
 
 import data
 from run import checkpoint, folder, parallel, weights
-from run.cli import ROOT, command, is_rank0, print0
+from run.cli import ROOT, command, is_rank0, print0, short_path
 from run.config import FINEWEB_DIR, INPUT_TXT, TrainConfig, parse_args, preset_settings
 from run.runtime import device_name, free_memory, peak_flops
 from run.tokenizer import find_tokenizer
@@ -93,10 +93,7 @@ def run_folder(given):
     if not folder.steps_of(resume, "model"):
         raise FileNotFoundError(f"--resume {resume}: there is no run with a checkpoint; allowed"
                                 " are auto, never, or a run folder")
-    run_dir = os.path.normpath(resume)
-    if os.path.basename(run_dir) in (".", ".."):
-        return os.path.abspath(run_dir)  # its last part is the run's name
-    return run_dir
+    return short_path(resume)  # its last part, the run's name, is not "."
 
 
 def shape_of_weights(given):
