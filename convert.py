@@ -127,32 +127,10 @@ def tokenizer_files(block_size):
         merges.append([spelling[ranks[part]] for part in find_merge(token, ranks)])
     merges_txt = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
 
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    endoftext = {
-        "id": EOT,
-        "content": ENDOFTEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    endoftext = {"id": EOT, "content": ENDOFTEXT, "single_word": False, "lstrip": False,
+                 "rstrip": False, "normalized": False, "special": True}
     fast = {
         "version": "1.0",
         "truncation": None,
@@ -162,18 +140,14 @@ def tokenizer_files(block_size):
         "pre_tokenizer": byte_level,
         "post_processor": {**byte_level, "trim_offsets": False},
         "decoder": byte_level,
-        "model": bpe,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                  "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges},
     }
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "bos_token": ENDOFTEXT,
-        "eos_token": ENDOFTEXT,
-        "unk_token": ENDOFTEXT,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": block_size,
-    }
+    special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), ENDOFTEXT)
+    config = {"tokenizer_class": "GPT2Tokenizer", **special_tokens, "add_prefix_space": False,
+              "clean_up_tokenization_spaces": False, "errors": "replace",
+              "model_max_length": block_size}
     return {
         "vocab.json": json.dumps(vocab),
         "merges.txt": merges_txt,
@@ -194,17 +168,12 @@ def config_files(config, dtype, tokenizer=GPT2):
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
+        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         "vocab_size": tokenizer.num_tokens,
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
         "use_cache": True,

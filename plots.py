@@ -140,8 +140,7 @@ class Curves:
     name: str      # in the legend
     config: dict   # the run's settings
     color: str
-    streams: dict  # {stream: (x, values)}, arrays
-    skipped: dict  # {stream: number of non-finite values}, which are not drawn
+    streams: dict  # {stream: (x, values)}, arrays; values are finite
     val: str = "val"  # the stream of the validation losses to draw: val or val_N
 
 
@@ -149,11 +148,10 @@ def read_curves(run_dir, by="step", color="tab:blue"):
     """The Curves of a run folder, over `by`, a key of AXES."""
     path = os.path.join(run_dir, "log.txt")
     config = read_config(run_dir)
-    streams, skipped = {}, {}
+    streams = {}
     for stream, points in read_log(path).items():
         steps, values = np.array(points).T
         finite = np.isfinite(values)  # a float16 run logs infinite gradient norms
-        skipped[stream] = len(values) - np.count_nonzero(finite)
         if finite.any():
             streams[stream] = steps[finite], values[finite]
     if "train" not in streams and "val" not in streams:
@@ -170,7 +168,7 @@ def read_curves(run_dir, by="step", color="tab:blue"):
         elif by == "hours":
             streams[stream] = np.interp(steps, clock_steps, hours), values
     name = as_label(os.path.basename(os.path.abspath(run_dir)))
-    return Curves(run_dir, name, config, color, streams, skipped)
+    return Curves(run_dir, name, config, color, streams)
 
 
 def short_count(n):
@@ -249,9 +247,9 @@ def draw_difference(panel, runs, curve, by):
         x, values = run.streams[run.val]
         losses = dict(zip((x / factor).round().astype(int).tolist(), values))
         drawn = [step for step in steps if step in losses]
-        differences = [losses[step] - curve.streams["val"][step] for step in drawn]
-        panel.plot([step * factor for step in drawn], differences, color=run.color, marker="o",
-                   markersize=3, linewidth=1.2)
+        panel.plot([step * factor for step in drawn],
+                   [losses[step] - curve.streams["val"][step] for step in drawn],
+                   color=run.color, marker="o", markersize=3, linewidth=1.2)
         last = max([last, *drawn])
     steps = [step for step in steps if step <= last]
     band = np.array([band_at(step) for step in steps])
@@ -330,10 +328,7 @@ def draw_hellaswag(panel, runs):
 
 
 def draw_stream(panel, runs, stream):
-    """One of STREAMS of each run.
-
-    In the title a single run's peak learning rate or median, and the number of values not drawn.
-    """
+    """One of STREAMS of each run; a single run's peak learning rate or median is in the title."""
     for run in runs:
         draw_curve(panel, *run.streams[stream], run.color, noisy=stream != "lr")
     values = np.concatenate([run.streams[stream][1] for run in runs])
@@ -343,9 +338,6 @@ def draw_stream(panel, runs, stream):
         title += f" (peak {values.max():.2e})"
     elif len(runs) == 1:
         title += f" (median {short_count(np.median(values))})"
-    skipped = sum(run.skipped[stream] for run in runs)
-    if skipped:
-        title += f", {skipped} non-finite"
     panel.set_title(title, fontsize=10)
     if stream == "tok_per_sec":
         panel.yaxis.set_major_formatter(lambda value, _: short_count(value))

@@ -147,8 +147,9 @@ def make_caches(model, B, max_T):
     return [KVCache(shape, dtype, wte.device) for _ in range(config.n_layer)]
 
 
-def prefill(hidden, rows, caches, device):
+def prefill(hidden, rows, caches):
     """Final hidden states (B, C) of the last token of each row, a list of ids; fills the caches."""
+    device = caches[0].k.device
     B = len(rows)
     T = max(len(row) for row in rows)
     # padded on the right; later tokens overwrite the padding in the cache before they attend to it
@@ -209,7 +210,7 @@ def stream(model, prompts, max_new_tokens, generator=None, temperature=1.0, top_
             del row[:(block_size + 1) // 2]
         with without_cudnn_attention():
             if tokens is None or full:
-                x = prefill(hidden, rows, caches, device)               # (B, C)
+                x = prefill(hidden, rows, caches)                       # (B, C)
             else:
                 x = decode(hidden, tokens, [len(row) for row in rows], caches)
         tokens = sample_next_token(model.lm_head(x), generator, temperature, top_k, top_p,

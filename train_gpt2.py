@@ -70,8 +70,9 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps, schedule="cosine", wsd
 
 
 # some versions of cuDNN's attention, torch's choice on these GPUs, have returned NaN
-RUINED = ("Resume from the last checkpoint with a lower --lr or with --dtype float32 --force; on an"
-          " H100 or newer, first with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 in the environment")
+NONFINITE_HINT = ("Resume from the last checkpoint with a lower --lr or with --dtype float32"
+                  " --force; on an H100 or newer, first with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 in"
+                  " the environment")
 
 
 def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accum_steps, grad_clip,
@@ -127,7 +128,7 @@ def train_step(step, model, raw_model, optimizers, scaler, loader, lr, grad_accu
         raise ValueError(f"step {step}: non-finite loss {loss} or gradient norm {norm}"
                          f"{nonfinite_ranks(loss_accum, ranks)}, in windows {first_window} to"
                          f" {loader.position - 1} of the data's order; the weights were not"
-                         f" updated. {RUINED}")
+                         f" updated. {NONFINITE_HINT}")
     for optimizer in optimizers:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]  # 1, or embd_lr_ratio
@@ -243,9 +244,9 @@ def step_line(step, max_steps, loss, lr, norm, dt, tok_per_sec, mfu, mfu_name):
 
 
 def due_at(step, max_steps, every):
-    """What is due before the update of a step, a set of names; all that is on, after the last one.
+    """Names of the evaluations that are due at a step: every n steps, and at the last step.
 
-    every is {name: steps in between}, 0 for off.
+    every is {name: n}; 0 turns one off.
     """
     return {name for name, n in every.items() if n > 0 and (step % n == 0 or step == max_steps)}
 
@@ -323,7 +324,7 @@ def capture(raw_model, val_loss, optimizers, scaler, loader, config, ranks):
     """
     norm = torch.nn.utils.get_total_norm(raw_model.parameters())
     if not math.isfinite(parallel.unsharded_tensor(norm).item()):
-        raise ValueError(f"the weights are non-finite; they are not saved. {RUINED}")
+        raise ValueError(f"the weights are non-finite; they are not saved. {NONFINITE_HINT}")
     weights, optimizer_states = parallel.full_state(raw_model, optimizers, ranks)
     # dropout's random numbers differ between ranks; all other state is the same on every rank
     rng = parallel.all_gather(get_rng_state(ranks.device), ranks)

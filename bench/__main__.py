@@ -26,27 +26,8 @@ NAMES = ["train", "ladder", "hellaswag", "sample", "tokenize", "loader", "checkp
 QUICK = dict(batch_size=2, sequence_length=128, steps=3, limit=4, repeats=1)
 
 
-def check_args(args):
-    """Raises ValueError or FileNotFoundError for flags that would fail or be ignored.
-
-    Without this check, they would fail only after the benchmark has run.
-    """
-    if args.data is not None and args.benchmark not in ("hellaswag", "tokenize"):
-        raise ValueError(f"{args.benchmark} takes no --data: hellaswag takes a .jsonl file,"
-                         " tokenize a folder of parquet files")
-    if args.data is not None and not os.path.exists(args.data):
-        raise FileNotFoundError(f"no data at {args.data!r}")
-    if args.picture is not None:
-        if args.benchmark not in ("ladder", "all") or not args.picture.endswith(".png"):
-            raise ValueError(f"--picture {args.picture}: only ladder draws one, into a file"
-                             " named *.png")
-    for path in (args.json, args.picture):
-        if path not in (None, "-"):
-            check_output(path)
-
-
 def parse_args(argv=None):
-    """The flags; ValueError or FileNotFoundError for an invalid one."""
+    """The flags; ValueError for an invalid one."""
     parser = cli.ArgumentParser(__doc__, prog="python -m bench")
     add = parser.add_argument
     add("benchmark", choices=[*NAMES, "all"], metavar="BENCHMARK",
@@ -69,7 +50,7 @@ def parse_args(argv=None):
         help="training steps to time (default 6)")
     add("--ranks", type=cli.number(int, 0, os.cpu_count()), default=0,
         help="ladder: processes of DDP (default: one per GPU)")
-    add("--picture", metavar="FILE", help="ladder: draw it into this PNG file")
+    add("--picture", metavar="FILE", help="ladder: draw it into this file, .png or .svg")
     add("--data", metavar="PATH",
         help="hellaswag: a .jsonl(.gz) file; tokenize: a folder of parquet files"
              " (default input.txt)")
@@ -86,7 +67,9 @@ def parse_args(argv=None):
     add("--quick", action="store_true",
         help="small shapes, to notice regressions; all skips ladder")
     args = parser.parse_args(argv)
-    check_args(args)
+    for path in (args.json, args.picture):  # before the benchmark has run for minutes
+        if path not in (None, "-"):
+            check_output(path)
     if args.quick:
         vars(args).update(QUICK)
     return args

@@ -3,19 +3,18 @@ import os
 import tempfile
 import time
 
-from run import checkpoint
-from run import parallel
-from run import runtime
+from run import checkpoint, parallel, runtime
 from run.folder import paths
-from bench.measure import in_fresh_process, print_table, timed
+from bench.measure import print_table, timed
 from bench.train import Variant, build_step
 
 
-def time_checkpoint(args):
-    """({row: seconds}, seconds of a training step, bytes) of a checkpoint.
+def bench_checkpoint(args):
+    """Rows of a synchronous save, a save in the background, and loading.
 
-    The checkpoint holds the weights and AdamW's moments. The stall is how much longer training
-    takes while a checkpoint is saved in the background, the copy included.
+    Each is given in seconds and in training steps. The checkpoint holds the weights and AdamW's
+    moments. The stall is how much longer training takes while a checkpoint is saved in the
+    background, the copy included.
     """
     ranks = parallel.Ranks(0, 0, 1, args.device, False)
     run, raw_model, optimizers = build_step(Variant(args.dtype), args, ranks)
@@ -45,21 +44,12 @@ def time_checkpoint(args):
         writer.wait()
         loading, _ = timed(load, args.device)
         size = sum(os.path.getsize(path) for path in paths(folder, 2))
-    seconds = {
+    times = {
         "synchronous save": synchronous,
         "background save: stall": stall,
         "background save: copy": copy,
         "load": loading,
     }
-    return seconds, step, size
-
-
-def bench_checkpoint(args):
-    """Rows of a synchronous save, a save in the background and loading.
-
-    Each is given in seconds and in training steps.
-    """
-    times, step, size = in_fresh_process(time_checkpoint, args)
     rows = []
     for name, seconds in times.items():
         rows.append({"checkpoint": name, "seconds": seconds, "training steps": seconds / step,

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 import data
-from bench.measure import in_fresh_process, print_table, timed
+from bench.measure import print_table, timed
 from bench.train import Variant, time_step
 from run.config import INPUT_TXT
 
@@ -167,7 +167,7 @@ def time_loader(args, num_tokens=1 << 24, batches=200):
 
 def bench_loader(args):
     """Rows of milliseconds per batch, shuffled, compared with an eager training step."""
-    read, wait = in_fresh_process(time_loader, args)
+    read, wait = time_loader(args)
     step = time_step(Variant(args.dtype), args)["ms/step"]
     times = {
         "read and cast a batch": 1000 * read,

@@ -7,7 +7,7 @@ from run import runtime
 from bench.measure import forward_backward_seconds, in_fresh_process, matmul_peak, print_table
 from bench.train import Variant, flash_attention, naive_attention, time_step
 from model import config_for
-from run.files import atomic_write
+from plots import new_figure, write_figure
 
 
 def rungs(dtype, device, world_size):
@@ -107,9 +107,8 @@ def bench_ladder(args):
 
 
 def draw_ladder(rows, title, path):
-    """Draws the rungs' tok/s as bars, from float32 at the top to the last rung, into a PNG file."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 0.42 * len(rows) + 1), layout="constrained")
+    """Draws the rungs' tok/s as bars, from float32 at the top to the last rung."""
+    figure = new_figure(8, 0.42 * len(rows) + 1, dpi=110)
     panel = figure.subplots()
     speeds = [row["tok/s"] for row in rows]
     bars = panel.barh([row["ladder"] for row in rows], speeds, color="tab:blue")
@@ -118,5 +117,4 @@ def draw_ladder(rows, title, path):
     panel.invert_yaxis()
     panel.set(xlabel="tokens per second (speedup over the rung above)", title=title,
               xlim=(0, 1.2 * max(speeds)))
-    with atomic_write(path) as f:
-        figure.savefig(f, dpi=110, format="png")
+    write_figure(figure, path)

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from run import parallel
-from run import runtime
+from run import parallel, runtime
 from bench.measure import (forward_backward_seconds, free_port, in_fresh_process, matmul_peak,
                            peak_gb, print_table, timed)
 from run.config import TrainConfig

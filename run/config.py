@@ -233,32 +233,26 @@ EXAMPLES = """examples:
 """
 
 
+PRESET_NOTES = """
+  gpt2-124M-lecture is the lecture's run: the same initial weights and, for 189 steps, the same
+  batches. Learning rate, warmup and steps of gpt2-124M-tuned were published by others, not run by
+  us. finetune is for the weights of --init-from; the model's shape is theirs.
+"""
+
+
 def presets_table():
-    """The values of the presets, for --help."""
-    columns = ["size", "total_batch_size", "warmup_steps", "lr"]
-    rows = [["preset", *columns]]
-    notes = []
+    """What each preset changes, for --help."""
+    lines = ["presets, and the settings that they change:"]
     for preset, changes in PRESETS.items():
-        values = [changes.get(name, getattr(TrainConfig, name, "-")) for name in columns]
-        rows.append([preset, *map(str, values)])
-        others = [f"{name} {value}" for name, value in changes.items() if name not in columns]
-        if others:
-            note = f"{preset} also has {', '.join(others)}"
-            notes += textwrap.wrap(note, width=98, subsequent_indent="  ")
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    notes += ["gpt2-124M-lecture is the lecture's run: the same initial weights and, for 189 steps,"
-              " the same", "  batches",
-              "gpt2-124M-tuned has learning rate, warmup and steps published by others, not run by"
-              " us",
-              "finetune is for the weights of --init-from; the model's shape is theirs"]
-    return "presets:\n" + textwrap.indent("\n".join(table + notes), "  ")
+        values = ", ".join(f"{name} {value}" for name, value in changes.items())
+        lines += textwrap.wrap(f"  {preset:19}{values}", width=98, subsequent_indent=" " * 21)
+    return "\n".join(lines) + "\n" + PRESET_NOTES
 
 
 def parse_args(argv=None):
     """The flags that were given, a dict; they are made from TrainConfig's fields."""
     parser = ArgumentParser(description="Train a GPT-2.", usage="train_gpt2.py [flags]",
-                            epilog=f"{presets_table()}\n\n{EXAMPLES}")
+                            epilog=f"{presets_table()}\n{EXAMPLES}")
     changed_by_presets = {"n_head"}.union(*PRESETS.values())  # the others come with size
     for f in fields(TrainConfig):
         if "help" not in f.metadata:

@@ -145,23 +145,16 @@ def cut_log(path, first_step):
     A run that starts at step 0 keeps nothing. Other lines, such as notes, are kept.
     """
     kept, cut = [], []
-    last_step = -1
     with open(path, "a+b") as f:  # created if it does not exist
         f.seek(0)
         for line in f:
             step, stream, _ = parse_line(line) or (-1, None, None)
-            is_update = stream in TRAINING_STREAMS
-            is_later = step > first_step or (step == first_step and is_update)
+            is_later = step > first_step or (step == first_step and stream in TRAINING_STREAMS)
             # a kill or a power failure truncates the last line
             if first_step == 0 or is_later or not line.endswith(b"\n"):
                 cut.append(line.rstrip(b"\n") + b"\n")
-                continue
-            kept.append(line)
-            if is_update:
-                last_step = max(last_step, step)
-    if last_step < first_step - 1:
-        print0(f"{path} is incomplete: it lacks steps {last_step + 1} to {first_step - 1} before"
-               " the checkpoint")
+            else:
+                kept.append(line)
     if cut:
         with open(f"{path}.aside", "ab") as f:
             f.writelines(cut)
@@ -198,7 +191,10 @@ class Log:
         self._current_file()
         name = settings["tracker"]
         try:
-            self.tracker = open_tracker(name, run_dir, settings, first_step)
+            if name == "tensorboard":
+                self.tracker = open_tensorboard(run_dir, first_step)
+            elif name == "wandb":
+                self.tracker = open_wandb(run_dir, settings)
         except Exception as e:  # no login, no network, no disk space
             raise ValueError(f"--tracker {name} cannot be started ({first_line(e)}); --tracker none"
                              " trains without it") from e
@@ -249,20 +245,8 @@ def check_tracker(name):
                          f" {interpreter()} -m pip install {name}, or --tracker none")
 
 
-def open_tracker(name, run_dir, settings, first_step):
-    """A function (step, {stream: value}) that sends values to a tracker; None for "none".
-
-    A resumed run continues there: TensorBoard drops the values from first_step on; W&B finds the
-    run by the id in wandb_id.txt and receives those steps again.
-    """
-    if name == "tensorboard":
-        return open_tensorboard(run_dir, first_step)
-    if name == "wandb":
-        return open_wandb(run_dir, settings)
-    return None
-
-
 def open_tensorboard(run_dir, first_step):
+    """A function (step, {stream: value}); TensorBoard drops older values from first_step on."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run_dir, purge_step=first_step)
     atexit.register(writer.close)  # flushes its queue
@@ -279,6 +263,7 @@ def open_tensorboard(run_dir, first_step):
 
 
 def open_wandb(run_dir, settings):
+    """A function (step, {stream: value}); the id of W&B's run is in wandb_id.txt, to resume it."""
     import wandb
     path = os.path.join(run_dir, "wandb_id.txt")
     run_id = None

@@ -57,8 +57,7 @@ def load_manifest(folder):
 
 
 def check_shards(folder, manifest, also=()):
-    """ValueError unless a folder's shards are those of its manifest; it may also have those named.
-    """
+    """ValueError unless a folder has its manifest's shards, and no others except those in also."""
     tokens_of = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     found = {os.path.basename(path) for split in ("train", "val")
              for path in find_shards(folder, split)}

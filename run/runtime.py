@@ -224,7 +224,7 @@ def peak_flops(device, dtype):
 def matmul_flops(device, dtype, size=4096):
     """FLOP/s of a matmul of two size x size matrices in dtype, measured in a second or less.
 
-    What a GPU reaches whose peak is not known.
+    It replaces the peak of a GPU that PEAK_TFLOPS does not have.
     """
     # its own generator: the device's has the state of the checkpoint that a run resumes from
     generator = torch.Generator(device).manual_seed(0)

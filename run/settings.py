@@ -21,7 +21,7 @@ import torch
 
 import data
 from run import checkpoint, folder, parallel, weights
-from run.cli import ROOT, command, is_rank0, print0
+from run.cli import ROOT, command, is_rank0, print0, short_path
 from run.config import FINEWEB_DIR, INPUT_TXT, TrainConfig, parse_args, preset_settings
 from run.runtime import device_name, free_memory, peak_flops
 from run.tokenizer import find_tokenizer
@@ -93,10 +93,7 @@ def run_folder(given):
     if not folder.steps_of(resume, "model"):
         raise FileNotFoundError(f"--resume {resume}: there is no run with a checkpoint; allowed"
                                 " are auto, never, or a run folder")
-    run_dir = os.path.normpath(resume)
-    if os.path.basename(run_dir) in (".", ".."):
-        return os.path.abspath(run_dir)  # its last part is the run's name
-    return run_dir
+    return short_path(resume)  # its last part, the run's name, is not "."
 
 
 def shape_of_weights(given):
@@ -128,10 +125,10 @@ def shape_of_weights(given):
 # the checkpoint
 
 def has_trained(run_dir):
-    """Whether torchrun or Slurm has restarted this process after its run had begun to train.
+    """Whether a --resume never run began to train before torchrun or Slurm restarted it.
 
     torchrun restarts its processes after one has died, Slurm a job that was requeued
-    (train.sbatch). The run that --resume never must not touch is not of this process.
+    (train.sbatch). Then the run in the folder is this one, and is resumed.
     """
     counts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT",
                                                 "SLURM_RESTART_COUNT")]
@@ -417,7 +414,7 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     training data. ValueError if the run needs more memory than is available.
     """
     before = asdict(config)
-    T, W = config.block_size, ranks.world_size
+    T = config.block_size
     num_params = config.gpt_config().num_params()
     epoch_tokens = (num_tokens - 1) // T * T  # every token but the first is a target
     max_steps = config.max_steps or int(config.epochs * epoch_tokens / config.total_batch_size)
@@ -428,18 +425,19 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     memory = available_memory(ranks)
     # the compiled step needs less memory, so B depends on it
     config.compile = parallel.choose_compile(config, max_steps, resumed, ranks)
-    B, config.loss_chunks = choose_batch_size(config, num_params, W, memory, ranks.device == "cpu")
+    B, config.loss_chunks = choose_batch_size(config, num_params, ranks.world_size, memory,
+                                              ranks.device == "cpu")
     # tokens per step are fixed; B and the number of ranks only arrange them
-    grad_accum_steps = config.total_batch_size // (B * T * W)
+    grad_accum_steps = config.total_batch_size // (B * T * ranks.world_size)
     # a B that was only lowered to a divisor is not stored: other ranks may have other divisors
     if B != given_batch_size(config, grad_accum_steps * B):
         config.batch_size = B
-    parts = estimate_memory(config, num_params, B, W, config.loss_chunks)
-    print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks)
+    print_plan(config, num_tokens, B, max_steps, memory, ranks)
     for name in (*AUTOMATIC, "loss_chunks"):
         if resumed and before[name] not in (getattr(config, name), AUTOMATIC.get(name), 0):
             print0(f"  changed: {name} was {before[name]!r}, is {getattr(config, name)!r}")
-    needed = sum(parts.values())
+    needed = sum(estimate_memory(config, num_params, B, ranks.world_size,
+                                 config.loss_chunks).values())
     if is_too_large(needed, memory) and not (config.force or config.dry_run):
         raise ValueError(f"the run needs about {needed / 1e9:,.1f} GB per process, of which"
                          f" {memory / 1e9:,.1f} GB are available: choose a smaller --batch-size"
@@ -448,8 +446,8 @@ def make_plan(config, num_tokens, ranks, resumed=False):
     return B, grad_accum_steps, max_steps
 
 
-def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory, ranks):
-    """Prints the model, the steps, and what they need; parts: estimate_memory's."""
+def print_plan(config, num_tokens, B, max_steps, memory, ranks):
+    """Prints the model, the steps, and what they need; memory: bytes that each process has."""
     model = config.gpt_config()
     T, W = config.block_size, ranks.world_size
     num_params = model.num_params()
@@ -460,6 +458,7 @@ def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory
     print0(f"data: {num_tokens:,} training tokens; {max_steps:,} steps of"
            f" {config.total_batch_size:,} tokens = {epochs:.2f} epochs")
 
+    grad_accum_steps = config.total_batch_size // (B * T * W)
     line = (f"step: {grad_accum_steps} micro-steps of B={B} x T={T} on each of {W} process(es),"
             f" {ranks.device_type}, {config.dtype}")
     if config.loss_chunks > 1:
@@ -474,6 +473,7 @@ def print_plan(config, num_tokens, B, grad_accum_steps, max_steps, parts, memory
                  f" --warmup-steps {max_steps // 10} is 10% of the run")
     print0(line)
 
+    parts = estimate_memory(config, num_params, B, W, config.loss_chunks)
     needed = sum(parts.values())
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     line = f"memory: about {needed / 1e9:.1f} GB per process ({sizes})"

@@ -209,7 +209,7 @@ def test_the_published_ladder_has_no_empty_rows():
 # the other benchmarks
 
 def test_loader_and_checkpoint_have_rows_for_a_tiny_model(monkeypatch):
-    run_in_this_process(monkeypatch, bench.data, bench.checkpoint, bench.train)
+    run_in_this_process(monkeypatch, bench.train)
     rows = bench.data.bench_loader(tiny_args())
     assert rows[-1]["% of step"] == 100 and all(row["ms/batch"] > 0 for row in rows)
     rows = bench.checkpoint.bench_checkpoint(tiny_args())

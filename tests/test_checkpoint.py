@@ -480,16 +480,6 @@ def test_a_new_run_moves_the_log_of_an_earlier_one_without_checkpoints_aside(tmp
     assert capsys.readouterr().out.count(f"moved 1 lines from {path} to {path}.aside") == 2
 
 
-@pytest.mark.parametrize("contents, last", [("0 train 3.5\n1 train 3.0", 0), ("", -1), (None, -1)])
-def test_a_log_that_ends_before_the_checkpoint_is_reported(tmp_path, capsys, contents, last):
-    if contents is not None:
-        (tmp_path / "log.txt").write_text(contents)
-    assert folder.logged_evaluations(str(tmp_path), 2) == set()
-    open_log(tmp_path, first_step=2)
-    lacks = f"it lacks steps {last + 1} to 1 before the checkpoint"
-    assert f"{tmp_path}/log.txt is incomplete: {lacks}\n" in capsys.readouterr().out
-
-
 def test_log_appends_each_value_at_once_and_prints_evaluations(tmp_path, capsys):
     calls = []
     log = open_log(tmp_path)

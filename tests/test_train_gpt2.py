@@ -147,8 +147,8 @@ def test_the_help_has_the_presets_values_and_examples(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     out = capsys.readouterr().out
-    assert re.search(r"gpt2-1558M +gpt2-xl +1048576 +358 +0.0002\n", out)
-    assert "shakespeare also has n_layer 2" in out
+    assert re.search(r"gpt2-1558M +size gpt2-xl, lr 0.0002, total_batch_size 1048576, warm", out)
+    assert re.search(r"shakespeare +n_layer 2, n_head 4", out)
     assert out.count("train_gpt2.py") == 4 and "the optimizer:" in out  # usage, three examples
     assert re.search(r"--seed .*\(default 1337\)", out, re.S)
     assert re.search(r"--n-head INT .*\(default 12; depends on\s+the\s+preset\)", out, re.S)
