@@ -431,6 +431,7 @@ FINEWEB = [
     # the manifest of an earlier run
     (AGAIN, "created with other flags or from another source: shard_size was 100000, is 1"),
     (AGAIN, "shards/manifest.json is damaged", write("shards/manifest.json", "")),
+    (IN, "new/manifest.json is damaged", write("new/manifest.json", '{"files": ["mine"]}')),
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
     # --verify
     ("--verify nowhere", "no shards (*_train_000001.npy or .bin) in 'nowhere'"),
@@ -629,6 +630,9 @@ BENCH = [
     ("train --compare in.txt", "in.txt is not a file that --json wrote"),
     ("train --compare run/config.json",
      "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
+    *(("train --compare a.json", "a.json is not a file that --json wrote", write("a.json", text))
+      for text in ("[1]", "[" * 3000,
+                   '{"machine": {}, "settings": {}, "benchmarks": {"train": [5]}}')),
 ]
 
 # -----------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_a_table_is_aligned_and_omits_columns_without_values(capsys):
 
 
 # -----------------------------------------------------------------------------
-# the command
+# the command; test_bad_input.py has invalid flags and files
 
 def result(**benchmarks):
     return {"machine": {"device": "a"}, "settings": {"size": "gpt2"}, "benchmarks": benchmarks}
@@ -401,27 +401,6 @@ def test_all_runs_every_benchmark_and_quick_skips_the_ladder(run_bench, monkeypa
     run_bench("all", "--quick")
     every.remove("ladder")
     assert ran == every
-
-
-# invalid flags are in tests/test_bad_input.py
-@pytest.mark.parametrize("contents", [
-    "[1]",
-    "{}",
-    "not JSON",
-    "[" * 3000,
-    '{"machine": {}, "settings": 5, "benchmarks": {}}',
-    *(json.dumps(result(train=rows)) for rows in (
-        5,
-        [5],
-        {"a": 1},
-        [{"train": "eager", "tok/s": "fast"}],
-        [{"train": "eager", "tok/s": [1]}],
-    )),
-], ids=str.__len__)
-def test_comparing_with_another_file_is_an_error(contents, tmp_path):
-    (tmp_path / "old.json").write_text(contents)
-    with pytest.raises(ValueError, match="old.json is not a file that --json wrote"):
-        command.read_result(str(tmp_path / "old.json"))
 
 
 def test_children_end_when_their_parent_is_killed():

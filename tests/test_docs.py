@@ -17,7 +17,7 @@ import subprocess
 import pytest
 
 import convert
-from common import ROOT, python, text_of_words
+from common import ROOT, launcher, python, text_of_words
 from model import GPT, GPTConfig
 
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
@@ -148,8 +148,8 @@ def test_the_script_that_does_by_hand_what_ddp_does_runs_on_two_ranks(tmp_path):
     """Docs/hardware.md's; each rank compares three gradients with DDP's."""
     script, = re.findall(r"^```python\n(.*?)^```", read("docs/hardware.md"), re.M | re.S)
     (tmp_path / "ddp_steps.py").write_text(script)
-    process = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                     "ddp_steps.py", cwd=tmp_path, timeout=200, env={"PYTHONPATH": ROOT})
+    process = python(*launcher(2), "ddp_steps.py", cwd=tmp_path, timeout=200,
+                     env={"PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("True") == 6 and "False" not in process.stdout
 

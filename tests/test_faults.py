@@ -119,30 +119,12 @@ def test_a_closed_terminal_saves_although_nothing_can_be_printed(
 
 
 @pytest.mark.slow
-def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  # noqa: F811
-    process = subprocess.Popen(["nohup", *command("--data", text, *FLAGS, "--max-steps", "40")],
-                               cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for(process, r"step +3/")
-    os.kill(process.pid, signal.SIGHUP)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "finished" in out, out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["$x_{ $", "_x", "模型"])
-def test_a_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
-    """A dollar sign in the name failed in matplotlib after the whole training."""
-    process = train(tmp_path, "--data", text, f"--exp-name={name}")
-    assert process.returncode == 0 and process.stderr == "", process.stderr
-    picture = tmp_path / "log" / name / "loss.png"
-    assert picture.stat().st_size > 1000
-    picture.unlink()
-    picture.mkdir()  # in the way
-    process = train(tmp_path, f"--exp-name={name}", "--max-steps", "9")
+def test_a_run_whose_picture_cannot_be_written_is_a_success(text, tmp_path):  # noqa: F811
+    (tmp_path / "log" / "shakespeare" / "loss.png").mkdir(parents=True)  # in the way
+    process = train(tmp_path, "--data", text)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert "finished; curves: not drawn, IsADirectoryError" in process.stdout
-    assert folder.saved_steps(tmp_path / "log" / name) == [8, 9]  # --keep-last 2
+    assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [4, 8]
 
 
 SLOW_SAVE = """
@@ -169,33 +151,6 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0, out
     assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [8]
-
-
-SLOW_STEP = """
-import time, train_gpt2
-from run.cli import StopSignals, run_main
-def endless(*args):
-    print("in a step", flush=True)
-    while StopSignals.received is None or time.monotonic() - StopSignals.since < 0.6:
-        time.sleep(0.01)
-    print("ready", flush=True)  # half a second later: not torchrun's duplicate of the first one
-    time.sleep(1000)
-train_gpt2.train_step = endless
-run_main(train_gpt2.main)
-"""
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
-    """Within a step that hangs."""
-    process = run_code(SLOW_STEP, tmp_path, "--data", text)
-    wait_for(process, "in a step")
-    os.kill(process.pid, signal.SIGINT)
-    wait_for(process, "ready")
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=5)
-    assert process.returncode == 130
-    assert not folder.saved_steps(tmp_path / "log" / "shakespeare")
 
 
 @pytest.mark.slow
@@ -409,41 +364,29 @@ def damage(path, kind):
             pickle.dump({"model": Evil(), "config": {}, "step": 4}, f)
     elif kind == "of another step":
         torch.save({**torch.load(path), "step": 99}, path)
-    elif kind.startswith("cut"):
+    else:
         os.truncate(path, int(kind.split()[1]) * (size - 1) // 4)
-    else:  # a flipped bit
-        with open(path, "r+b") as f:
-            position = random.Random(kind).randrange(size)
-            f.seek(position)
-            byte = f.read(1)[0]
-            f.seek(position)
-            f.write(bytes([byte ^ 64]))
 
 
-DAMAGES = ["removed", "text", "code", "of another step", *(f"cut {i}" for i in range(5)),
-           *(f"flip {i}" for i in range(6))]
+# test_checkpoint.py has flipped bits
+DAMAGES = ["removed", "text", "code", "of another step", *(f"cut {i}" for i in range(5))]
 
 
 def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
         uninterrupted, tmp_path, monkeypatch):
-    """The previous checkpoint is loaded, or the same contents if a flipped bit is in padding."""
+    """The previous checkpoint is loaded."""
     monkeypatch.chdir(tmp_path)
     older, newest = folder.saved_steps(uninterrupted)[-2:]
-    expected = checkpoint.load_latest(uninterrupted)
     for i in range(2):  # the model file, the state file
         for kind in DAMAGES:
             shutil.copytree(uninterrupted, "run")
             damaged = folder.paths("run", newest)[i]
             damage(damaged, kind)
             model, state, messages = checkpoint.load_latest("run")
-            if model["step"] == newest:
-                assert kind.startswith("flip") and not messages, kind
-                assert str(model) == str(expected.model) and str(state) == str(expected.state)
-            else:
-                assert model["step"] == state["step"] == older, kind
-                message, = messages
-                assert f"skipping step {newest}: " in message and damaged in message
-                assert "\n" not in message
+            assert model["step"] == state["step"] == older, kind
+            message, = messages
+            assert f"skipping step {newest}: " in message and damaged in message
+            assert "\n" not in message
             shutil.rmtree("run")
     assert not os.path.exists("evil")
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common import python, tiny_model
 from convert import hf_state_dict
-from model import GPT, GPTConfig, Muon, SIZES, config_for
+from model import GPT, GPTConfig, Muon, config_for
 from run.weights import from_hf_names, is_transposed
 
 #         n_layer n_head n_embd block_size vocab_size
@@ -310,18 +310,6 @@ def test_parameter_counts_of_the_sizes(size, count):
     assert model.num_params() == model.config.num_params() == count
     wpe = model.config.block_size * model.config.n_embd
     assert model.num_params(with_wpe=False) == count - wpe
-
-
-def test_the_parameters_of_a_huge_model_are_counted_at_once_and_exactly():
-    assert 1.2e28 < GPTConfig(n_layer=10**9, n_head=1, n_embd=10**9 + 7).num_params() < 1.3e28
-
-
-def test_config_for_returns_the_sizes_and_names_an_unknown_one():
-    for size, (n_layer, n_head, n_embd, block_size) in SIZES.items():
-        want = GPTConfig(block_size, 50304, n_layer, n_head, n_embd)
-        assert config_for(size, vocab_size=50304) == want
-    with pytest.raises(ValueError, match="gpt2-huge.*gpt2-xl"):
-        config_for("gpt2-huge")
 
 
 def test_flops_per_token_equals_the_formula_worked_out_by_hand():

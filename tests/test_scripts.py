@@ -6,7 +6,6 @@ arguments; the lists of packages; Windows, which has no shell for them.
 
 A clean clone tests the real installation.
 """
-import ast
 import glob
 import os
 import re
@@ -17,6 +16,7 @@ import sys
 import pytest
 
 from common import ROOT, TINY, python, text_of_words
+from test_imports import imports_of
 
 NO_NETWORK = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0",
               "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": ""}
@@ -224,13 +224,7 @@ def third_party(*patterns):
     names = set()
     for pattern in patterns:
         for path in glob.glob(os.path.join(ROOT, pattern)):
-            with open(path, encoding="utf-8") as f:
-                nodes = list(ast.walk(ast.parse(f.read())))
-            for node in nodes:
-                if isinstance(node, ast.ImportFrom):
-                    names.add(node.module.split(".")[0])
-                elif isinstance(node, ast.Import):
-                    names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {name.split(".")[0] for name in imports_of(path)}
     modules = glob.glob(os.path.join(ROOT, "*.py"))
     ours = {os.path.basename(path).removesuffix(".py") for path in modules}
     return {NAMES.get(name, name)
