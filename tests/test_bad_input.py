@@ -571,6 +571,8 @@ CONVERT = [
      " code", pt(optimizer=os.system)),
     ("info a.pt", "a.pt is not a state dict of a GPT-2: it has other values than tensors, epoch",
      pt(weights={"epoch": 3})),
+    ("info a.pt", "the config in a.pt is not of a GPT-2: n_embd=8 is not a", pt({"n_head": 3})),
+    ("info a.pt", "the config in a.pt is not of a GPT-2: argument of type", pt(model_args=5)),
     ("info a.pt", "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
     ("info a.pt", "the checkpoint may have another n_layer", pt(model=LARGER)),
     ("info a.pt", "expected 872,000,000,208 parameters, found", pt({"n_layer": 10**9})),
