@@ -31,7 +31,7 @@ from convert import hf_state_dict
 from run import folder, prepare, weights
 from run.checkpoint import model_contents
 
-SECONDS = 5  # for one input
+SECONDS = 20  # for one input, on a busy machine
 
 
 # -----------------------------------------------------------------------------
