@@ -42,6 +42,13 @@ def tiny_model(seed=0, std=None, **changes):
     return model
 
 
+def launcher(ranks):
+    """Python's arguments that start a script on this many ranks."""
+    if ranks == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
 def python(*arguments, cwd=ROOT, timeout=120, env=None, **kwargs):
     """The CompletedProcess of `python arguments`, its output captured as text."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, timeout=timeout,

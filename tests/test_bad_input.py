@@ -431,6 +431,7 @@ FINEWEB = [
     # the manifest of an earlier run
     (AGAIN, "created with other flags or from another source: shard_size was 100000, is 1"),
     (AGAIN, "shards/manifest.json is damaged", write("shards/manifest.json", "")),
+    (IN, "new/manifest.json is damaged", write("new/manifest.json", '{"files": ["mine"]}')),
     (AGAIN, "its format version is 2, supported is 1", manifest(version=2)),
     # --verify
     ("--verify nowhere", "no shards (*_train_000001.npy or .bin) in 'nowhere'"),
@@ -570,6 +571,8 @@ CONVERT = [
      " code", pt(optimizer=os.system)),
     ("info a.pt", "a.pt is not a state dict of a GPT-2: it has other values than tensors, epoch",
      pt(weights={"epoch": 3})),
+    ("info a.pt", "the config in a.pt is not of a GPT-2: n_embd=8 is not a", pt({"n_head": 3})),
+    ("info a.pt", "the config in a.pt is not of a GPT-2: argument of type", pt(model_args=5)),
     ("info a.pt", "transformer.wpe.weight (8, 8) for (9, 8)", pt({"block_size": 9})),
     ("info a.pt", "the checkpoint may have another n_layer", pt(model=LARGER)),
     ("info a.pt", "expected 872,000,000,208 parameters, found", pt({"n_layer": 10**9})),
@@ -625,6 +628,9 @@ BENCH = [
     ("train --compare in.txt", "in.txt is not a file that --json wrote"),
     ("train --compare run/config.json",
      "run/config.json is not a file that --json wrote (KeyError('benchmarks')"),
+    *(("train --compare a.json", "a.json is not a file that --json wrote", write("a.json", text))
+      for text in ("[1]", "[" * 3000,
+                   '{"machine": {}, "settings": {}, "benchmarks": {"train": [5]}}')),
 ]
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import bench.ladder
 import bench.sample
 import bench.train
 import fineweb
-import hellaswag
 import sample
 from run import runtime
 from bench import measure
@@ -75,12 +74,6 @@ def test_every_variant_has_the_same_losses(changes):
     the same mean gradient."""
     expected = losses(Variant("float32"))
     assert losses(Variant("float32", **changes)) == pytest.approx(expected, abs=2e-4)
-
-
-def test_naive_attention_equals_flash_attention():
-    q, k, v = torch.randn(3, 2, 3, 8, 4)
-    flash = bench.train.flash_attention(q, k, v)
-    assert torch.allclose(bench.train.naive_attention(q, k, v), flash, atol=1e-6)
 
 
 def test_a_step_has_the_settings_of_its_variant():
@@ -218,15 +211,6 @@ def test_loader_and_checkpoint_have_rows_for_a_tiny_model(monkeypatch):
     assert rows[0]["GB"] == pytest.approx(3 * 4 * params / 1e9, rel=0.01)
 
 
-def test_examples_made_from_input_txt_are_valid(tmp_path):
-    bench.hellaswag.write_examples(str(tmp_path / "examples.jsonl"), 5)
-    task = hellaswag.prepare(str(tmp_path / "examples.jsonl"))
-    assert len({json.dumps(example) for example in task.examples}) == 5
-    for example in task.examples:
-        tokens, mask = bench.hellaswag.lecture_rows(example)
-        assert tokens.shape[0] == 4 and mask.any(dim=1).all()
-
-
 @pytest.fixture
 def keep_process(monkeypatch):
     """keep_freed_memory changes the whole process."""
@@ -250,15 +234,6 @@ def test_hellaswag_scores_examples_spread_over_the_file(monkeypatch, keep_proces
     with open(path, encoding="utf-8") as f:
         contexts = [json.loads(line)["ctx"] for line in f]
     assert scored[1:3] == [contexts[0], contexts[3]]  # after one for the warm-up
-
-
-def test_documents_made_from_input_txt_are_its_text(tmp_path):
-    import pyarrow.parquet as pq
-    bench.data.write_input_txt_as_parquet(tmp_path)
-    tables = [pq.read_table(path) for path in sorted(tmp_path.iterdir())]
-    texts = ["".join(table["text"].to_pylist()) for table in tables]
-    with open(os.path.join(ROOT, "input.txt"), encoding="utf-8") as f:
-        assert texts == [f.read() * 4] * 2
 
 
 def test_tiktokens_own_encoding_is_as_it_ships_and_has_our_tokens():
@@ -341,7 +316,7 @@ def test_a_table_is_aligned_and_omits_columns_without_values(capsys):
 
 
 # -----------------------------------------------------------------------------
-# the command
+# the command; test_bad_input.py has invalid flags and files
 
 def result(**benchmarks):
     return {"machine": {"device": "a"}, "settings": {"size": "gpt2"}, "benchmarks": benchmarks}
@@ -428,27 +403,6 @@ def test_all_runs_every_benchmark_and_quick_skips_the_ladder(run_bench, monkeypa
     assert ran == every
 
 
-# invalid flags are in tests/test_bad_input.py
-@pytest.mark.parametrize("contents", [
-    "[1]",
-    "{}",
-    "not JSON",
-    "[" * 3000,
-    '{"machine": {}, "settings": 5, "benchmarks": {}}',
-    *(json.dumps(result(train=rows)) for rows in (
-        5,
-        [5],
-        {"a": 1},
-        [{"train": "eager", "tok/s": "fast"}],
-        [{"train": "eager", "tok/s": [1]}],
-    )),
-], ids=str.__len__)
-def test_comparing_with_another_file_is_an_error(contents, tmp_path):
-    (tmp_path / "old.json").write_text(contents)
-    with pytest.raises(ValueError, match="old.json is not a file that --json wrote"):
-        command.read_result(str(tmp_path / "old.json"))
-
-
 def test_children_end_when_their_parent_is_killed():
     """A benchmark once computed for half an hour after its parent was killed."""
     child = "print('started', flush=True); import time; time.sleep(300)"
@@ -459,11 +413,6 @@ def test_children_end_when_their_parent_is_killed():
         process.kill()
         # returns when the child, which has the same stdout, has ended
         process.communicate(timeout=60)
-
-
-def test_only_tokenize_imports_pyarrow():
-    process = python("-c", "import sys, bench.__main__; print('pyarrow' in sys.modules)")
-    assert process.stdout == "False\n", process.stderr
 
 
 @pytest.mark.slow

@@ -32,7 +32,6 @@ import train_gpt2
 from common import ONE, tiny_model
 from data import EOT, get_tokenizer
 from run import checkpoint, settings, weights
-from run.tokenizer import bytes_to_unicode
 from run.weights import load_model
 
 tokenizer_files = functools.cache(convert.tokenizer_files)
@@ -600,18 +599,6 @@ def test_token_ids_of_hard_text_equal_tiktokens_and_decode_to_it(exported):
     assert len(theirs) == EOT + 1 and theirs.model_max_length == 16
 
 
-def test_each_token_of_the_vocabulary_has_tiktokens_bytes(exported):
-    """Incomplete characters too: no text contains those tokens, but a model may sample them."""
-    vocab = json.loads((exported[1] / "vocab.json").read_text(encoding="utf-8"))
-    characters = bytes_to_unicode()
-    byte_of = {character: byte for byte, character in characters.items()}
-    assert len(byte_of) == 256 and vocab["!"] == 0 and vocab["Ġ"] == 220
-    assert vocab.pop("<|endoftext|>") == EOT
-    for word, rank in vocab.items():
-        token = bytes(byte_of[character] for character in word)
-        assert token == get_tokenizer().decode_single_token_bytes(rank)
-
-
 # -----------------------------------------------------------------------------
 # an exported Hugging Face folder: the model
 
@@ -644,14 +631,6 @@ def test_save_pretrained_writes_the_same_tensors(exported, tmp_path):
     assert set(ours.keys()) == set(theirs.keys()) and "lm_head.weight" not in ours.keys()
     for name in ours.keys():
         assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name)), name
-
-
-def test_a_model_without_biases_computes_the_same_in_transformers(tmp_path):
-    model = random_model(n_embd=8, vocab_size=50257, bias=False)
-    convert.write_hf(model, str(tmp_path))
-    idx = torch.randint(50257, (2, 8))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(theirs(idx).logits, model(idx, idx)[0], atol=1e-4)
 
 
 def test_weights_that_transformers_split_over_several_files_load(exported, tmp_path):

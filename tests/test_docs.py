@@ -17,7 +17,7 @@ import subprocess
 import pytest
 
 import convert
-from common import ROOT, python, text_of_words
+from common import ROOT, launcher, python, text_of_words
 from model import GPT, GPTConfig
 
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
@@ -131,16 +131,6 @@ def tables(page):
             for block in blocks]
 
 
-def published_curves():
-    """{name: {stream: {step: value}}} of run/curves/, the values as in the file."""
-    curves = {}
-    for path in sorted(glob.glob("run/curves/*.csv", root_dir=ROOT)):
-        streams = curves.setdefault(os.path.basename(path).removesuffix(".csv"), {})
-        for step, stream, value in re.findall(r"^(\d+),(\w+),(.*)$", read(path), re.M):
-            streams.setdefault(stream, {})[int(step)] = float(value)
-    return curves
-
-
 def test_published_figures_have_an_address():
     """Hours of other people's runs were attributed to the wrong project."""
     sources = []
@@ -153,32 +143,13 @@ def test_published_figures_have_an_address():
         assert "](https://" in source or re.search(r"\bours?\b", source), source
 
 
-def test_docs_quote_the_published_curves_as_they_are():
-    """The last losses and scores in docs/reference.md's table, and README's table of one run."""
-    curves = published_curves()
-    assert len(curves) >= 7
-    rows = {row[0]: row for table in tables("docs/reference.md") for row in table}
-    for name, streams in curves.items():
-        for stream in ("val", "hella"):
-            if stream in streams:
-                last = streams[stream][max(streams[stream])]
-                assert f"{last:.4f}" in rows[f"`{name}`"], (name, stream, last)
-    steps, _, losses, scores = next(t for t in tables("README.md") if t[0][:2] == ["step", "250"])
-    name, = [name for name in curves if "logbob0401" in read(f"run/curves/{name}.csv")]
-    run = curves[name]
-    for step, loss, score in list(zip(steps, losses, scores))[1:]:
-        step = int(step.replace(",", ""))
-        assert float(loss) == round(run["val"][step], len(loss.split(".")[1])), step
-        assert float(score) == round(run["hella"][step], 3), step
-
-
 @pytest.mark.slow
 def test_the_script_that_does_by_hand_what_ddp_does_runs_on_two_ranks(tmp_path):
     """Docs/hardware.md's; each rank compares three gradients with DDP's."""
     script, = re.findall(r"^```python\n(.*?)^```", read("docs/hardware.md"), re.M | re.S)
     (tmp_path / "ddp_steps.py").write_text(script)
-    process = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                     "ddp_steps.py", cwd=tmp_path, timeout=200, env={"PYTHONPATH": ROOT})
+    process = python(*launcher(2), "ddp_steps.py", cwd=tmp_path, timeout=200,
+                     env={"PYTHONPATH": ROOT})
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("True") == 6 and "False" not in process.stdout
 

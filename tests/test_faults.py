@@ -28,7 +28,8 @@ import train_gpt2
 from common import ENV, ROOT
 from run import checkpoint, folder, weights
 from run.prepare import prepare_data
-from test_train_gpt2 import TINY, command, log_of, run_here, start, text, train  # noqa: F401
+from test_train_gpt2 import (Ended, TINY, command, log_of, run_here, start, text,  # noqa: F401
+                             train, wait_for)
 
 STEPS = 18
 FLAGS = ["--max-steps", str(STEPS), "--val-every", "5", "--save-every", "2",
@@ -59,17 +60,6 @@ def assert_equals_uninterrupted(run_dir, uninterrupted, exact=True):  # noqa: F8
     assert [line.split()[:2] for line in ours] == [line.split()[:2] for line in theirs]
     a, b = ([float(line.split()[2]) for line in lines] for lines in (ours, theirs))
     assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-
-
-def wait_for(process, pattern):
-    """The output up to a line with pattern; fails when the process ends without."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if re.search(pattern, line):
-            return "".join(lines)
-    output = "".join(lines)[-2000:]
-    raise AssertionError(f"the process ended ({process.wait()}) without {pattern!r}: {output}")
 
 
 def run_code(code, cwd, *flags):
@@ -129,30 +119,12 @@ def test_a_closed_terminal_saves_although_nothing_can_be_printed(
 
 
 @pytest.mark.slow
-def test_under_nohup_a_closed_terminal_does_not_stop_the_run(text, tmp_path):  # noqa: F811
-    process = subprocess.Popen(["nohup", *command("--data", text, *FLAGS, "--max-steps", "40")],
-                               cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for(process, r"step +3/")
-    os.kill(process.pid, signal.SIGHUP)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "finished" in out, out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["$x_{ $", "_x", "模型"])
-def test_a_run_whose_picture_cannot_be_written_is_a_success(name, text, tmp_path):  # noqa: F811
-    """A dollar sign in the name failed in matplotlib after the whole training."""
-    process = train(tmp_path, "--data", text, f"--exp-name={name}")
-    assert process.returncode == 0 and process.stderr == "", process.stderr
-    picture = tmp_path / "log" / name / "loss.png"
-    assert picture.stat().st_size > 1000
-    picture.unlink()
-    picture.mkdir()  # in the way
-    process = train(tmp_path, f"--exp-name={name}", "--max-steps", "9")
+def test_a_run_whose_picture_cannot_be_written_is_a_success(text, tmp_path):  # noqa: F811
+    (tmp_path / "log" / "shakespeare" / "loss.png").mkdir(parents=True)  # in the way
+    process = train(tmp_path, "--data", text)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert "finished; curves: not drawn, IsADirectoryError" in process.stdout
-    assert folder.saved_steps(tmp_path / "log" / name) == [8, 9]  # --keep-last 2
+    assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [4, 8]
 
 
 SLOW_SAVE = """
@@ -179,53 +151,6 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(text, tm
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0, out
     assert folder.saved_steps(tmp_path / "log" / "shakespeare") == [8]
-
-
-@pytest.mark.slow  # test_checkpoint.py has a fast one, without train_gpt2.py
-def test_a_second_run_in_a_folder_is_an_error_until_the_first_process_ends(
-        text, tmp_path):  # noqa: F811
-    """sed -i replaces log.txt, which was the lock, too."""
-    process = start(tmp_path, "--data", text, "--max-steps", "100000")
-    wait_for(process, r"step +2/")
-    path = tmp_path / "log" / "shakespeare" / "log.txt"
-    subprocess.run(["sed", "-i", "1i a note", path], check=True)
-    size = path.stat().st_size
-    second = train(tmp_path, "--data", text)
-    assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
-    assert "is in use by another training process" in second.stderr
-    assert path.stat().st_size > size  # the first run's later lines
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    third = train(tmp_path, "--data", text)
-    assert third.returncode == 0, third.stderr
-    assert ".lock" not in os.listdir(path.parent)
-
-
-SLOW_STEP = """
-import time, train_gpt2
-from run.cli import StopSignals, run_main
-def endless(*args):
-    print("in a step", flush=True)
-    while StopSignals.received is None or time.monotonic() - StopSignals.since < 0.6:
-        time.sleep(0.01)
-    print("ready", flush=True)  # half a second later: not torchrun's duplicate of the first one
-    time.sleep(1000)
-train_gpt2.train_step = endless
-run_main(train_gpt2.main)
-"""
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once(text, tmp_path):  # noqa: F811
-    """Within a step that hangs."""
-    process = run_code(SLOW_STEP, tmp_path, "--data", text)
-    wait_for(process, "in a step")
-    os.kill(process.pid, signal.SIGINT)
-    wait_for(process, "ready")
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=5)
-    assert process.returncode == 130
-    assert not folder.saved_steps(tmp_path / "log" / "shakespeare")
 
 
 @pytest.mark.slow
@@ -266,7 +191,8 @@ def test_thirty_kills_at_random_moments_change_no_result(text, tmp_path):  # noq
             wait_for(process, r"step +\d+/")
             time.sleep(rng.uniform(0, 0.3))
             os.killpg(process.pid, signal.SIGKILL)
-        except AssertionError:
+        except Ended:
+            assert process.returncode == 0
             break
         process.communicate(timeout=30)
         kills += 1
@@ -438,41 +364,29 @@ def damage(path, kind):
             pickle.dump({"model": Evil(), "config": {}, "step": 4}, f)
     elif kind == "of another step":
         torch.save({**torch.load(path), "step": 99}, path)
-    elif kind.startswith("cut"):
+    else:
         os.truncate(path, int(kind.split()[1]) * (size - 1) // 4)
-    else:  # a flipped bit
-        with open(path, "r+b") as f:
-            position = random.Random(kind).randrange(size)
-            f.seek(position)
-            byte = f.read(1)[0]
-            f.seek(position)
-            f.write(bytes([byte ^ 64]))
 
 
-DAMAGES = ["removed", "text", "code", "of another step", *(f"cut {i}" for i in range(5)),
-           *(f"flip {i}" for i in range(6))]
+# test_checkpoint.py has flipped bits
+DAMAGES = ["removed", "text", "code", "of another step", *(f"cut {i}" for i in range(5))]
 
 
 def test_every_damaged_file_is_skipped_with_a_message_and_runs_no_code(
         uninterrupted, tmp_path, monkeypatch):
-    """The previous checkpoint is loaded, or the same contents if a flipped bit is in padding."""
+    """The previous checkpoint is loaded."""
     monkeypatch.chdir(tmp_path)
     older, newest = folder.saved_steps(uninterrupted)[-2:]
-    expected = checkpoint.load_latest(uninterrupted)
     for i in range(2):  # the model file, the state file
         for kind in DAMAGES:
             shutil.copytree(uninterrupted, "run")
             damaged = folder.paths("run", newest)[i]
             damage(damaged, kind)
             model, state, messages = checkpoint.load_latest("run")
-            if model["step"] == newest:
-                assert kind.startswith("flip") and not messages, kind
-                assert str(model) == str(expected.model) and str(state) == str(expected.state)
-            else:
-                assert model["step"] == state["step"] == older, kind
-                message, = messages
-                assert f"skipping step {newest}: " in message and damaged in message
-                assert "\n" not in message
+            assert model["step"] == state["step"] == older, kind
+            message, = messages
+            assert f"skipping step {newest}: " in message and damaged in message
+            assert "\n" not in message
             shutil.rmtree("run")
     assert not os.path.exists("evil")
 
@@ -541,27 +455,3 @@ def test_shards_damaged_under_a_running_loader_stop_it_in_one_line(kind, tmp_pat
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 2 and re.search("^error: .*a_train_000000.npy", out, re.M), out
     assert checkpoint.load_latest(tmp_path / "log" / "shakespeare").messages == []
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint_intact(uninterrupted, text, tmp_path):  # noqa: F811
-    """A tmpfs with room for one checkpoint; with more room the run resumes."""
-    disk = tmp_path / "disk"
-    os.mkdir(disk)
-    size = sum(os.path.getsize(path) for path in folder.paths(uninterrupted, STEPS))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        process = train(disk, "--data", text, *FLAGS)
-        assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-        assert process.stderr.startswith("error: cannot write"), process.stderr
-        # its tensors map the files: keeping them would keep the disk busy
-        assert checkpoint.load_latest(disk / "log" / "shakespeare").step == 2
-        assert not list((disk / "log" / "shakespeare").glob("*.tmp"))
-        subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
-        process = train(disk, "--data", text, *FLAGS)
-        assert process.returncode == 0, process.stderr
-        assert_equals_uninterrupted(disk / "log" / "shakespeare", uninterrupted)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

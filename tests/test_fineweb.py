@@ -2,14 +2,12 @@
 fineweb.py and sources.py: packing, tokenization, input formats, resume, damaged files, the Hub.
 
     python -m pytest tests/test_fineweb.py -m "not slow"
-    GPT2_REAL_DATA=DIR python -m pytest tests/test_fineweb.py   # also DIR/fineweb_edu_like/
 
 Needs no network: texts are created in tmp_path, and the Hub is an HTTP server in this file on
 127.0.0.1. The results are compared with tiktoken, one document at a time, and with a naive packing
 of Python lists. tests/test_bad_input.py has the errors of flags and inputs.
 """
 import base64
-import contextlib
 import errno
 import functools
 import gzip
@@ -20,7 +18,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -600,7 +597,7 @@ def test_an_interrupted_folder_is_resumed_with_files_of_others_and_another_name(
         corpus, tmp_path, monkeypatch):
     """The manifest is of an earlier version, with two keys more. The folder was renamed: shards
     of two names would be read in another order."""
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         interrupt_after(patch, 3)
         run(patch, "--input", corpus[0], "--out", tmp_path / "mine", *FLAGS)
     folder = tmp_path / "aaa"
@@ -619,18 +616,6 @@ def test_an_interrupted_folder_is_resumed_with_files_of_others_and_another_name(
     run(monkeypatch, *flags)
     assert all((folder / name).read_text() == "mine" for name in others)
     assert read_tokens(folder) == true_tokens(corpus[1]) and load_manifest(folder)["complete"]
-
-
-def test_a_shard_that_cannot_be_written_leaves_no_file(tmp_path):
-    tokens = np.zeros(300_000, dtype=np.uint16)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(OSError) as error:
-            data.write_shard(str(tmp_path / "y_train_000001.npy"), tokens)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.errno == errno.EFBIG and os.listdir(tmp_path) == []
 
 
 # -----------------------------------------------------------------------------
@@ -707,7 +692,7 @@ def test_resuming_after_any_shard_is_bitwise_identical_and_rewrites_no_shard(
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(fineweb, "add_shard", add_and_fail)
     while len(written) < len(whole) - 1:
-        with contextlib.suppress(OSError):
+        with pytest.raises(OSError, match="No space left"):
             run(monkeypatch, *flags, tmp_path / "o")
         # as a process that was killed leaves them
         split = load_manifest(tmp_path / "o")["next"]["split"]
@@ -1043,20 +1028,6 @@ def test_a_resumed_run_reads_the_commit_it_started_with_after_the_branch_has_mov
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["json", "jsonl.gz"])
-def test_json_lines_are_read_from_the_hub(tmp_path, suffix):
-    """Uncompressed files once failed: readlines of the Hub's file objects takes no argument."""
-    texts = make_texts(40)
-    body = json_lines(texts)
-    if suffix == "jsonl.gz":
-        body = gzip.compress(body)
-    hub = FakeHub("me/texts", {f"data/a.{suffix}": body})
-    result = hub.fineweb(tmp_path, "--dataset", "me/texts")
-    assert result.returncode == 0, result.stderr
-    assert read_tokens(tmp_path / "out") == true_tokens(texts)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     (["me/texts"], r"me/texts .* unsupported format.*\(.*data/a.csv\); supported are .parquet"),
     (["me/texts", "--split", "test"], "me/texts None has no split 'test'; it has train"),
@@ -1068,14 +1039,15 @@ def test_an_error_of_the_hub_is_one_line(tmp_path, flags, message):
     assert re.fullmatch(f"error: {message}.*\n", result.stderr), result.stderr
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_every_read_of_a_file_on_the_hub_is_retried(name, tmp_path, monkeypatch):
     """Reads of .jsonl, .txt and large row groups were not: the user saw a traceback."""
     import huggingface_hub
     monkeypatch.setattr(sources, "PIECE_BYTES", 0)  # every row group is a large one
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)  # huggingface_hub's too
-    body = parquet_bytes(tmp_path, ["ab"]) if name == "a.parquet" else json_lines(["ab"])
+    body = {"a.jsonl": json_lines(["ab"]), "a.jsonl.gz": gzip.compress(json_lines(["ab"])),
+            "a.parquet": parquet_bytes(tmp_path, ["ab"])}[name]
     hub = FakeHub("me/texts", {name: body})
     connect = functools.partial(huggingface_hub.HfFileSystem, endpoint=hub.url)
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", connect)
@@ -1126,21 +1098,3 @@ def test_without_a_network_the_first_request_fails_within_a_minute(monkeypatch, 
         sources.hub_source("a/b", "default", "train", "main")
     assert [wait for wait in waits if wait > 8] == [10, 30]
     assert capsys.readouterr().err.count("\n") == 2
-
-
-# -----------------------------------------------------------------------------
-# real text
-
-@pytest.mark.slow
-@pytest.mark.skipif("GPT2_REAL_DATA" not in os.environ, reason="GPT2_REAL_DATA is unset")
-def test_shards_of_real_parquet_files_can_be_trained_on(tmp_path):
-    source = os.path.join(os.environ["GPT2_REAL_DATA"], "fineweb_edu_like")
-    out = tmp_path / "real"
-    assert python("fineweb.py", "--input", source, "--out", out).returncode == 0
-    assert python("fineweb.py", "--verify", out).returncode == 0
-    tables = [pq.read_table(os.path.join(source, name)) for name in sorted(os.listdir(source))]
-    texts = [text for table in tables for text in table["text"].to_pylist()]
-    assert read_tokens(out) == true_tokens(texts)
-    result = python("train_gpt2.py", "--data", out, "--preset", "shakespeare", "--max-steps", 3,
-                    "--val-tokens", 1280, "--sample-every", 0, "--log-dir", tmp_path / "log")
-    assert result.returncode == 0, result.stderr

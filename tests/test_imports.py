@@ -73,16 +73,25 @@ def test_only_training_imports_a_command():
     assert found == {("train_gpt2", "hellaswag"), ("train_gpt2", "sample"), ("train_gpt2", "plots")}
 
 
-def loaded_by(*arguments, status=0):
-    """The modules that `python arguments` loads; asserts its exit status."""
+def loaded_by(*arguments, status=0, stdout=None):
+    """The modules that `python arguments` loads; asserts its exit status, and stdout if given."""
     process = python("-X", "importtime", *arguments)
     assert process.returncode == status, process.stderr[-2000:]
+    assert stdout is None or process.stdout == stdout
     return {line.split("|")[-1].strip() for line in process.stderr.splitlines()
             if line.startswith("import time:")}
 
 
-def test_import_model_loads_nothing_slow():
-    loaded = loaded_by("-c", "import model")
+IMPORT_MODEL = """
+import torch
+before = torch.get_rng_state()
+import model
+assert torch.equal(before, torch.get_rng_state())
+"""
+
+
+def test_import_model_loads_nothing_slow_prints_nothing_and_uses_no_random_numbers():
+    loaded = loaded_by("-c", IMPORT_MODEL, stdout="")
     assert "torch.nn.modules.linear" in loaded
     assert not loaded & {*RARE, "huggingface_hub", "tiktoken", "run"}
 

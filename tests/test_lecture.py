@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import train_gpt2
-from common import ONE, ROOT, python
+from common import ONE, ROOT, launcher, python
 from data import DataLoaderLite, TokenStream
 from model import GPT, GPTConfig
 from run import cli, reference
@@ -351,8 +351,7 @@ def test_one_process_trains_as_the_lecture(B, shards, tmp_path, monkeypatch):
     (8, 1, "--compile on"), (4, 2, "--compile off"), (16, 2, "--compile off"),
     (4, 2, "--compile on"), (4, 2, "--compile off --parallel fsdp")])
 def test_compiled_and_on_two_ranks_it_trains_as_the_lecture(B, W, flags, shards, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={W}"]
-    done = python(*(launcher if W > 1 else []), os.path.join(ROOT, "train_gpt2.py"), *FLAGS,
-                  "--data", shards, "--batch-size", B, *flags.split(), cwd=tmp_path, timeout=300)
+    done = python(*launcher(W), os.path.join(ROOT, "train_gpt2.py"), *FLAGS, "--data", shards,
+                  "--batch-size", B, *flags.split(), cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     check_run(tmp_path, shards, B, W)

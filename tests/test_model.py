@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from common import python, tiny_model
+from common import tiny_model
 from convert import hf_state_dict
-from model import GPT, GPTConfig, Muon, SIZES, config_for
+from model import GPT, GPTConfig, Muon, config_for
 from run.weights import from_hf_names, is_transposed
 
 #         n_layer n_head n_embd block_size vocab_size
@@ -123,8 +123,14 @@ def test_attention_equals_naive_attention():
     assert torch.allclose(attn(x), attn.c_proj(y.view(2, 12, 32)), atol=1e-5)
 
 
-def test_dropout_is_applied_in_train_mode_only():
+@pytest.mark.parametrize("part", ["attention's weights", "the rest"])
+def test_dropout_is_applied_in_train_mode_only(part):
     model = tiny_model(dropout=0.5).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and part == "attention's weights":
+            module.p = 0.0
+        elif hasattr(module, "c_attn") and part == "the rest":
+            module.dropout = 0.0
     idx = torch.randint(64, (2, 12))
     assert model(idx, idx)[1] != model(idx, idx)[1]
     model.eval()
@@ -281,12 +287,6 @@ def test_an_unknown_initialization_is_an_error():
         GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8), init="gpt2")
 
 
-def test_initial_loss_is_that_of_a_uniform_distribution():
-    model = tiny_model(n_embd=64, block_size=64, vocab_size=512)
-    idx, targets = torch.randint(512, (2, 8, 64))
-    assert model(idx, targets)[1].item() == pytest.approx(math.log(512), abs=0.1)
-
-
 def test_wte_and_lm_head_are_one_tensor_before_and_after_loading():
     model = tiny_model()
     for _ in range(2):
@@ -310,18 +310,6 @@ def test_parameter_counts_of_the_sizes(size, count):
     assert model.num_params() == model.config.num_params() == count
     wpe = model.config.block_size * model.config.n_embd
     assert model.num_params(with_wpe=False) == count - wpe
-
-
-def test_the_parameters_of_a_huge_model_are_counted_at_once_and_exactly():
-    assert 1.2e28 < GPTConfig(n_layer=10**9, n_head=1, n_embd=10**9 + 7).num_params() < 1.3e28
-
-
-def test_config_for_returns_the_sizes_and_names_an_unknown_one():
-    for size, (n_layer, n_head, n_embd, block_size) in SIZES.items():
-        want = GPTConfig(block_size, 50304, n_layer, n_head, n_embd)
-        assert config_for(size, vocab_size=50304) == want
-    with pytest.raises(ValueError, match="gpt2-huge.*gpt2-xl"):
-        config_for("gpt2-huge")
 
 
 def test_flops_per_token_equals_the_formula_worked_out_by_hand():
@@ -392,14 +380,6 @@ def test_hf_state_dict_loads_into_transformers_and_back_unchanged(bias):
         assert torch.equal(back[name], expected), name
 
 
-def test_an_untied_lm_head_is_an_error():
-    """It would be lost silently."""
-    state_dict = hf_model(*SHAPES[1]).state_dict()
-    with pytest.raises(ValueError, match="an untied lm_head"):
-        from_hf_names({**state_dict, "lm_head.weight": state_dict["lm_head.weight"] + 1})
-
-
-
 @pytest.mark.parametrize("name, value", [
     ("activation_function", "relu"),
     ("n_inner", 100),
@@ -429,44 +409,18 @@ def test_from_pretrained_loads_a_folder_that_transformers_saved(tmp_path):
     assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4)
 
 
-def test_a_damaged_or_incomplete_hugging_face_folder_is_an_error(tmp_path):
-    hf_model(*SHAPES[0]).save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    contents = weights.read_bytes()
-    weights.write_bytes(contents[:len(contents) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged"):
-        GPT.from_pretrained(str(tmp_path))
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        GPT.from_pretrained(str(tmp_path))
-    weights.write_bytes(contents)
-    for config in ("{", "[]"):
-        (tmp_path / "config.json").write_text(config)
-        with pytest.raises(ValueError, match="is not the config.json of a GPT-2"):
-            GPT.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("environment, source", [
-    ({"HF_HUB_OFFLINE": "1"}, ""),
-    ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
-     " from http://127.0.0.1:9/openai-community/gpt2"),
-], ids=["offline", "no internet"])
-def test_from_pretrained_without_a_download_says_what_to_do(environment, source, tmp_path):
-    code = ("from run.cli import run_main; from model import GPT\n"
-            "run_main(lambda: GPT.from_pretrained('gpt2'))")
-    done = python("-c", code, env={"HF_HOME": str(tmp_path), **environment})
-    assert done.returncode == 2
-    *retries, last = done.stderr.strip().splitlines()
-    assert last.startswith(f"error: could not get config.json{source}")
-    assert "local folder" in last
-    if not source:
-        assert retries == []
-
-
-def test_importing_model_prints_nothing_and_uses_no_random_numbers():
-    done = python("-c", "import torch; before = torch.get_rng_state(); import model\n"
-                        "assert torch.equal(before, torch.get_rng_state())")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "no internet"])
+def test_from_pretrained_without_a_download_says_what_to_do(offline, tmp_path, monkeypatch):
+    constants = "huggingface_hub.constants"
+    url = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(f"{constants}.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", url)
+    message = "^could not get config.json from http://127.0.0.1:9/openai-community/gpt2: .*local"
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        GPT.from_pretrained("gpt2")
+    assert "\n" not in str(error.value)
 
 
 # -----------------------------------------------------------------------------
@@ -520,24 +474,6 @@ def test_two_steps_of_adamw_equal_its_formula():
     for name, p in model.named_parameters():
         # where a gradient is as small as eps, float32 and float64 differ in the last digits
         assert (p.double() - want[name]).abs().max() < 2e-5, name
-
-
-def test_muon_changes_every_parameter_and_lowers_the_loss():
-    model = tiny_model().train()
-    idx, targets = torch.randint(64, (2, 4, 12))
-    optimizers = model.configure_optimizers(5e-3, 0.0, optimizer="muon")
-    before = [p.detach().clone() for p in model.parameters()]
-    losses = []
-    for _ in range(5):
-        loss = model(idx, targets)[1]
-        losses.append(loss.item())
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, old in zip(model.parameters(), before):
-        assert not torch.equal(p, old)
-    assert losses[-1] < losses[0] - 0.1
 
 
 class CountOps(TorchDispatchMode):

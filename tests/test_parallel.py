@@ -378,15 +378,6 @@ def test_ranks_may_evaluate_different_numbers_of_batches(two_ranks):
         assert expected == pytest.approx(results[f"val ddp{suffix}"][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_resumes_bitwise_from_its_saved_state(optimizer):
-    run = start(ONE, optimizer=optimizer)
-    train(run, 2)
-    resumed = start(ONE, full_state(run), 2, optimizer=optimizer)
-    losses = train(run, 2)
-    assert losses == train(resumed, 2) and losses[0] != losses[1]
-
-
 def test_a_state_saved_under_zero_resumes_under_ddp():
     """Former versions had --parallel zero: all of AdamW's state, other keys in its param_groups."""
     run = start(ONE)

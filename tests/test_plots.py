@@ -4,10 +4,10 @@ that forward computes.
 
     ./test.sh tests/test_plots.py     # no network, no GPU
 """
+import functools
 import json
 import math
 import os
-import sys
 
 import matplotlib.image
 import numpy as np
@@ -15,14 +15,11 @@ import pytest
 import torch
 
 import plots
-from common import python
 from convert import hf_state_dict
 from data import get_tokenizer
 from model import GPT, SIZES, GPTConfig
 from plots import curves_figure, plot_run, short_count, size_of, smooth
 from run.checkpoint import save_file
-from run.cli import run_main
-from run.folder import read_log
 from run.reference import published
 
 
@@ -43,17 +40,6 @@ def run_dir(tmp_path):
               lr=dict.fromkeys(range(100), 6e-4), val={0: 10.5, 50: 8.0, 100: 5.5},
               hella={0: 0.25, 50: 0.275, 100: 0.3})
     return folder
-
-
-def test_a_log_is_what_the_lectures_notebook_reads(run_dir):
-    streams = {}
-    for line in (run_dir / "log.txt").read_text().splitlines():  # the notebook's cell
-        step, stream, val = line.strip().split()
-        if stream not in streams:
-            streams[stream] = {}
-        streams[stream][int(step)] = float(val)
-    ours = read_log(str(run_dir / "log.txt"))
-    assert {name: dict(points) for name, points in ours.items()} == streams
 
 
 def test_smooth_is_a_centered_mean_that_starts_at_the_first_value():
@@ -467,22 +453,9 @@ def test_the_default_prompt_is_of_the_runs_own_validation_data(model, tmp_path):
 # the command line
 
 @pytest.fixture
-def run_plots(monkeypatch, capsys):
-    """Function of plots.py's arguments that runs its main: (exit status, stdout, stderr)."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["plots.py", *map(str, arguments)])
-        try:
-            run_main(plots.main)
-            status = 0
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-    return run
-
-
-def test_the_command_line_draws_in_a_new_process(run_dir):
-    done = python("plots.py", run_dir)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {run_dir}/loss.png\n", "")
+def run_plots(run_script):
+    """Function of plots.py's arguments that runs it: (exit status, stdout, stderr)."""
+    return functools.partial(run_script, plots)
 
 
 @pytest.mark.parametrize("name, magic", [("both.png", b"\x89PNG"), ("both.pdf", b"%PDF")])
@@ -491,6 +464,7 @@ def test_several_runs_go_into_one_picture_in_the_format_of_its_name(run_dir, tmp
     out = tmp_path / name
     assert run_plots(run_dir, run_dir, "--out", out) == (0, f"wrote {out}\n", "")
     assert out.read_bytes()[:4] == magic
+    assert run_plots(run_dir) == (0, f"wrote {run_dir}/loss.png\n", "")
 
 
 def test_weights_writes_a_picture_of_each_kind_and_block(model, tmp_path, run_plots, monkeypatch):

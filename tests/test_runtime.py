@@ -136,16 +136,6 @@ def test_autocast_accepts_a_device_with_an_index(monkeypatch):
 # -----------------------------------------------------------------------------
 # precision, determinism, random numbers
 
-def test_full_float32_turns_tf32_off_and_restores_it(monkeypatch):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with runtime.full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
 
 def test_deterministic_mode_makes_an_operation_without_an_implementation_raise(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restored after the test
@@ -162,17 +152,6 @@ def test_deterministic_mode_makes_an_operation_without_an_implementation_raise(m
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_restoring_the_rng_state_repeats_the_random_numbers():
-    torch.manual_seed(1)
-    torch.rand(3)
-    state = get_rng_state("cpu")
-    first = torch.rand(5)
-    torch.manual_seed(2)
-    assert not torch.equal(torch.rand(5), first)
-    set_rng_state(state, "cpu")
-    assert torch.equal(torch.rand(5), first)
 
 
 def test_an_xpu_has_its_own_generator_memory_and_queue(monkeypatch):
