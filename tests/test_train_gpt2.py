@@ -452,8 +452,8 @@ def test_a_resumed_run_keeps_its_batch_size_if_that_fits_into_all_memory():
     def choose(gigabytes, batch_size, loss_chunks, world_size=1):
         config = TrainConfig(compile="on", batch_size=batch_size, loss_chunks=loss_chunks)
         return settings.choose_batch_size(config, N, world_size, gigabytes * 1e9, False)
-    assert choose(16, 0, 0) == (16, 1) and choose(10, 0, 0) == (8, 1)
-    assert choose(10, 16, 1) == (16, 1) and choose(80, 2, 8) == (2, 8)
+    assert choose(16, 0, 0) == (16, 1) and choose(11, 0, 0) == (8, 1)
+    assert choose(11, 16, 1) == (16, 1) and choose(80, 2, 8) == (2, 8)
     assert choose(80, 64, 1, world_size=16) == (32, 1)  # a rank has 32 sequences
     assert choose(8, 16, 1) == (8, 1)  # as in a new run
 
