@@ -157,7 +157,8 @@ def read_curves(run_dir, by="step", color="tab:blue"):
     if "train" not in streams and "val" not in streams:
         raise ValueError(f"{path} has no losses yet; draw the run after its first step")
     size = config.get("total_batch_size")  # tokens per step
-    if (by != "step" and not isinstance(size, int)) or (by == "hours" and "tok_per_sec" not in streams):
+    has_size = isinstance(size, int)
+    if (by != "step" and not has_size) or (by == "hours" and "tok_per_sec" not in streams):
         raise ValueError(f"--by {by} needs total_batch_size in {run_dir}/config.json, and hours"
                          f" need tok_per_sec in {path} too; use --by step")
     if by == "hours":
