@@ -216,7 +216,7 @@ def test_a_long_run_has_a_running_mean_and_omits_the_first_fall(
     assert [line[2] for line in lines_of(figure, 1)] == [[*fall.values()]]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_non_finite_norms_of_a_float16_run_are_skipped(tmp_path, value):
     """An infinite norm once made the axis limits and every later mean invalid."""
@@ -230,7 +230,7 @@ def test_non_finite_norms_of_a_float16_run_are_skipped(tmp_path, value):
     assert len(curves_figure([make_run(tmp_path / "b", norm={0: value})]).axes) == 3
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["$x_{ $", "_hidden", "模型"])
 def test_every_name_of_a_run_is_drawn_as_it_is(tmp_path, name):
     """"$x_{ $" was parsed as mathematics, which failed; "_a" had no entry in the legend."""
