@@ -104,7 +104,7 @@ def setup(device="auto", timeout_minutes=10):
 def store_of_this_start(timeout):
     """Arguments of init_process_group: none, or a new store if torchrun may restart the ranks.
 
-    With --max-restarts, torchrun's own store outlives its ranks (torch 2.11 to 2.13). Restarted
+    With --max-restarts, torchrun's own store outlives its ranks (torch 2.11 to 2.14). Restarted
     ranks would read the addresses and the NCCL id that the previous ones left in it, and hang. So
     rank 0 opens another store and publishes its port in torchrun's.
     """
