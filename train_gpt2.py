@@ -509,6 +509,10 @@ def main():
         elif ranks.master_process:
             print0(f"finished; curves: {plot_run(run_dir, baselines=FINEWEB_DIR in config.data)},"
                    f" samples: {command('sample.py', run_dir)}")
+            best = checkpoint.best_step(run_dir)
+            if best not in (None, step):  # little text, many epochs
+                print0(f"the validation loss was lowest at step {best}:"
+                       f" {command('sample.py', folder.paths(run_dir, best)[0])}")
 
     # on success only: after an error NCCL would wait here for ranks that have exited
     parallel.teardown()

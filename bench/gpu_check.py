@@ -288,7 +288,9 @@ def run_stage(stage, args):
 
 
 def bench_gpu_check(args):
-    """Rows of all checks; "result" is "ok", "FAIL" or "skipped"."""
+    """Rows of all checks; "result" is "ok", "FAIL" or "skipped". ValueError without a GPU."""
+    if args.device == "cpu" and not args.quick:
+        raise ValueError("gpu_check takes hours on a CPU; --device cpu --quick rehearses it")
     start = time.monotonic()
     rows = []
     for stage, seconds in STAGES:

@@ -199,12 +199,12 @@ PRESETS = {
     "shakespeare": dict(n_layer=2, n_head=4, n_embd=192, block_size=128, total_batch_size=1024,
                         max_steps=600, batch_size=8, optimizer="muon", lr=0.012, weight_decay=0.3,
                         embd_lr_ratio=2.0, min_lr_ratio=0.0, warmup_steps=20, val_every=100,
-                        sample_every=200, save_every=100, keep_last=2, hella_every=0,
-                        prompt="ROMEO:"),
+                        sample_every=200, save_every=100, keep_last=2, keep_best=True,
+                        hella_every=0, prompt="ROMEO:"),
     # other weights, on little text; the learning rate is that of nanoGPT's
     # config/finetune_shakespeare.py
-    "finetune": dict(total_batch_size=8192, max_steps=100, lr=3e-5, warmup_steps=10, val_every=20,
-                     sample_every=50, save_every=50, keep_last=2, hella_every=0),
+    "finetune": dict(total_batch_size=8192, max_steps=100, lr=3e-5, warmup_steps=10, val_every=25,
+                     sample_every=50, save_every=25, keep_last=2, keep_best=True, hella_every=0),
 }
 
 

@@ -262,7 +262,7 @@ def free_memory(device):
         reusable = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
         try:
             return torch.xpu.mem_get_info()[0] + reusable
-        except RuntimeError:  # integrated GPUs do not tell (pytorch, issue 194576)
+        except RuntimeError:  # integrated GPUs do not report it (pytorch, issue 194576)
             return None
     if device == "mps":  # the part of the machine's memory that Metal recommends
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()

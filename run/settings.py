@@ -361,7 +361,7 @@ def given_batch_size(config, per_rank):
 
 
 def choose_batch_size(config, num_params, world_size, memory, on_cpu):
-    """(B, loss_chunks) for so much memory, bytes per process.
+    """(B, loss_chunks) that fit into memory, in bytes per process.
 
     B divides a rank's sequences, so that grad_accum_steps = total_batch_size / (B T world_size) is
     an integer; ValueError lists the allowed numbers of processes.

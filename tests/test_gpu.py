@@ -221,6 +221,8 @@ def test_gpu_check_fails_if_a_check_does_and_skips_what_the_time_does_not_allow(
     monkeypatch.setattr(gpu_check, "in_fresh_process", lambda function, *args: function(*args))
     stages = [(broken, 1), (good, 1), (gpu_check.training, gpu_check.LIMIT)]
     monkeypatch.setattr(gpu_check, "STAGES", stages)
+    with pytest.raises(ValueError, match="--quick rehearses it"):
+        gpu_check.bench_gpu_check(SimpleNamespace(device="cpu", quick=False))
     rows = gpu_check.bench_gpu_check(SimpleNamespace(device="cpu", dtype="float32", quick=True))
     results = {row["gpu_check"]: row["result"] for row in rows}
     assert results == {"first": "ok", "broken": "FAIL", "second": "ok", "training": "skipped"}

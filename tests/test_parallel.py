@@ -635,6 +635,11 @@ def test_under_fsdp_an_evaluation_needs_the_unsharded_weights_and_their_casts():
         assert needed > per_parameter * NUM_PARAMS["gpt2-1558M"] / 1e9
 
 
+def test_ddp_has_buckets_beside_the_gradients():
+    assert needs("gpt2-1558M", 4, 2) - needs("gpt2-1558M", 4, 1) == pytest.approx(
+        4 * NUM_PARAMS["gpt2-1558M"] / 1e9)
+
+
 def test_an_evaluation_may_need_more_than_a_compiled_step():
     """It was not counted: a small model ran out of memory in its first validation."""
     config = TrainConfig(n_layer=6, n_head=6, n_embd=384, dtype="bfloat16", compile="on")
